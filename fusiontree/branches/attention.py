@@ -1,0 +1,222 @@
+"""Causal softmax attention with grouped queries (arXiv 2305.13245): windowed heads, global heads, or both in one
+branch, each with key-value heads of their own."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.core.cache import Rows
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Norm, Normalise
+from fusiontree.core.spec import Count, Flag, Natural, Positive, invalid
+from fusiontree.kernels import Past, attention
+
+Stream = Float[Tensor, "batch time width"]
+Heads = Float[Tensor, "batch time heads channels"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heads that see the same keys: all of the branch's windowed heads, or all of its global ones."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    window: int | None
+
+    def slots(self, capacity: int | None) -> int:
+        """How many tokens the cache of a row holds (0: as many as come)."""
+        if self.window is None:
+            return capacity or 0
+        return self.window if capacity is None else min(self.window, capacity)
+
+
+@branches.register
+class Attention(BranchSpec):
+    """`heads` and `kv_heads` are totals, the global ones included; `window` counts visible keys, itself included
+    (null: all). Scores are softcap * tanh(scale * q k / softcap); `scale` is head_dim ** -0.5 unless given.
+    `qk_norm` normalises each query and key head. `bias` is that of q, k and v. `project: false` returns the
+    heads side by side, for a fusion with a projection."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    kind: Literal["attention"] = "attention"
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    value_dim: Count | None = None
+    window: Count | None = None
+    global_heads: Natural = 0
+    global_kv_heads: Natural = 0
+    qk_norm: Norm | None = None
+    softcap: Positive | None = None
+    scale: Positive | None = None
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.global_heads and self.window is None:
+            raise invalid({("global_heads",): f"without a window all heads are global, found {self.global_heads}"})
+        for name, heads, kv_heads in self._counts():
+            if heads < 0 or kv_heads < 0 or (heads > 0) != (kv_heads > 0) or (kv_heads and heads % kv_heads):
+                text = f"{heads} {name} heads are not a multiple of {kv_heads} {name} key-value heads"
+                raise invalid({("global_kv_heads" if name == "global" else "kv_heads",): text})
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    def _counts(self) -> list[tuple[str, int, int]]:
+        windowed = (self.heads - self.global_heads, self.kv_heads - self.global_kv_heads)
+        return [("windowed", *windowed), ("global", self.global_heads, self.global_kv_heads)]
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Windowed and global heads with grouped queries."""
+        return cls(
+            heads=6, kv_heads=3, head_dim=4, value_dim=6, window=5, global_heads=2, global_kv_heads=1, qk_norm=Norm()
+        )
+
+    def groups(self) -> list[Group]:
+        """The groups that have heads, in the order of the parameters' rows."""
+        windows = {"windowed": self.window, "global": None}
+        return [Group(name, h, kv, windows[name]) for name, h, kv in self._counts() if h]
+
+    @property
+    def inner(self) -> int:
+        """The width of all heads side by side."""
+        return self.heads * (self.value_dim or self.head_dim)
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the heads."""
+        return scope.width if self.project else self.inner
+
+    def channels(self) -> Iterator[int]:
+        """Queries and keys rotate."""
+        yield self.head_dim
+
+    def build(self, scope: Scope) -> "AttentionBranch":
+        """The module."""
+        return AttentionBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, and scores and values over the mean number of visible keys."""
+        value_dim = self.value_dim or self.head_dim
+        maps = self.heads * self.head_dim + self.kv_heads * (self.head_dim + value_dim)
+        seen = sum(group.heads * mean_visible(group.window, length) for group in self.groups())
+        out = self.inner if self.project else 0
+        return 2.0 * scope.width * (maps + out) + 2.0 * seen * (self.head_dim + value_dim)
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """Keys and values of the tokens that heads can still see."""
+        channels = self.head_dim + (self.value_dim or self.head_dim)
+        return sum(group.slots(length) * group.kv_heads for group in self.groups()) * channels * dtype.itemsize
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Query heads run within their key-value head."""
+        q, kv = "{g}_kv_heads*{g}_queries*{d}", "{g}_kv_heads*{d}"
+        rows = {"q": _both(q, "head_dim"), "k": _both(kv, "head_dim"), "v": _both(kv, "value_dim")}
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
+        axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
+        axes |= {"out.weight": ("width", _both(q, "value_dim"))} if self.project else {}
+        axes |= {"out.bias": ("width",)} if self.out_bias else {}
+        if self.qk_norm and self.qk_norm.gain != "none":
+            axes |= {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)}
+        return axes
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        sizes = {"width": scope.width, "head_dim": self.head_dim, "value_dim": self.value_dim or self.head_dim}
+        for name, heads, kv_heads in self._counts():
+            sizes |= {f"{name}_kv_heads": kv_heads, f"{name}_queries": heads // max(kv_heads, 1)}
+        return sizes
+
+
+def _both(pattern: str, channels: str) -> str:
+    return "+".join(pattern.format(g=group, d=channels) for group in ("windowed", "global"))
+
+
+def mean_visible(window: int | None, length: int) -> float:
+    """How many keys a query sees, the mean over the positions of `length` tokens.
+
+    >>> mean_visible(2, 4)
+    1.75
+    """
+    w = length if window is None else min(window, length)
+    return w - w * (w - 1) / (2 * length)
+
+
+class AttentionBranch(Node):
+    """The module of `Attention`: separate q, k, v and out; windowed heads come first."""
+
+    def __init__(self, spec: Attention, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        value_dim = spec.value_dim or spec.head_dim
+        self.q = Linear(width, spec.heads * spec.head_dim, bias=spec.bias)
+        self.k = Linear(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
+        self.v = Linear(width, spec.kv_heads * value_dim, bias=spec.bias)
+        self.q_norm = Normalise(spec.qk_norm, spec.head_dim) if spec.qk_norm else None
+        self.k_norm = Normalise(spec.qk_norm, spec.head_dim) if spec.qk_norm else None
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.scale = spec.scale or spec.head_dim**-0.5
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Attend, group by group."""
+        spec, state = self.spec, context.state(self.path)
+        x = context.encode(spec.encodings, x)
+        q, k = self._rotated(self.q, self.q_norm, x, context), self._rotated(self.k, self.k_norm, x, context)
+        v = rearrange(self.v(x), "b t (h d) -> b t h d", h=spec.kv_heads)
+        groups = spec.groups()
+        heads = [group.heads for group in groups], [group.kv_heads for group in groups]
+        parts = zip(groups, q.split(heads[0], 2), k.split(heads[1], 2), v.split(heads[1], 2), strict=True)
+        y = torch.cat([self._attend(group, (q, k, v), context, state) for group, q, k, v in parts], 2)
+        y = rearrange(y, "b t h d -> b t (h d)")
+        return y if self.out is None else self.out(y)
+
+    def _rotated(self, linear: Linear, norm: Normalise | None, x: Stream, context: Context) -> Heads:
+        heads = rearrange(linear(x), "b t (h d) -> b t h d", d=self.spec.head_dim)
+        return context.rotate(self.spec.encodings, heads if norm is None else norm(heads))
+
+    def _attend(self, group: Group, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
+        q, k, v = qkv
+        past = self._recall(group, context, state, k, v) if state is not None else None
+        softcap, segments = self.spec.softcap, context.segments
+        return attention(
+            q, k, v, window=group.window, scale=self.scale, softcap=softcap, segments=segments, past=past
+        )
+
+    def _recall(self, group: Group, context: Context, state: State, k: Heads, v: Heads) -> Past | None:
+        """What the cache holds before this chunk; the chunk is written into it."""
+        rows, names = context.rows, (f"{group.name}.keys", f"{group.name}.values")
+        assert rows is not None
+        if group.window is None:
+            for name in names:
+                state[name] = _grown(state[name], rows.most)
+        keys, values = (state[name].clone() for name in names)
+        for name, new in zip(names, (k, v), strict=True):
+            rows.write(state[name], new)
+        return Past(keys, values, rows.ages(keys.shape[1]))
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """A ring of keys and one of values for each group."""
+        value_dim = self.spec.value_dim or self.spec.head_dim
+        return {
+            f"{group.name}.{name}": like.new_zeros(batch, group.slots(capacity), group.kv_heads, channels)
+            for group in self.spec.groups()
+            for name, channels in (("keys", self.spec.head_dim), ("values", value_dim))
+        }
+
+
+def _grown(ring: Tensor, tokens: int) -> Tensor:
+    """A ring that never wraps, with room for this many tokens; doubled so that growing stays cheap."""
+    slots = ring.shape[1]
+    return ring if tokens <= slots else F.pad(ring, (0, 0, 0, 0, 0, max(tokens, 2 * slots) - slots))

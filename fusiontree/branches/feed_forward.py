@@ -1,0 +1,86 @@
+"""What feed-forward branches have in common: W_down act(W_up x), with a gate W_gate x where the kind has one."""
+
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Node, Scope
+from fusiontree.core.modules import Linear
+from fusiontree.core.spec import Count, Flag
+
+Stream = Float[Tensor, "batch time width"]
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class FeedForwardSpec(BranchSpec):
+    """The fields of every feed-forward kind. `bias` is that of all its maps."""
+
+    hidden: Count
+    bias: Flag = False
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Twice as wide inside, with biases."""
+        return cls(hidden=2 * width, bias=True)
+
+    @property
+    def activation_name(self) -> str:
+        """A key of ACTIVATIONS."""
+        raise NotImplementedError
+
+    @property
+    def gated(self) -> bool:
+        """Whether a second map gates the first."""
+        raise NotImplementedError
+
+    def build(self, scope: Scope) -> "FeedForward":
+        """The module."""
+        return FeedForward(self, scope.width)
+
+    def maps(self) -> tuple[str, ...]:
+        """The maps into the hidden features."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps in and the map out."""
+        return 2.0 * (len(self.maps()) + 1) * scope.width * self.hidden
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Maps in, the map out, and biases."""
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": ("hidden", "width") for name in self.maps()}
+        axes["down.weight"] = ("width", "hidden")
+        if self.bias:
+            axes |= {f"{name}.bias": ("hidden",) for name in self.maps()} | {"down.bias": ("width",)}
+        return axes
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": scope.width, "hidden": self.hidden}
+
+
+class FeedForward(Node):
+    """The module of a feed-forward spec."""
+
+    def __init__(self, spec: FeedForwardSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.activation = ACTIVATIONS[spec.activation_name]
+        self.gate = Linear(width, spec.hidden, bias=spec.bias) if spec.gated else None
+        self.up = Linear(width, spec.hidden, bias=spec.bias)
+        self.down = Linear(spec.hidden, width, bias=spec.bias)
+
+    def forward(self, x: Stream, context: Context) -> Stream:
+        """Each position on its own."""
+        x = context.encode(self.spec.encodings, x)
+        up = self.up(x)
+        hidden = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
+        return self.down(hidden)

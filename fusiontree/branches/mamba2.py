@@ -1,0 +1,218 @@
+"""Mamba-2: a selective state-space model with a scalar decay a head (SSD; Dao and Gu, arXiv 2405.21060).
+
+The state of a head is S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T, its output y_t = S_t C_t + D x_t, with x, B and
+C behind a short causal convolution and heads sharing B and C within a group.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Generator, Tensor, nn
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Module, Norm, Normalise, constant, fan_in, wide
+from fusiontree.core.spec import Count, Flag, Positive, invalid
+from fusiontree.kernels import causal_conv1d, ssd, ssd_step
+
+Stream = Float[Tensor, "batch time width"]
+Inner = Float[Tensor, "batch time inner"]
+
+
+class GatedNorm(Norm):
+    """A norm beside the gate silu(z), over each of `groups` parts of the heads' features: norm(y * silu(z)), or,
+    with `order: norm_first`, norm(y) * silu(z)."""
+
+    groups: Count = 1
+    order: Literal["gate_first", "norm_first"] = "gate_first"
+
+
+@branches.register
+class Mamba2(BranchSpec):
+    """`heads` of `head_dim` channels with `state` entries each, in `groups` that share B and C; `conv` taps. dt is
+    cut to `dt_limit`. Without a `norm` the output is y * silu(z) (Falcon-H1). `bias` is that of the maps in.
+    `project: false` returns the heads' features, for a fusion with a projection."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    kind: Literal["mamba2"] = "mamba2"
+    heads: Count
+    head_dim: Count
+    state: Count
+    groups: Count = 1
+    conv: Count = 4
+    conv_bias: Flag = True
+    dt_limit: tuple[Annotated[float, Field(ge=0)], Positive | None] = (0.0, None)
+    norm: GatedNorm | None = GatedNorm()
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _parts_divide(self) -> Self:
+        low, high = self.dt_limit
+        if high is not None and low > high:
+            raise invalid({("dt_limit",): f"from {low} up to {high} there is nothing"})
+        if self.heads % self.groups:
+            raise invalid({("groups",): f"{self.groups} groups do not divide {self.heads} heads"})
+        if self.norm and self.inner % self.norm.groups:
+            raise invalid({("norm", "groups"): f"{self.norm.groups} groups do not divide {self.inner} features"})
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Two groups of two heads, dt cut on both sides."""
+        return cls(heads=4, head_dim=6, state=8, groups=2, conv=3, dt_limit=(0.01, 0.5))
+
+    @property
+    def inner(self) -> int:
+        """The width of all heads side by side."""
+        return self.heads * self.head_dim
+
+    @property
+    def shared(self) -> int:
+        """The width of B, and of C, in all groups."""
+        return self.groups * self.state
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the heads."""
+        return scope.width if self.project else self.inner
+
+    def channels(self) -> Iterator[int]:
+        """B and C rotate."""
+        yield self.state
+
+    def build(self, scope: Scope) -> "Mamba2Branch":
+        """The module."""
+        return Mamba2Branch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, the convolution, and the recurrence: one outer product and one read of every state."""
+        maps = 2 * self.inner + 2 * self.shared + self.heads + (self.inner if self.project else 0)
+        convolution = self.conv * (self.inner + 2 * self.shared)
+        return 2.0 * scope.width * maps + 2.0 * convolution + 4.0 * self.inner * self.state
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The convolution's last inputs, and the states in float32 or better."""
+        taps = (self.conv - 1) * (self.inner + 2 * self.shared)
+        return taps * dtype.itemsize + self.inner * self.state * wide(dtype).itemsize
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Heads run within their group."""
+        heads = "groups*group_heads"
+        rows = {"z": f"{heads}*head_dim", "x": f"{heads}*head_dim", "B": "groups*state", "C": "groups*state"}
+        axes: dict[str, tuple[str, ...]] = {f"{n}.weight": (row, "width") for n, row in (rows | {"dt": heads}).items()}
+        axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
+        axes |= {name: (heads,) for name in ("A_log", "D", "dt_bias")}
+        for name in ("x", "B", "C"):
+            axes[f"conv.{name}.weight"] = (rows[name], "conv")
+            axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
+        axes |= {"norm.weight": (rows["x"],)} if self.norm and self.norm.gain != "none" else {}
+        axes |= {"out.weight": ("width", rows["x"])} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        own = {name: getattr(self, name) for name in ("groups", "head_dim", "state", "conv")}
+        return {"width": scope.width, "group_heads": self.heads // self.groups, **own}
+
+
+class Mamba2Branch(Node):
+    """The module of `Mamba2`: z, x, B, C and dt are separate parameters."""
+
+    def __init__(self, spec: Mamba2, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        convolved = {"x": spec.inner, "B": spec.shared, "C": spec.shared}
+        self.z = Linear(width, spec.inner, bias=spec.bias)
+        self.x, self.B, self.C = (Linear(width, rows, bias=spec.bias) for rows in convolved.values())
+        self.dt = Linear(width, spec.heads)
+        self.conv = nn.ModuleDict({name: Convolution(spec, rows) for name, rows in convolved.items()})
+        self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
+        self.D = self.declare("D", (spec.heads,), constant(1.0))
+        self.dt_bias = self.declare("dt_bias", (spec.heads,), _inverse_softplus_of_dt)
+        self.norm = Normalise(spec.norm, spec.inner, groups=spec.norm.groups) if spec.norm else None
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Convolve, scan, gate."""
+        spec, state = self.spec, context.state(self.path)
+        x = context.encode(spec.encodings, x)
+        z, dt = self.z(x), self._step_sizes(self.dt(x))
+        inputs = {"x": self.x(x), "B": self.B(x), "C": self.C(x)}
+        inputs = {name: self.conv[name](u, name, context, state) for name, u in inputs.items()}
+        u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
+        B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))
+        B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)
+        y = self._scan((u, dt, B, C), context, state) + u * self.D[:, None].to(u.dtype)
+        y = self._gated(rearrange(y, "b t h p -> b t (h p)"), z)
+        return y if self.out is None else self.out(y)
+
+    def _step_sizes(self, dt: Float[Tensor, "batch time heads"]) -> Float[Tensor, "batch time heads"]:
+        """softplus(dt + bias), cut to the limits, in float32 or better."""
+        precise = wide(dt.dtype)
+        low, high = self.spec.dt_limit
+        return F.softplus(dt.to(precise) + self.dt_bias.to(precise)).clamp(low, high)
+
+    def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Tensor:
+        u, dt, B, C = inputs
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        if state is not None and context.segments is None and u.shape[1] == 1:
+            y, _ = ssd_step(state["ssm"], u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
+            return y[:, None]
+        start = None if state is None else state["ssm"]
+        y, end = ssd(u, dt, A, B, C, initial_state=start, segments=context.segments)
+        if state is not None:
+            state["ssm"].copy_(end.detach())
+        return y
+
+    def _gated(self, y: Inner, z: Inner) -> Inner:
+        gate = F.silu(z)
+        if self.norm is None or self.spec.norm is None:
+            return y * gate
+        return self.norm(y * gate) if self.spec.norm.order == "gate_first" else self.norm(y) * gate
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """The last inputs of each convolution, oldest first, and the heads' states."""
+        spec = self.spec
+        widths = {"x": spec.inner, "B": spec.shared, "C": spec.shared}
+        taps = {f"conv.{name}": like.new_zeros(batch, spec.conv - 1, width) for name, width in widths.items()}
+        shape = (batch, spec.heads, spec.head_dim, spec.state)
+        return taps | {"ssm": like.new_zeros(shape, dtype=wide(like.dtype))}
+
+
+class Convolution(Module):
+    """A depthwise causal convolution and SiLU."""
+
+    def __init__(self, spec: Mamba2, channels: int) -> None:
+        super().__init__()
+        self.weight = self.declare("weight", (channels, spec.conv), fan_in())
+        self.bias = self.declare("bias", (channels,), constant(0.0)) if spec.conv_bias else None
+
+    def forward(self, x: Inner, name: str, context: Context, state: State | None) -> Inner:
+        """Convolve a chunk; the state `conv.<name>` is read and brought up to date."""
+        key = f"conv.{name}"
+        start = None if state is None else state[key]
+        y, end = causal_conv1d(x, self.weight, self.bias, initial_state=start, segments=context.segments)
+        if state is not None:
+            state[key].copy_(end.detach())
+        return F.silu(y)
+
+
+def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:
+    """A uniform in [1, 16], as the paper's code starts it."""
+    tensor.uniform_(1.0, 16.0, generator=generator).log_()
+
+
+def _inverse_softplus_of_dt(tensor: Tensor, generator: Generator) -> None:
+    """dt log-uniform in [0.001, 0.1], as the paper's code starts it."""
+    tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+    tensor.copy_(tensor + torch.log(-torch.expm1(-tensor)))

@@ -1,0 +1,23 @@
+"""SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202)."""
+
+from typing import Literal
+
+from fusiontree.branches.feed_forward import FeedForwardSpec
+from fusiontree.core.contracts import branches
+
+
+@branches.register
+class SwiGLU(FeedForwardSpec):
+    """A gated feed-forward network."""
+
+    kind: Literal["swiglu"] = "swiglu"
+
+    @property
+    def activation_name(self) -> str:
+        """SiLU."""
+        return "silu"
+
+    @property
+    def gated(self) -> bool:
+        """Yes."""
+        return True

@@ -1,0 +1,1 @@
+"""The spec, the contracts, the model: everything that knows no component by name."""

@@ -1,0 +1,98 @@
+"""From document ids to what kernels need: padding behind the real tokens, segments, positions, cache rows."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from fusiontree.core.cache import Cache, Rows
+
+Ids = Int[Tensor, "batch time"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A chunk of tokens as the nodes see it.
+
+    Attributes:
+        order: for each row the order that puts padding last, or None where it stands there already.
+        segments: see `Context`.
+        positions: see `Context`.
+        rows: where the rows stand; None without a cache.
+    """
+
+    order: Ids | None
+    segments: Ids | None
+    positions: Ids
+    rows: Rows | None
+
+
+def padding_last(documents: Ids) -> Ids | None:
+    """The stable order of each row that moves its padding (-1) behind the real tokens; None if it is there."""
+    padding = documents < 0
+    if not bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        return None
+    return torch.argsort(padding.byte(), dim=1, stable=True)
+
+
+def arrange(like: Ids, documents: Ids | None, positions: Ids | None, cache: Cache | None) -> Layout:
+    """Work out the layout of a chunk whose tokens have the shape and device of `like`."""
+    if documents is None:
+        return _one_document(like, positions, cache)
+    order = padding_last(documents)
+    if order is not None:
+        documents = documents.gather(1, order)
+        positions = None if positions is None else positions.gather(1, order)
+    return _many_documents(order, documents, positions, cache)
+
+
+def _one_document(like: Ids, positions: Ids | None, cache: Cache | None) -> Layout:
+    if positions is None:
+        first = cache.positions[:, None] if cache else 0
+        positions = (torch.arange(like.shape[1], device=like.device) + first).expand_as(like)
+    if cache is None:
+        return Layout(None, None, positions, None)
+    most, seen = cache.reserve(like.shape[1]), cache.seen
+    after, tail = seen + like.shape[1], torch.zeros_like(seen)
+    rows = Rows(seen, tail, seen, after, positions[:, -1] + 1, cache.documents, most)
+    return Layout(None, None, positions, rows)
+
+
+def _many_documents(order: Ids | None, documents: Ids, positions: Ids | None, cache: Cache | None) -> Layout:
+    starts = _starts(documents, cache)
+    segments = starts.cumsum(1).masked_fill(documents < 0, -1)
+    steps = torch.arange(documents.shape[1], device=documents.device)
+    opened = torch.where(starts, steps, 0).cummax(1).values
+    if positions is None:
+        first = cache.positions[:, None] if cache else 0
+        positions = steps - opened + torch.where(segments == 0, first, 0)
+    rows = _rows(cache, segments, opened, positions, documents) if cache else None
+    return Layout(order, segments if bool((segments != 0).any()) else None, positions, rows)
+
+
+def _starts(documents: Ids, cache: Cache | None) -> Bool[Tensor, "batch time"]:
+    """Where a document starts that is not the cache's open one; a row's first continues an empty cache."""
+    before = F.pad(documents[:, :-1], (1, 0))
+    first = documents[:, 0]
+    before[:, 0] = torch.where(cache.seen > 0, cache.documents, first) if cache else first
+    return (documents != before) & (documents >= 0)
+
+
+def _rows(cache: Cache, segments: Ids, opened: Ids, positions: Ids, documents: Ids) -> Rows:
+    real = (segments >= 0).sum(1)
+    last = (real - 1).clamp(min=0)[:, None]
+    empty = real == 0
+    continues = empty | (segments.gather(1, last)[:, 0] == 0)
+    tail = torch.where(continues, 0, opened.gather(1, last)[:, 0])
+    carried = torch.where(continues, cache.seen, 0)
+    return Rows(
+        before=cache.seen,
+        tail=tail,
+        carried=carried,
+        after=carried + real - tail,
+        positions=torch.where(empty, cache.positions, positions.gather(1, last)[:, 0] + 1),
+        documents=torch.where(empty, cache.documents, documents.gather(1, last)[:, 0]),
+        most=cache.reserve(segments.shape[1]),
+    )

@@ -1,0 +1,47 @@
+"""The one boundary object: what a forward pass knows about its tokens besides their features."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fusiontree.core.cache import Rows
+    from fusiontree.core.contracts import State, Table
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where each token stands, and what came before.
+
+    `segments` numbers the documents of each row from 0: segment 0 continues what the cache holds, any other
+    starts from nothing, -1 is padding and only ever trails. None means one document and no padding.
+    """
+
+    positions: Int[Tensor, "batch time"]
+    segments: Int[Tensor, "batch time"] | None = None
+    tables: Mapping[str, "Table"] = field(default_factory=dict)
+    rows: "Rows | None" = None
+    states: Mapping[str, "State"] | None = None
+
+    def state(self, path: str) -> "State | None":
+        """What the cache holds for the node at this path; None when there is no cache."""
+        return None if self.states is None else self.states[path]
+
+    def encode(
+        self, names: Sequence[str], x: Float[Tensor, "batch time width"]
+    ) -> Float[Tensor, "batch time width"]:
+        """A branch's input with the encodings that it names added."""
+        for name in names:
+            x = self.tables[name].input(x)
+        return x
+
+    def rotate(
+        self, names: Sequence[str], x: Float[Tensor, "batch time heads channels"]
+    ) -> Float[Tensor, "batch time heads channels"]:
+        """Queries, keys, B or C, rotated by the encodings that the branch names."""
+        for name in names:
+            x = self.tables[name].rotate(x)
+        return x

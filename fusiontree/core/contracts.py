@@ -1,0 +1,290 @@
+"""What a component promises: the spec classes and modules that branches, fusions, gates and encodings derive from.
+
+Shape letters everywhere: batch, time, width (of the residual stream), inner (of a branch), heads, head_dim,
+value_dim, state, groups, branches.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.core.context import Context
+from fusiontree.core.modules import Module
+from fusiontree.core.registry import OneOf, Registry
+from fusiontree.core.spec import Name, Spec
+from fusiontree.errors import suggest
+
+Hook = Literal["input", "rotate", "bias"]
+Problems = Iterator[tuple[str, str]]
+"""Pairs of a path inside the node and what is wrong there."""
+State = dict[str, Tensor]
+"""A branch's memory of the tokens before: named tensors, batch first, updated in place where shapes allow."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What surrounds a node: the width of its input and output, and the encodings that it may name."""
+
+    width: int
+    encodings: Mapping[str, "EncodingSpec"]
+
+
+class NodeSpec(Spec, ABC):
+    """A branch or a fusion: something that maps [batch, time, width] to [batch, time, width], causally.
+
+    `rigid` axes have an order that matters; along any other axis parts may change places.
+    """
+
+    rigid: ClassVar[frozenset[str]] = frozenset({"width"})
+
+    @classmethod
+    @abstractmethod
+    def example(cls, width: int) -> Self:
+        """A small valid instance for a stream of this width (a multiple of 8); the laws are tested on it."""
+
+    @abstractmethod
+    def build(self, scope: Scope) -> "Node":
+        """The module, its parameters not yet initialised (built on the meta device by `build`)."""
+
+    def children(self) -> Iterator[tuple[str, "NodeSpec"]]:
+        """The nodes directly inside, each with its path from here."""
+        yield from ()
+
+    def problems(self, scope: Scope) -> Problems:
+        """What only the surroundings can show to be wrong."""
+        yield from ()
+
+    def output_width(self, scope: Scope) -> int:
+        """The last dimension of what the node returns."""
+        return scope.width
+
+    @abstractmethod
+    def flops(self, scope: Scope, length: int) -> float:
+        """Forward FLOPs per token, children left out: matrix products only (2 per multiply-add), the mean
+        over the positions of a sequence of `length` tokens; scans count their recurrence."""
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """Bytes that one sequence's cache of `length` tokens takes, children left out."""
+        return 0
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """What each dimension of each parameter runs over, by parameter name, children left out.
+
+        A dimension is a product of named axes, outermost first ("heads*head_dim"), or a sum of such products
+        where parts are concatenated ("local_heads*head_dim+global_heads*head_dim").
+        """
+        return {}
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """The size of every axis that `axes` names."""
+        return {"width": scope.width}
+
+
+class BranchSpec(NodeSpec, ABC):
+    """A leaf of the tree: attention, a state-space model, a feed-forward network, ..."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})
+    encodings: tuple[Name, ...] = ()
+
+    def channels(self) -> Iterator[int]:
+        """The widths that a rotary encoding would have to rotate here."""
+        yield from ()
+
+    def problems(self, scope: Scope) -> Problems:
+        """Encodings that nobody defined, that have no hook here, or that do not fit."""
+        rotations = [name for name in self.encodings if _has_hook(scope, name, "rotate")]
+        if len(rotations) > 1:
+            yield "encodings", f"two rotations on one branch: {', '.join(rotations)}"
+        for name in self.encodings:
+            if name not in scope.encodings:
+                yield "encodings", f"no encoding is called {name!r}{suggest(name, scope.encodings)}"
+            elif not scope.encodings[name].hooks & self.hooks:
+                have = ", ".join(sorted(self.hooks)) or "none"
+                wants = ", ".join(sorted(scope.encodings[name].hooks))
+                yield "encodings", f"encoding {name!r} needs the hook {wants}; this branch has: {have}"
+            else:
+                yield from (("encodings", f"{name}: {p}") for p in scope.encodings[name].problems(self.channels()))
+
+
+def _has_hook(scope: Scope, name: str, hook: Hook) -> bool:
+    return name in scope.encodings and hook in scope.encodings[name].hooks
+
+
+class Node(Module, ABC):
+    """The module of a branch or a fusion; `path` is its place in the tree, given by the model."""
+
+    path: str = ""
+
+    @abstractmethod
+    def forward(
+        self, x: Float[Tensor, "batch time width"], context: Context
+    ) -> Float[Tensor, "batch time features"]:
+        """Map the stream's (normed) features, honouring the context's boundaries and cache."""
+        raise NotImplementedError
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """An empty cache for `batch` rows: room for `capacity` tokens (None: as many as come)."""
+        return {}
+
+
+class EncodingSpec(Spec, ABC):
+    """A time base that branches share by naming it."""
+
+    hooks: ClassVar[frozenset[Hook]]
+
+    @classmethod
+    @abstractmethod
+    def example(cls, width: int) -> Self:
+        """A small valid instance; the laws are tested on it."""
+
+    @property
+    def limit(self) -> int | None:
+        """How many positions there are; None: any number."""
+        return None
+
+    @abstractmethod
+    def build(self, width: int) -> "Encoding":
+        """The module."""
+
+    def problems(self, channels: Iterator[int]) -> Iterator[str]:
+        """Why this encoding does not fit a branch that rotates these channels."""
+        yield from ()
+
+    def flops(self, width: int) -> float:
+        """Forward FLOPs per token of making the table."""
+        return 0.0
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """As of a node."""
+        return {}
+
+    def sizes(self, width: int) -> Mapping[str, int]:
+        """As of a node."""
+        return {"width": width}
+
+
+class Table(ABC):
+    """An encoding evaluated at the positions of one forward pass; hooks that an encoding lacks do nothing."""
+
+    def input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """A branch's input with the encoding added."""
+        return x
+
+    def rotate(self, x: Float[Tensor, "batch time heads channels"]) -> Float[Tensor, "batch time heads channels"]:
+        """Queries, keys, B or C, rotated."""
+        return x
+
+
+class Encoding(Module, ABC):
+    """The module of an encoding."""
+
+    @abstractmethod
+    def forward(self, positions: Int[Tensor, "batch time"]) -> Table:
+        """Evaluate the encoding, once for each forward pass of the model."""
+        raise NotImplementedError
+
+
+Weights = dict[str, Tensor]
+"""Gate values by branch name, each [batch, time, units] or [units]; `units` equal groups of the width."""
+
+
+@dataclass(frozen=True)
+class GateScope:
+    """What surrounds a gate: the branches it weighs, the width it reads and the width it gates."""
+
+    branches: tuple[str, ...]
+    features: int
+    width: int
+
+
+class GateSpec(Spec, ABC):
+    """How much of each branch; the values of all branches sum to 1."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls, branches: tuple[str, ...], width: int) -> Self:
+        """A small valid instance; the laws are tested on it."""
+
+    @abstractmethod
+    def build(self, scope: GateScope) -> "Gate":
+        """The module."""
+
+    def problems(self, scope: GateScope) -> Problems:
+        """Why the gate does not fit its fusion."""
+        yield from ()
+
+    @property
+    @abstractmethod
+    def reads_features(self) -> bool:
+        """Whether the values depend on the input."""
+
+    def units(self, width: int) -> int:
+        """How many groups of the width have a value of their own."""
+        return 1
+
+    def without(self, branch: str) -> "GateSpec":
+        """The gate of the same fusion less one branch; at least two are left."""
+        return self
+
+    def flops(self, scope: GateScope) -> float:
+        """Forward FLOPs per token."""
+        return 0.0
+
+    def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+        """As of a node; features, units and rank may be named."""
+        return {}
+
+    def sizes(self, scope: GateScope) -> Mapping[str, int]:
+        """As of a node."""
+        return {"features": scope.features, "units": self.units(scope.width)}
+
+
+class Gate(Module, ABC):
+    """The module of a gate. `closed` branches have the value 0, and the others share theirs."""
+
+    closed: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def forward(self, features: Float[Tensor, "batch time features"], context: Context) -> Weights:
+        """The value of every branch."""
+        raise NotImplementedError
+
+
+class Fusion(Node, ABC):
+    """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
+
+    closed: frozenset[str] = frozenset()
+    gate: Gate | None = None
+
+
+class FusionSpec(NodeSpec, ABC):
+    """An inner node of the tree: how sibling branches meet."""
+
+    @abstractmethod
+    def without(self, branch: str) -> "FusionSpec":
+        """The spec with one branch less and nothing left that only it used (law 8).
+
+        Raises:
+            SpecError: the branch is the last one.
+        """
+
+
+branches: Registry[BranchSpec] = Registry("branch", BranchSpec)
+fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec)
+gates: Registry[GateSpec] = Registry("gate", GateSpec)
+encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec)
+nodes: OneOf[NodeSpec] = OneOf("node", NodeSpec, (branches, fusions))
+
+AnyNode = Annotated[NodeSpec, nodes]
+"""A field that holds any branch or fusion."""
+AnyGate = Annotated[GateSpec, gates]
+"""A field that holds any gate."""
+AnyEncoding = Annotated[EncodingSpec, encodings]
+"""A field that holds any encoding."""
+REGISTRIES: dict[str, Registry[Any]] = {r.name: r for r in (branches, fusions, gates, encodings)}
+"""Every family by its name."""

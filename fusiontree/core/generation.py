@@ -1,0 +1,140 @@
+"""Sampling: greedy, temperature, top-k, top-p, stop sequences, one seed a row; prompts of unequal length."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.errors import FusionTreeError
+
+if TYPE_CHECKING:
+    from fusiontree.core.model import LanguageModel
+
+Prompts = Int[Tensor, "batch time"] | Sequence[Sequence[int]]
+Stop = Sequence[int | Sequence[int]]
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; `top_k` and `top_p` (arXiv 1904.09751) cut the
+    distribution before it is drawn from. A row's draws depend on its own seed alone; one seed for all gives row
+    i the seed + i."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | Sequence[int] = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise FusionTreeError(f"temperature: found {self.temperature}, at least 0 is needed")
+        if self.top_k is not None and self.top_k < 1:
+            raise FusionTreeError(f"top_k: found {self.top_k}, at least 1 is needed")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise FusionTreeError(f"top_p: found {self.top_p}, it is in (0, 1]")
+
+    def generators(self, rows: int) -> list[torch.Generator]:
+        """One for each row."""
+        seeds = [self.seed + row for row in range(rows)] if isinstance(self.seed, int) else list(self.seed)
+        if len(seeds) != rows:
+            raise FusionTreeError(f"seed: {len(seeds)} seeds for {rows} prompts")
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def choose(self, logits: Float[Tensor, "batch vocab"], generators: list[torch.Generator]) -> Int[Tensor, "batch"]:
+        """The next token of each row."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        ordered, tokens = torch.sort(logits.double() / self.temperature, stable=True, dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        mass = mass.masked_fill(self._beyond(mass), 0.0)
+        draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
+        reached = mass.cumsum(-1)
+        index = torch.searchsorted(reached, draws * reached[:, -1:]).clamp(max=self._last(mass))
+        return tokens.gather(1, index)[:, 0]
+
+    def _beyond(self, mass: Float[Tensor, "batch vocab"]) -> Tensor:
+        """Which of the tokens, most likely first, are cut off; never the first."""
+        rank = torch.arange(mass.shape[-1], device=mass.device).expand_as(mass)
+        beyond = rank >= (self.top_k or mass.shape[-1])
+        if self.top_p is not None:
+            beyond = beyond | ((mass.cumsum(-1) - mass >= self.top_p) & (rank > 0))
+        return beyond
+
+    @staticmethod
+    def _last(mass: Float[Tensor, "batch vocab"]) -> Tensor:
+        """The last token of each row with any mass, so that rounding cannot draw one without."""
+        return (mass > 0).sum(-1, keepdim=True) - 1
+
+
+@torch.no_grad()
+def stream(
+    model: "LanguageModel", prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, stop: Stop = ()
+) -> Iterator[list[int | None]]:
+    """Yield the next token of every row, step by step; None for a row that has ended.
+
+    A row ends with the token that completes a stop sequence. Ends when all rows have, or after
+    `max_new_tokens` steps.
+    """
+    tokens, documents = pad(prompts, model.embedding.weight.device)
+    generators = sampling.generators(tokens.shape[0])
+    endings = [tuple(s) if isinstance(s, Sequence) else (s,) for s in stop]
+    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+    features = model.features(tokens, documents=documents, cache=cache)
+    features = _at_last(features, documents)
+    written: list[list[int]] = [[] for _ in range(tokens.shape[0])]
+    live = [True] * tokens.shape[0]
+    for step in range(max_new_tokens):
+        chosen = sampling.choose(model.logits(features), generators)
+        new = [token if alive else None for token, alive in zip(chosen.tolist(), live, strict=True)]
+        for row, token in enumerate(new):
+            if token is not None:
+                written[row].append(token)
+                live[row] = not any(tuple(written[row][-len(end) :]) == end for end in endings)
+        yield new
+        if not any(live) or step + 1 == max_new_tokens:
+            return
+        alive = None if all(live) else torch.tensor(live, device=chosen.device)
+        marks = None if alive is None else torch.where(alive, cache.documents, -1)[:, None]
+        features = model.features(chosen[:, None], documents=marks, cache=cache)[:, 0]
+
+
+def generate(
+    model: "LanguageModel", prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, stop: Stop = ()
+) -> Int[Tensor, "batch longer"] | list[list[int]]:
+    """Prompts with their continuations, in the form the prompts came in.
+
+    A tensor gives a tensor [batch, time + new], -1 behind rows that ended early; sequences give lists.
+    """
+    steps = list(stream(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop))
+    if not isinstance(prompts, Tensor):
+        rows = enumerate(prompts)
+        return [[*prompt, *(new for step in steps if (new := step[row]) is not None)] for row, prompt in rows]
+    columns = [[PADDING if token is None else token for token in step] for step in steps]
+    new = torch.tensor(columns, dtype=prompts.dtype).reshape(len(columns), prompts.shape[0]).T
+    return torch.cat([prompts, new.to(prompts.device)], 1)
+
+
+def pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor, padded behind, and the documents that say where; None when all are equally long."""
+    if isinstance(prompts, Tensor):
+        return prompts.to(device), None
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise FusionTreeError("prompts: at least one, of at least one token each, is needed")
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=device)
+    documents = torch.full_like(tokens, PADDING)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.long)
+        documents[row, : len(prompt)] = 0
+    return tokens, documents if min(lengths) < max(lengths) else None
+
+
+def _at_last(features: Tensor, documents: Tensor | None) -> Float[Tensor, "batch width"]:
+    if documents is None:
+        return features[:, -1]
+    last = (documents >= 0).sum(1) - 1
+    return features[torch.arange(len(last), device=last.device), last]

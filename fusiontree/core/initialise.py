@@ -1,0 +1,36 @@
+"""Starting values that depend on (seed, path) alone: not on world size, build order or other components."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fusiontree.core.modules import Module
+
+
+def generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator for one parameter."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Give every parameter its starting value, in place; sharded (DTensor) parameters get their shards of it."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            assert isinstance(module, Module), f"{prefix} has parameters but does not say how they start"
+            path = f"{prefix}.{name}" if prefix else name
+            value = torch.empty(parameter.shape, dtype=torch.float32)
+            module.initial[name](value, generator(seed, path))
+            _fill(parameter, value)
+
+
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    if isinstance(parameter, DTensor):
+        shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shards.to_local())
+    else:
+        parameter.copy_(value)

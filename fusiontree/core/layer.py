@@ -1,0 +1,46 @@
+"""One layer of the stack: up to two residual sub-layers."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import Node, Scope
+from fusiontree.core.modules import Normalise
+from fusiontree.core.stack import LayerSpec
+
+Stream = Float[Tensor, "batch time width"]
+
+
+class Layer(nn.Module):
+    """The module of a `LayerSpec`. Norms live at `norm.<sub-layer>.<before|after>`."""
+
+    def __init__(self, spec: LayerSpec, scope: Scope) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mixer = spec.mixer.build(scope) if spec.mixer else None
+        self.ffn = spec.ffn.build(scope) if spec.ffn else None
+        self.norm = nn.ModuleDict()
+        for name, node in (("mixer", self.mixer), ("ffn", self.ffn)):
+            if node is not None:
+                places = {"pre": ["before"], "post": ["after"], "sandwich": ["before", "after"]}[spec.placement]
+                self.norm[name] = nn.ModuleDict({place: Normalise(spec.norm, scope.width) for place in places})
+
+    def forward(self, x: Stream, context: Context) -> Stream:
+        """Run the sub-layers that there are."""
+        if self.mixer is not None:
+            x = self._residual(x, "mixer", self.mixer, context)
+        if self.ffn is not None:
+            x = self._residual(x, "ffn", self.ffn, context)
+        return x
+
+    def _residual(self, x: Stream, name: str, node: Node, context: Context) -> Stream:
+        norms, residual = self.norm[name], self.spec.residual
+        normed = norms["before"](x) if "before" in norms else x
+        y = node(normed, context)
+        y = norms["after"](y) if "after" in norms else y
+        source = x if residual.source == "stream" else normed
+        return _scaled(source, residual.keep) + _scaled(y, residual.add)
+
+
+def _scaled(x: Stream, factor: float) -> Stream:
+    return x if factor == 1.0 else x * factor

@@ -1,0 +1,214 @@
+"""The language model that a spec describes, and how it is built."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fusiontree.core import boundaries, generation, memory, probes
+from fusiontree.core.cache import Cache
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import Encoding, Node
+from fusiontree.core.initialise import initialise
+from fusiontree.core.layer import Layer
+from fusiontree.core.model_spec import HeadSpec, ModelSpec
+from fusiontree.core.modules import Module, Normalise, constant, normal
+from fusiontree.core.observation import Observation
+from fusiontree.errors import FusionTreeError
+
+Ids = Int[Tensor, "batch time"]
+Features = Float[Tensor, "batch time width"]
+Logits = Float[Tensor, "batch time vocab"]
+
+
+class Embedding(Module):
+    """A vector for each token of the vocabulary."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = self.declare("weight", (vocab_size, width), normal(0.02))
+
+    def forward(self, tokens: Ids) -> Features:
+        """Look up the vectors."""
+        return F.embedding(tokens, self.weight)
+
+
+class Head(Module):
+    """From features to logits; a tied head has no weight of its own."""
+
+    def __init__(self, spec: HeadSpec, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02))
+        self.bias = self.declare("bias", (vocab_size,), constant(0.0)) if spec.bias else None
+
+    def forward(self, features: Float[Tensor, "... width"], embedding: Tensor) -> Float[Tensor, "... vocab"]:
+        """softcap * tanh(multiplier * (W x + b) / softcap)."""
+        logits = F.linear(features, embedding if self.weight is None else self.weight, self.bias)
+        logits = logits if self.spec.multiplier == 1.0 else logits * self.spec.multiplier
+        softcap = self.spec.softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class LanguageModel(nn.Module):
+    """Tokens to logits. Module paths are the paths of the expanded spec."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        scope = spec.scope
+        self.embedding = Embedding(spec.vocab_size, spec.width)
+        self.encodings = nn.ModuleDict({name: e.build(spec.width) for name, e in spec.encodings.items()})
+        self.layers = nn.ModuleList(Layer(layer, scope) for layer in spec.expanded_layers())
+        self.norm = Normalise(spec.norm, spec.width)
+        self.head = Head(spec.head, spec.width, spec.vocab_size)
+        for path, node in self.nodes():
+            node.path = path
+
+    def nodes(self) -> Iterator[tuple[str, Node]]:
+        """Every branch and fusion with its path."""
+        for path, module in self.named_modules():
+            if isinstance(module, Node):
+                yield path, module
+
+    def forward(
+        self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None
+    ) -> Float[Tensor, "batch time vocab"]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: integers in [0, vocab_size); what stands at padding is not looked at.
+            positions: where each token stands; 0, 1, ... after what the cache holds when not given, from 0 in
+                each new document.
+            documents: equal numbers for tokens of one document, -1 for padding, wherever it stands; the
+                outputs there are unspecified. One document when not given.
+            cache: from `new_cache`; updated in place.
+
+        Raises:
+            FusionTreeError: a token outside the vocabulary, a position beyond an encoding, no room in the cache.
+        """
+        return self.logits(self.features(tokens, positions=positions, documents=documents, cache=cache))
+
+    def features(
+        self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None
+    ) -> Features:
+        """The features that the head reads, as `forward` takes them."""
+        tokens = self._checked(tokens, documents)
+        layout = boundaries.arrange(tokens, documents, positions, cache)
+        if layout.order is not None:
+            tokens = tokens.gather(1, layout.order)
+        x = self.stack(tokens, self.context(layout, cache))
+        if cache is not None and layout.rows is not None:
+            cache.advance(layout.rows)
+        return x if layout.order is None else _scatter(x, layout.order)
+
+    def context(self, layout: boundaries.Layout, cache: Cache | None = None) -> Context:
+        """What the nodes are told of a chunk: the encodings are evaluated here, once."""
+        self._check_positions(layout.positions)
+        tables = {name: self._encoding(name)(layout.positions) for name in self.spec.encodings}
+        states = None if cache is None else cache.states
+        return Context(layout.positions, layout.segments, tables, layout.rows, states)
+
+    def stack(self, tokens: Ids, context: Context) -> Features:
+        """Embed, run the layers, normalise."""
+        x = self.embedding(tokens) * self.spec.embedding.multiplier
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x)
+
+    def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
+        """Apply the head."""
+        return self.head(features, self.embedding.weight)
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
+        """An empty cache; `max_length` bounds the tokens of a row (None: rings of global heads grow)."""
+        like = self.embedding.weight
+        states = {path: node.new_state(batch_size, max_length, like) for path, node in self.nodes()}
+        counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+        return Cache({path: state for path, state in states.items() if state}, counters, max_length)
+
+    def observe(self) -> AbstractContextManager[Observation]:
+        """Collect statistics of every gate, by path and branch name, while a `with` block runs."""
+        return probes.observe(self)
+
+    def force(self, values: Mapping[str, Mapping[str, float]]) -> AbstractContextManager[None]:
+        """Give gates constant values while a `with` block runs: `{path: {branch: value}}`."""
+        return probes.force(self, values)
+
+    def drop(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+        """Silence branches, sub-layers or layers while a `with` block runs."""
+        return probes.drop(self, paths)
+
+    def generate(
+        self,
+        tokens: generation.Prompts,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: generation.Stop = (),
+    ) -> Ids | list[list[int]]:
+        """Prompts with their continuations; see `generation.Sampling` and `generation.generate`."""
+        sampling = generation.Sampling(temperature, top_k, top_p, seed)
+        return generation.generate(self, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+
+    def _encoding(self, name: str) -> Encoding:
+        module = self.encodings[name]
+        assert isinstance(module, Encoding)
+        return module
+
+    def _checked(self, tokens: Ids, documents: Ids | None) -> Ids:
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
+            found = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+            raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {found}")
+        if documents is not None:
+            tokens = torch.where(documents < 0, 0, tokens)
+        if _readable(tokens):
+            low, high = (int(value) for value in tokens.aminmax())
+            if low < 0 or high >= self.spec.vocab_size:
+                found = low if low < 0 else high
+                raise FusionTreeError(f"tokens: found {found}, the vocabulary is 0..{self.spec.vocab_size - 1}")
+        return tokens
+
+    def _check_positions(self, positions: Ids) -> None:
+        limits = {name: e.limit for name, e in self.spec.encodings.items() if e.limit is not None}
+        if not limits or not _readable(positions):
+            return
+        name = min(limits, key=lambda n: limits[n])
+        if int(positions.max()) >= limits[name]:
+            found = f"position {int(positions.max())}"
+            raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name]} positions")
+
+def _readable(ids: Ids) -> bool:
+    """Whether values can be looked at now: not while a CUDA graph is captured, and not on the meta device."""
+    if ids.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return ids.numel() > 0 and ids.device.type != "meta"
+
+
+def _scatter(x: Features, order: Ids) -> Features:
+    """Put features back to where their tokens stood."""
+    return torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
+
+
+def build(
+    spec: ModelSpec, *, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model of a spec, its parameters drawn from (seed, path); on the meta device, declared only.
+
+    Raises:
+        WeightsError: the weights are larger than the device's free memory (nothing has been allocated).
+    """
+    device = torch.device(device or "cpu")
+    with torch.device("meta"):
+        model = LanguageModel(spec).to(dtype or torch.float32)
+    if device.type != "meta":
+        memory.check_room(sum(p.nbytes for p in model.parameters()), device)
+        model.to_empty(device=device)
+        initialise(model, seed)
+    return model

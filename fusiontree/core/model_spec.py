@@ -1,0 +1,195 @@
+"""The spec of a whole model, and the ways to look at and edit it as data."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fusiontree.core import paths, yaml
+from fusiontree.core.contracts import AnyEncoding, NodeSpec, Scope
+from fusiontree.core.modules import Norm
+from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Positive, Real, Spec, invalid
+from fusiontree.core.stack import Entry, LayerSpec, expand, fold
+from fusiontree.errors import SpecError, suggest
+
+
+class EmbeddingSpec(Spec):
+    """Token embeddings, times a constant (sqrt(width) in Gemma)."""
+
+    multiplier: Real = 1.0
+
+
+class HeadSpec(Spec):
+    """From features to logits: softcap * tanh(multiplier * (W x + b) / softcap). Tied: W is the embedding's."""
+
+    tied: Flag = True
+    multiplier: Real = 1.0
+    softcap: Positive | None = None
+    bias: Flag = False
+
+
+class Lineage(Spec):
+    """Where a spec came from: the digest of its parent and what was done. It takes no part in equality."""
+
+    parent: str
+    edit: str
+
+
+class ModelSpec(Spec):
+    """A language model as data. Equality, hash and digest are those of the expanded form."""
+
+    format: Literal[1] = 1
+    vocab_size: Count
+    width: Count
+    embedding: EmbeddingSpec = EmbeddingSpec()
+    encodings: NamedMap[AnyEncoding] = NamedMap()
+    layers: Annotated[tuple[Entry, ...], Field()]
+    norm: Norm = Norm()
+    head: HeadSpec = HeadSpec()
+    lineage: tuple[Lineage, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        scope = self.scope
+        problems = {
+            (*paths.split(path), *paths.split(where)): text
+            for path, node in self.nodes()
+            for where, text in node.problems(scope)
+        }
+        if problems:
+            raise invalid(problems)
+        return self
+
+    @property
+    def scope(self) -> Scope:
+        """What every node of the stack is surrounded by."""
+        return Scope(self.width, self.encodings)
+
+    def expanded_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers, one by one."""
+        return expand(self.layers)
+
+    def nodes(self) -> Iterator[tuple[str, NodeSpec]]:
+        """Every branch and fusion with its path, parents before children."""
+        for index, layer in enumerate(self.expanded_layers()):
+            for slot in ("mixer", "ffn"):
+                node = getattr(layer, slot)
+                if node is not None:
+                    yield from _below(f"layers.{index}.{slot}", node)
+
+    def node(self, path: str) -> NodeSpec:
+        """The branch or fusion at a path.
+
+        Raises:
+            SpecError: there is none; names the nearest.
+        """
+        found = dict(self.nodes())
+        if path not in found:
+            raise SpecError(f"{path}: no branch or fusion is there{suggest(path, found)}")
+        return found[path]
+
+    def expand(self) -> Self:
+        """The same spec with one entry a layer."""
+        return self.model_copy(update={"layers": self.expanded_layers()})
+
+    def fold(self) -> Self:
+        """The same spec with runs and periods of equal layers written as repeats."""
+        return self.model_copy(update={"layers": fold(self.expanded_layers())})
+
+    def canonical(self) -> dict[str, Any]:
+        """Plain data of the expanded form without lineage: what equality means."""
+        return {key: value for key, value in self.expand().data().items() if key != "lineage"}
+
+    def digest(self) -> str:
+        """The first 12 hex digits of the SHA-256 of the canonical JSON."""
+        text = json.dumps(self.canonical(), separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModelSpec):
+            return NotImplemented
+        return json.dumps(self.canonical()) == json.dumps(other.canonical())
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def replace(self, edits: Mapping[str, Any]) -> Self:
+        """The spec with other values at these paths of the expanded form; `*` stands for any one step.
+
+        The last step may be a new name in a mapping of branches or encodings, and None there removes one.
+
+        Raises:
+            SpecError: a path matches nothing, or the result is not valid.
+        """
+        data = self.expand().data()
+        for pattern, value in edits.items():
+            for path in _places(data, pattern):
+                _edit(data, path, plain(value))
+        return type(self).parse(data).fold()
+
+    def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
+        """What differs, by path of the expanded forms: (here, there); None where there is nothing."""
+        here, there = paths.leaves(self.canonical()), paths.leaves(other.canonical())
+        every = dict.fromkeys([*here, *there])
+        return {path: (here.get(path), there.get(path)) for path in every if here.get(path) != there.get(path)}
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """Read a spec.
+
+        Raises:
+            SpecError: the text is not YAML 1.2 or not a valid spec.
+        """
+        return cls.parse(yaml.read(text))
+
+    def to_yaml(self) -> str:
+        """Write the spec as it stands, defaults left out; `from_yaml` gives it back."""
+        return yaml.write({"format": self.format} | self.data(short=True))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a YAML (or JSON) file; errors begin with its name."""
+        try:
+            return cls.parse(yaml.read_file(path))
+        except SpecError as error:
+            raise SpecError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def plain(value: Any) -> Any:
+    """Specs inside a value as plain data."""
+    if isinstance(value, Spec):
+        return value.data()
+    if isinstance(value, OrderedMap | Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def _below(path: str, node: NodeSpec) -> Iterator[tuple[str, NodeSpec]]:
+    yield path, node
+    for step, child in node.children():
+        yield from _below(f"{path}.{step}", child)
+
+
+_OPEN = ("branches", "encodings")
+
+
+def _places(data: Any, pattern: str) -> list[paths.Steps]:
+    """Where a pattern points to, a new name in an open mapping included."""
+    *above, last = paths.split(pattern) or ("",)
+    if above and above[-1] in _OPEN and last != "*":
+        parents = paths.find(data, ".".join(above))
+        return [(*path, last) for path in parents if isinstance(paths.get(data, path), dict)]
+    return paths.find(data, pattern)
+
+
+def _edit(data: Any, path: paths.Steps, value: Any) -> None:
+    inside = paths.get(data, path[:-1])
+    if value is None and len(path) > 1 and path[-2] in _OPEN:
+        inside.pop(path[-1], None)
+    else:
+        paths.put(data, path, value)

@@ -1,0 +1,95 @@
+"""The small modules that components are made of. Each says how its own parameters start.
+
+Construction only declares shapes (it runs on the meta device); `initialise` draws the values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from fusiontree.core.spec import Positive, Spec
+
+Init = Callable[[Tensor, Generator], object]
+"""Fills a float32 tensor on the CPU in place."""
+
+
+def normal(std: float) -> Init:
+    """Draw from a normal distribution around 0."""
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def fan_in(scale: float = 1.0) -> Init:
+    """Draw so that unit inputs give outputs of standard deviation `scale` (LeCun et al., Efficient BackProp)."""
+    return lambda tensor, generator: tensor.normal_(0.0, scale / math.sqrt(tensor.shape[-1]), generator=generator)
+
+
+def constant(value: float) -> Init:
+    """The same value everywhere."""
+    return lambda tensor, generator: tensor.fill_(value)
+
+
+class Module(nn.Module):
+    """A module whose own parameters are declared together with how they start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial: dict[str, Init] = {}
+
+    def declare(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
+        """Add a parameter of this shape."""
+        parameter = nn.Parameter(torch.empty(shape))
+        self.register_parameter(name, parameter)
+        self.initial[name] = init
+        return parameter
+
+
+class Linear(Module):
+    """y = x W^T + b."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
+        super().__init__()
+        self.weight = self.declare("weight", (outputs, inputs), init or fan_in())
+        self.bias = self.declare("bias", (outputs,), constant(0.0)) if bias else None
+
+    def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        """Apply the map to the last dimension."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Norm(Spec):
+    """How features are normalised over the width: root mean square (arXiv 1910.07467) or layer norm
+    (arXiv 1607.06450, without a bias). `gain` is absent, a weight, or 1 + a weight that starts at 0 (Gemma)."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    gain: Literal["none", "weight", "one_plus"] = "weight"
+    eps: Positive = 1e-5
+
+
+class Normalise(Module):
+    """The module of a `Norm`, over each of `groups` equal parts of the width; statistics in float32 or better."""
+
+    def __init__(self, spec: Norm, width: int, *, groups: int = 1) -> None:
+        super().__init__()
+        self.spec, self.groups = spec, groups
+        start = constant(1.0 if spec.gain == "weight" else 0.0)
+        self.weight = None if spec.gain == "none" else self.declare("weight", (width,), start)
+
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        """Normalise the last dimension."""
+        function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
+        parts = x.to(wide(x.dtype)).unflatten(-1, (self.groups, -1))
+        normed = function(parts, parts.shape[-1:], eps=self.spec.eps).flatten(-2)
+        if self.weight is not None:
+            weight = self.weight.to(normed.dtype)
+            normed = normed * (weight if self.spec.gain == "weight" else 1 + weight)
+        return normed.to(x.dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in where half precision is not enough: float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,81 @@
+"""Paths into plain data: `layers.3.mixer.branches.mamba`, with `*` for any one step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from fusiontree.errors import SpecError
+
+Steps = tuple[str, ...]
+
+
+def split(path: str) -> Steps:
+    """The steps of a dotted path."""
+    return tuple(path.split(".")) if path else ()
+
+
+def steps(data: Any) -> Iterator[tuple[str, Any]]:
+    """What lies directly inside: the items of a mapping, or of a list by index."""
+    if isinstance(data, Mapping):
+        yield from ((str(key), value) for key, value in data.items())
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        yield from ((str(index), value) for index, value in enumerate(data))
+
+
+def walk(data: Any, prefix: Steps = ()) -> Iterator[tuple[Steps, Any]]:
+    """Every place inside, with what is there, from the outside in."""
+    for step, value in steps(data):
+        yield (*prefix, step), value
+        yield from walk(value, (*prefix, step))
+
+
+def leaves(data: Any) -> dict[str, Any]:
+    """The values that hold nothing further, by path."""
+    return {".".join(path): value for path, value in walk(data) if not any(True for _ in steps(value))}
+
+
+def find(data: Any, pattern: str) -> list[Steps]:
+    """The places that a pattern matches.
+
+    Raises:
+        SpecError: there is none; names the nearest path that there is.
+    """
+    found = [path for path, _ in _matches(data, split(pattern), ())]
+    if not found:
+        raise SpecError(f"{pattern}: matches nothing{_nearest(data, pattern)}")
+    return found
+
+
+def _matches(data: Any, pattern: Steps, prefix: Steps) -> Iterator[tuple[Steps, Any]]:
+    if not pattern:
+        yield prefix, data
+        return
+    for step, value in steps(data):
+        if pattern[0] in (step, "*"):
+            yield from _matches(value, pattern[1:], (*prefix, step))
+
+
+def _nearest(data: Any, pattern: str) -> str:
+    """The deepest part of the pattern that matches, and the step nearest to the one that does not."""
+    known = split(pattern)
+    for depth in range(len(known), -1, -1):
+        places = [value for _, value in _matches(data, known[:depth], ())]
+        if places and depth < len(known):
+            names = list(dict.fromkeys(step for place in places for step, _ in steps(place)))
+            near = get_close_matches(known[depth], names, n=1, cutoff=0.3) or names[:1]
+            rest = known[depth + 1 :]
+            return f"; the nearest is {'.'.join((*known[:depth], *near, *rest))!r}" if near else ""
+    return ""
+
+
+def get(data: Any, path: Steps) -> Any:
+    """What is at a place that exists."""
+    for step in path:
+        data = data[int(step)] if isinstance(data, Sequence) else data[step]
+    return data
+
+
+def put(data: Any, path: Steps, value: Any) -> None:
+    """Change what is at a place, in place; the step before the last must exist."""
+    inside = get(data, path[:-1])
+    inside[int(path[-1]) if isinstance(inside, list) else path[-1]] = value

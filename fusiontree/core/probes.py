@@ -1,0 +1,105 @@
+"""Looking at and taking over a model's gates and branches, for a while, without editing it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusiontree.core.contracts import Fusion, Gate, Node, Weights
+from fusiontree.core.observation import Observation
+from fusiontree.errors import SpecError, suggest
+
+
+def gates(model: nn.Module) -> dict[str, Gate]:
+    """Every gate by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Gate)}
+
+
+@contextmanager
+def observe(model: nn.Module) -> Iterator[Observation]:
+    """Collect statistics of every gate while the block runs."""
+    observation = Observation()
+    with ExitStack() as stack:
+        for path, gate in gates(model).items():
+            stack.callback(gate.register_forward_hook(observation.hook(path)).remove)
+        yield observation
+
+
+@contextmanager
+def force(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> Iterator[None]:
+    """Give gates constant values, by the path of a gate or of its fusion, then by branch name.
+
+    Branches that are not named share what is left equally.
+
+    Raises:
+        SpecError: no such gate or branch, or values that cannot sum to 1.
+    """
+    known = gates(model)
+    with ExitStack() as stack:
+        for path, given in values.items():
+            gate = known.get(path) or known.get(f"{path}.gate")
+            if gate is None:
+                raise SpecError(f"{path}: no gate is there{suggest(path, known)}")
+            stack.callback(gate.register_forward_hook(_constant(path, given)).remove)
+        yield
+
+
+def _constant(path: str, given: Mapping[str, float]):  # noqa: ANN202
+    def replace(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> Weights:
+        shares = complete(path, given, list(output))
+        return {branch: torch.full_like(value, shares[branch]) for branch, value in output.items()}
+
+    return replace
+
+
+def complete(path: str, given: Mapping[str, float], branches: list[str]) -> dict[str, float]:
+    """Values for all branches from values for some: the others share what is left to 1."""
+    for branch, value in given.items():
+        if branch not in branches:
+            raise SpecError(f"{path}: no branch is called {branch!r}{suggest(branch, branches)}")
+        if not 0 <= value <= 1:
+            raise SpecError(f"{path}.{branch}: found {value}, a gate value is in [0, 1]")
+    others = [branch for branch in branches if branch not in given]
+    left = 1 - sum(given.values())
+    if left < -1e-6 or (not others and abs(left) > 1e-6):
+        raise SpecError(f"{path}: the values sum to {sum(given.values()):g}, they have to sum to 1")
+    return {branch: given.get(branch, left / max(len(others), 1)) for branch in branches}
+
+
+@contextmanager
+def drop(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Silence branches, sub-layers or whole layers: their output is 0 before anything reads it (law 8)."""
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for path in dict.fromkeys(paths):
+            for place, node in _dropped(modules, path):
+                stack.callback(node.register_forward_hook(_zero).remove)
+                _close(modules, place, stack)
+        yield
+
+
+def _dropped(modules: Mapping[str, nn.Module], path: str) -> list[tuple[str, Node]]:
+    known = [p for p, m in modules.items() if isinstance(m, Node)]
+    layers = [p.rsplit(".", 1)[0] for p in known if p.count(".") == 2]
+    if path not in known and path not in layers:
+        raise SpecError(f"{path}: no branch, fusion or layer is there{suggest(path, [*known, *layers])}")
+    places = [path] if path in known else [f"{path}.{slot}" for slot in ("mixer", "ffn")]
+    return [(place, module) for place in places if isinstance(module := modules.get(place), Node)]
+
+
+def _zero(node: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def _close(modules: Mapping[str, nn.Module], place: str, stack: ExitStack) -> None:
+    """Tell the fusion around a branch, and its gate, that the branch is closed."""
+    above, _, name = place.rpartition(".branches.")
+    fusion = modules.get(above) if above else None
+    if not isinstance(fusion, Fusion):
+        return
+    for module in (fusion, fusion.gate):
+        if module is not None:
+            stack.callback(setattr, module, "closed", module.closed)
+            module.closed = module.closed | {name}

@@ -1,0 +1,146 @@
+"""Component families: registries that pydantic validates against and that plugins may join at any time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import core_schema as cs
+
+from fusiontree.core.spec import Spec, invalid
+from fusiontree.errors import SpecError, suggest
+
+S = TypeVar("S", bound=Spec)
+K = TypeVar("K", bound=Spec)
+
+
+class Family(ABC, Generic[S]):
+    """Kinds of one family. As the `Annotated` marker of a field it lets the field hold any of them.
+
+    The kind is looked up when a value is validated, so kinds registered later are found, families may
+    contain themselves, and the JSON Schema lists what is known when it is asked for.
+    """
+
+    def __init__(self, name: str, base: type[S]) -> None:
+        self.name, self.base = name, base
+        self._writing = False
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every kind that can be named, sorted."""
+
+    @abstractmethod
+    def get(self, kind: str) -> type[S]:
+        """The spec class of a kind.
+
+        Raises:
+            SpecError: no such kind, with the nearest and the known ones.
+        """
+
+    def parse(self, value: Any) -> S:
+        """The spec that a mapping with a `kind` describes; a spec of this family is returned as it is."""
+        if isinstance(value, self.base):
+            return value
+        if not isinstance(value, Mapping) or "kind" not in value:
+            known = ", ".join(self.names())
+            raise invalid({(): f"a {self.name} is a mapping with a 'kind' (known: {known}), found {value!r:.60}"})
+        try:
+            spec = self.get(str(value["kind"]))
+        except SpecError as error:
+            raise invalid({("kind",): str(error)}) from None
+        return spec.model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> cs.CoreSchema:
+        write = cs.wrap_serializer_function_ser_schema(lambda value, write: write(value), schema=cs.any_schema())
+        return cs.no_info_plain_validator_function(self.parse, serialization=write)
+
+    def __get_pydantic_json_schema__(
+        self, schema: cs.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        reference = cs.definition_reference_schema(f"{self.name}:family")
+        if self._writing:  # a family that contains itself
+            return handler(reference)
+        self._writing = True
+        try:
+            kinds = {kind: self.get(kind).__pydantic_core_schema__ for kind in self.names()}
+            union = cs.tagged_union_schema(dict(kinds), discriminator="kind", ref=f"{self.name}:family")
+            return handler(cs.definitions_schema(reference, [union]))
+        finally:
+            self._writing = False
+
+
+class Registry(Family[S]):
+    """One family's own kinds, built in, registered by a decorator, or offered by an installed package.
+
+    A package offers a kind by an entry point in the group `fusiontree.<family>` whose name is the kind.
+    It is imported when the kind is used, so a broken plugin fails only then.
+    """
+
+    def __init__(self, name: str, base: type[S]) -> None:
+        super().__init__(name, base)
+        self._kinds: dict[str, type[Any]] = {}
+
+    def register(self, spec: type[K]) -> type[K]:
+        """Add a spec class under the default of its `kind` field.
+
+        Raises:
+            TypeError: the class has no `kind` with a default.
+            ValueError: another class has this kind already.
+        """
+        field = spec.model_fields.get("kind")
+        if field is None or not isinstance(field.default, str):
+            raise TypeError(f"{spec.__qualname__} needs a field kind: Literal['name'] = 'name'")
+        known = self._kinds.get(field.default)
+        if known and (known.__module__, known.__qualname__) != (spec.__module__, spec.__qualname__):
+            both = " and ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in (known, spec))
+            raise ValueError(f"two {self.name} kinds are called {field.default!r}: {both}")
+        self._kinds[field.default] = spec
+        return spec
+
+    @cached_property
+    def plugins(self) -> dict[str, EntryPoint]:
+        """What installed packages offer, by kind; nothing is imported to find out."""
+        return {point.name: point for point in entry_points(group=f"fusiontree.{self.name}")}
+
+    def names(self) -> list[str]:
+        """Every kind that can be named, sorted."""
+        return sorted({*self._kinds, *self.plugins})
+
+    def get(self, kind: str) -> type[S]:
+        """The spec class of a kind; the plugin that offers it is imported when needed."""
+        if kind not in self._kinds and kind in self.plugins:
+            self._load(self.plugins[kind])
+        if kind not in self._kinds:
+            raise SpecError(f"no {self.name} is called {kind!r}{suggest(kind, self.names())}")
+        return self._kinds[kind]
+
+    def _load(self, point: EntryPoint) -> None:
+        try:
+            point.load()
+        except Exception as error:
+            text = f"the plugin of {self.name} {point.name!r} ({point.value}) failed: {type(error).__name__}: {error}"
+            raise SpecError(text) from error
+        if point.name not in self._kinds:
+            raise SpecError(f"the plugin {point.value} was imported but registered no {self.name} {point.name!r}")
+
+
+class OneOf(Family[S]):
+    """Several families where any of their kinds may stand."""
+
+    def __init__(self, name: str, base: type[S], families: tuple[Registry[Any], ...]) -> None:
+        super().__init__(name, base)
+        self.families = families
+
+    def names(self) -> list[str]:
+        """Every kind of every family, sorted."""
+        return sorted({kind for family in self.families for kind in family.names()})
+
+    def get(self, kind: str) -> type[S]:
+        """The spec class of a kind, from the family that has it."""
+        for family in self.families:
+            if kind in family.names():
+                return family.get(kind)
+        raise SpecError(f"no {self.name} is called {kind!r}{suggest(kind, self.names())}")

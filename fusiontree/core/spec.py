@@ -1,0 +1,162 @@
+"""What every part of a spec is: a frozen, strict description; equal specs build equal things."""
+
+from collections.abc import ItemsView, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import core_schema as cs
+
+from fusiontree.errors import SpecError, suggest
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+"""How many of something there are: at least one."""
+Natural = Annotated[int, Field(strict=True, ge=0)]
+"""How many of something there are: none is allowed."""
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A finite number."""
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+Flag = Annotated[bool, Field(strict=True)]
+"""Yes or no, and not 0, 1 or a word."""
+Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+"""A name that can be a step of a path."""
+
+
+class Spec(BaseModel):
+    """A frozen description of something. Unknown keys are errors, and `kind` is always written, first."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if isinstance(value, Mapping):
+            unknown = [key for key in value if key not in known and key not in cls.model_fields]
+            if unknown:
+                raise invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
+        return value
+
+    @model_serializer(mode="wrap")
+    def _write_kind_first(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        kind = getattr(self, "kind", None)
+        return ({"kind": kind} if kind else {}) | write(self)
+
+    def data(self, *, short: bool = False) -> dict[str, Any]:
+        """Plain data: every field, or (short) those that differ from their defaults."""
+        return self.model_dump(mode="json", exclude_defaults=short)
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """The spec that plain data describes.
+
+        Raises:
+            SpecError: one line, with the path of the first thing that is wrong.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise SpecError(one_line(error)) from None
+
+
+def invalid(problems: Mapping[tuple[str | int, ...], str]) -> ValidationError:
+    """A validation error with a message at each location; raised inside validators, it keeps the path."""
+    lines = [
+        InitErrorDetails(type=PydanticCustomError("invalid", "{text}", {"text": text}), loc=loc, input=None)
+        for loc, text in problems.items()
+    ]
+    return ValidationError.from_exception_data("spec", lines)
+
+
+def one_line(error: ValidationError) -> str:
+    """The first problem as `path: found, allowed`, and how many more there are."""
+    details = error.errors(include_url=False)
+    first, more = details[0], len(details) - 1
+    path = ".".join(str(step) for step in first["loc"]) or "spec"
+    text = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] in ("invalid", "missing", "value_error") else f", found {_brief(first['input'])}"
+    return f"{path}: {text}{found}" + (f" (and {more} more)" if more else "")
+
+
+def _brief(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+V = TypeVar("V")
+
+
+class OrderedMap(Mapping[str, V], Generic[V]):
+    """An immutable mapping whose order counts: it enters equality and the hash.
+
+    >>> OrderedMap(a=1, b=2) == OrderedMap(b=2, a=1)
+    False
+    """
+
+    key: ClassVar[Any] = str
+
+    def __init__(self, items: Mapping[str, V] | None = None, /, **more: V) -> None:
+        self._items = {**(items or {}), **more}
+
+    def __getitem__(self, key: str) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def items(self) -> ItemsView[str, V]:
+        """Names with values, in order."""
+        return self._items.items()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return list(self.items()) == list(other.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return f"OrderedMap({self._items!r})"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> cs.CoreSchema:
+        plain = handler.generate_schema(dict[cls.key, source.__args__[0]])
+        unwrap = cs.no_info_before_validator_function(_plain_mapping, plain)
+        return cs.no_info_after_validator_function(
+            cls,
+            unwrap,
+            serialization=cs.wrap_serializer_function_ser_schema(
+                lambda value, write: write(dict(value)), schema=plain
+            ),
+        )
+
+
+class NamedMap(OrderedMap[V], Generic[V]):
+    """An ordered mapping whose keys are steps of paths."""
+
+    key = Name
+
+
+def _plain_mapping(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,130 @@
+"""Layers, and repeats of them: a deep stack written shortly, without a second meaning for a path."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import core_schema as cs
+
+from fusiontree.core import paths
+from fusiontree.core.contracts import AnyNode
+from fusiontree.core.modules import Norm
+from fusiontree.core.spec import Count, OrderedMap, Real, Spec, invalid
+from fusiontree.errors import SpecError
+
+
+class Residual(Spec):
+    """How a sub-layer joins the stream: keep * source + add * f(...), the source being the stream itself or the
+    sub-layer's normed input (MiniMax, arXiv 2501.08313)."""
+
+    source: Literal["stream", "normed"] = Field("stream", alias="from")
+    keep: Real = 1.0
+    add: Real = 1.0
+
+
+class LayerSpec(Spec):
+    """Up to two residual sub-layers, `mixer` and `ffn`. `{}` is the identity.
+
+    `placement` says where norms stand: `pre` x + f(norm(x)), `post` x + norm(f(x)), `sandwich` both.
+    """
+
+    mixer: AnyNode | None = None
+    ffn: AnyNode | None = None
+    norm: Norm = Norm()
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    residual: Residual = Residual()
+
+    @model_validator(mode="after")
+    def _source_exists(self) -> "LayerSpec":
+        if self.placement == "post" and self.residual.source == "normed":
+            raise invalid({("residual", "from"): "'normed' needs placement pre or sandwich, found post"})
+        return self
+
+
+class Repeat(Spec):
+    """A period of layers, `repeat` times over. `vary` gives a path inside the period a value for each time:
+    `{0.mixer.window: [128, 256, 512]}`."""
+
+    repeat: Count
+    layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
+    vary: OrderedMap[tuple[Any, ...]] = OrderedMap()
+
+    @model_validator(mode="after")
+    def _varies_what_exists(self) -> "Repeat":
+        period = [layer.data() for layer in self.layers]
+        for path, values in self.vary.items():
+            if len(values) != self.repeat:
+                text = f"needs {self.repeat} values, one for each time, found {len(values)}"
+                raise invalid({("vary", path): text})
+            try:
+                paths.find(period, path)
+            except SpecError as error:
+                raise invalid({("vary",): str(error)}) from None
+        self.expand()
+        return self
+
+    def expand(self) -> tuple[LayerSpec, ...]:
+        """The layers, one by one."""
+        if not self.vary:
+            return self.layers * self.repeat
+        return tuple(layer for time in range(self.repeat) for layer in self._period(time))
+
+    def _period(self, time: int) -> list[LayerSpec]:
+        period = [layer.data() for layer in self.layers]
+        for pattern, values in self.vary.items():
+            for path in paths.find(period, pattern):
+                paths.put(period, path, values[time])
+        return [LayerSpec.model_validate(layer) for layer in period]
+
+
+class _Entry:
+    """Marks the items of a stack: a mapping with `repeat` is a Repeat, any other a layer."""
+
+    def parse(self, value: Any) -> LayerSpec | Repeat:
+        """The item that plain data describes."""
+        if isinstance(value, LayerSpec | Repeat):
+            return value
+        repeated = isinstance(value, Mapping) and "repeat" in value
+        return (Repeat if repeated else LayerSpec).model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> cs.CoreSchema:
+        write = cs.wrap_serializer_function_ser_schema(lambda value, write: write(value), schema=cs.any_schema())
+        choices = handler.generate_schema(LayerSpec | Repeat)
+        return cs.no_info_plain_validator_function(
+            self.parse, serialization=write, json_schema_input_schema=choices
+        )
+
+
+Entry = Annotated[LayerSpec | Repeat, _Entry()]
+"""A field that holds a layer or a repeat of layers."""
+
+
+def expand(entries: Sequence[LayerSpec | Repeat]) -> tuple[LayerSpec, ...]:
+    """One entry a layer."""
+    parts = [entry.expand() if isinstance(entry, Repeat) else (entry,) for entry in entries]
+    return tuple(layer for part in parts for layer in part)
+
+
+def fold(layers: Sequence[LayerSpec]) -> tuple[LayerSpec | Repeat, ...]:
+    """The shortest way, found greedily, to write layers down as repeats of equal periods."""
+    folded: list[LayerSpec | Repeat] = []
+    start = 0
+    while start < len(layers):
+        period, times = _best_period(layers[start:])
+        part = tuple(layers[start : start + period])
+        folded += [Repeat(repeat=times, layers=part)] if times > 1 else part
+        start += period * times
+    return tuple(folded)
+
+
+def _best_period(layers: Sequence[LayerSpec]) -> tuple[int, int]:
+    """The period that saves most entries from the front, and how often it comes."""
+    candidates = [(period, _times(layers, period)) for period in range(1, len(layers) // 2 + 1)]
+    return max(candidates, key=lambda c: c[0] * (c[1] - 1), default=(1, 1))
+
+
+def _times(layers: Sequence[LayerSpec], period: int) -> int:
+    times = 1
+    while layers[times * period : (times + 1) * period] == layers[:period]:
+        times += 1
+    return times

@@ -1,0 +1,117 @@
+"""A model on disk: `spec.yaml` and `model.safetensors`, read strictly and written all or nothing."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fusiontree.core import memory
+from fusiontree.core.model import LanguageModel, build
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.errors import WeightsError, suggest
+
+SPEC_FILE = "spec.yaml"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save(model: LanguageModel, directory: Path | str) -> None:
+    """Write a model; an existing one there is replaced only when the new one is complete.
+
+    Raises:
+        WeightsError: the directory holds something else, or the disk is full (nothing is left behind).
+    """
+    save_weights(model.spec, model.state_dict(), directory)
+
+
+def save_weights(spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str) -> None:
+    """`save`, from a spec and its tensors."""
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / SPEC_FILE).exists())):
+        raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
+    with complete_directory(target) as new:
+        (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt", "digest": spec.digest()})
+
+
+@contextmanager
+def complete_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into that takes its place, or replaces the files there, when the block ends well.
+
+    Raises:
+        WeightsError: writing failed; the target is as it was.
+    """
+    new: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield new
+        if target.exists():
+            for file in new.iterdir():
+                os.replace(file, target / file.name)
+        else:
+            new.chmod(0o755)
+            os.replace(new, target)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{target}: cannot be written: {error}") from None
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def load(
+    directory: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Read a model.
+
+    Raises:
+        SpecError: the spec is not valid.
+        WeightsError: not a model of ours, a truncated file, a tensor missing, extra, of another shape or not
+            finite, or weights larger than the device's free memory.
+    """
+    source = Path(directory)
+    for name in (SPEC_FILE, WEIGHTS_FILE):
+        if not (source / name).is_file():
+            raise WeightsError(f"{source}: not a model of ours, it has no {name}")
+    model = build(ModelSpec.from_file(source / SPEC_FILE), device="meta")
+    target = torch.device(device or "cpu")
+    with _opened(source / WEIGHTS_FILE) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)
+        memory.check_room((source / WEIGHTS_FILE).stat().st_size, target)
+        tensors = {name: _finite(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(True)
+
+
+@contextmanager
+def _opened(path: Path):  # noqa: ANN202
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: truncated or not safetensors: {error}") from None
+
+
+def _check_shapes(source: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in wanted.items():
+        if name not in found:
+            raise WeightsError(f"{source}: tensor {name!r} is missing")
+        if found[name] != shape:
+            raise WeightsError(f"{source}: tensor {name!r} has the shape {found[name]}, the spec says {shape}")
+    extra = sorted(set(found) - set(wanted))
+    if extra:
+        raise WeightsError(f"{source}: tensor {extra[0]!r} is not in the spec{suggest(extra[0], wanted):.200}")
+
+
+def _finite(source: Path, name: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise WeightsError(f"{source}: tensor {name!r} holds a value that is not finite")
+    return tensor

@@ -1,0 +1,79 @@
+"""Documents as one array of tokens, and the stream that an order of the documents makes of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from jaxtyping import Int64, Integer, UInt16
+
+from fusiontree.data.source import DataError, Document
+from fusiontree.data.tokenizer import ByteTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The documents of a split in source order, each closed by the end token: two bytes of memory a token.
+
+    Attributes:
+        tokens: every document's tokens and its end token, one after another.
+        starts: where each document starts in `tokens`, and last the length of `tokens`.
+        tokenizer: what made the tokens.
+    """
+
+    tokens: UInt16[np.ndarray, " tokens"]
+    starts: Int64[np.ndarray, "documents+1"]
+    tokenizer: ByteTokenizer
+
+    @classmethod
+    def read(cls, documents: Iterable[Document], *, named: str = "the source") -> Self:
+        """Tokenise documents as they come.
+
+        Raises:
+            DataError: there is not one byte of text; the message starts with `named`.
+        """
+        tokenizer, buffer, starts = ByteTokenizer(), bytearray(), [0]
+        for document in documents:
+            buffer += tokenizer.encode(document.text).tobytes()
+            buffer += np.uint16(tokenizer.end).tobytes()
+            starts.append(len(buffer) // 2)
+        corpus = cls(np.frombuffer(buffer, dtype=np.uint16), np.array(starts, dtype=np.int64), tokenizer)
+        if not corpus.bytes:
+            raise DataError(f"{named} has no text: found {corpus.documents} documents with 0 bytes")
+        return corpus
+
+    def text(self, document: int) -> bytes:
+        """The bytes of one document."""
+        return self.tokenizer.decode_bytes(self.tokens[self.starts[document] : self.starts[document + 1]])
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self.starts) - 1
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes of text there are, end tokens not counted."""
+        return len(self.tokens) - self.documents
+
+
+class Stream:
+    """The documents of a corpus in some order, read at any index without being written out.
+
+    Attributes:
+        corpus: the documents.
+        order: which of them comes first, second, ...
+    """
+
+    def __init__(self, corpus: Corpus, order: Int64[np.ndarray, " documents"]) -> None:
+        self.corpus, self.order = corpus, order
+        self._starts = np.concatenate([[0], np.cumsum(np.diff(corpus.starts)[order])])
+
+    def read(
+        self, index: Integer[np.ndarray, "*shape"]
+    ) -> tuple[Int64[np.ndarray, "*shape"], Int64[np.ndarray, "*shape"]]:
+        """Tokens at indices of the stream, and how far each is into its document."""
+        place = np.searchsorted(self._starts, index, side="right") - 1
+        within = index - self._starts[place]
+        found = self.corpus.tokens[self.corpus.starts[self.order[place]] + within]
+        return found.astype(np.int64), within

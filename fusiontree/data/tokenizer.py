@@ -1,0 +1,35 @@
+"""Bytes as tokens: no vocabulary to train, no text that it cannot write, bits per byte with no conversion."""
+
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Integer, UInt16
+
+
+class ByteTokenizer:
+    """Tokens 0..255 are the bytes; token 256 ends a document.
+
+    The byte vocabulary is that of ByT5 (arXiv:2105.13626), with one special token instead of three.
+
+    >>> tokens = ByteTokenizer().encode("h\\u00e9")
+    >>> tokens.tolist(), ByteTokenizer().decode(tokens)
+    ([104, 195, 169], 'h\\xe9')
+    """
+
+    vocab_size: ClassVar[int] = 257
+    """How many tokens there are."""
+    end: ClassVar[int] = 256
+    """The token after a document's last byte."""
+
+    def encode(self, text: str | bytes) -> UInt16[np.ndarray, " time"]:
+        """The bytes of a text (UTF-8 if it is a str), one token each, with no end token."""
+        data = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+    def decode_bytes(self, tokens: Integer[np.ndarray, " time"]) -> bytes:
+        """The bytes behind tokens; end tokens are left out."""
+        return tokens[tokens != self.end].astype(np.uint8).tobytes()
+
+    def decode(self, tokens: Integer[np.ndarray, " time"]) -> str:
+        """The text behind tokens; end tokens are left out, and what is not UTF-8 reads U+FFFD."""
+        return self.decode_bytes(tokens).decode(errors="replace")

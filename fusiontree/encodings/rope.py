@@ -1,0 +1,83 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): channels i and i + dim/2 turn by position * theta^(-2i/dim).
+
+Named by attention and by Mamba-2 it is one rotary time base for both: queries and keys, C and B.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
+from fusiontree.core.modules import wide
+from fusiontree.core.spec import Positive
+
+Ids = Int[Tensor, "batch time"]
+Heads = Float[Tensor, "batch time heads channels"]
+
+
+@encodings.register
+class Rope(EncodingSpec):
+    """`dim`: how many channels turn, the first ones; null: all."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"rotate"})
+    kind: Literal["rope"] = "rope"
+    theta: Positive = 10000.0
+    dim: Annotated[int, Field(strict=True, ge=2, multiple_of=2)] | None = None
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """The defaults."""
+        return cls()
+
+    def build(self, width: int) -> "Rotary":
+        """The module."""
+        return Rotary(self)
+
+    def problems(self, channels: Iterator[int]) -> Iterator[str]:
+        """Odd channel counts, and fewer channels than turn."""
+        for count in channels:
+            if self.dim is not None and self.dim > count:
+                yield f"rotates {self.dim} channels, the branch has {count}"
+            if self.dim is None and count % 2:
+                yield f"rotates pairs of channels, the branch has {count}"
+
+
+class Rotary(Encoding):
+    """Holds no parameters."""
+
+    def __init__(self, spec: Rope) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, positions: Ids) -> "Rotation":
+        """The rotation at these positions."""
+        return Rotation(self.spec, positions)
+
+
+class Rotation(Table):
+    """Angles are worked out once for each number of channels and precision."""
+
+    def __init__(self, spec: Rope, positions: Ids) -> None:
+        self.spec, self.positions = spec, positions
+        self._known: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def rotate(self, x: Heads) -> Heads:
+        """Turn the first `dim` channels, in float32 or better."""
+        dim = self.spec.dim or x.shape[-1]
+        precise = wide(x.dtype)
+        if (dim, precise) not in self._known:
+            self._known[dim, precise] = self._angles(dim, precise)
+        cos, sin = self._known[dim, precise]
+        first, second, rest = x.to(precise).split([dim // 2, dim // 2, x.shape[-1] - dim], -1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+        return turned.to(x.dtype)
+
+    def _angles(self, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [batch, time, 1, dim / 2], from float64 angles so that far positions stay exact."""
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=self.positions.device) / dim
+        angles = self.positions[..., None, None] * self.spec.theta**-exponents
+        return angles.cos().to(dtype), angles.sin().to(dtype)

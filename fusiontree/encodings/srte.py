@@ -1,0 +1,115 @@
+"""The shared relative time encoding: one time base, counted from each document's start, added to the input of
+every branch that names it. A learned table (also low-rank), or sines and cosines (arXiv 1706.03762, section 3.5).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
+from fusiontree.core.modules import fan_in, normal
+from fusiontree.core.spec import Count, Positive
+
+Ids = Int[Tensor, "batch time"]
+
+
+@dataclass(frozen=True)
+class Added(Table):
+    """Vectors to add to a branch's input."""
+
+    vectors: Float[Tensor, "batch time width"]
+
+    def input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """The input with the vectors added."""
+        return x + self.vectors.to(x.dtype)
+
+
+@encodings.register
+class SrteLearned(EncodingSpec):
+    """A learned vector for each of `max_length` positions, of low `rank` if one is given."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})
+    kind: Literal["srte_learned"] = "srte_learned"
+    max_length: Count
+    rank: Count | None = None
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Low-rank, so that both parameters are tested."""
+        return cls(max_length=256, rank=4)
+
+    @property
+    def limit(self) -> int:
+        """How many positions there are."""
+        return self.max_length
+
+    def build(self, width: int) -> "LearnedTime":
+        """The module."""
+        return LearnedTime(self, width)
+
+    def flops(self, width: int) -> float:
+        """The low-rank product."""
+        return 2.0 * self.rank * width if self.rank else 0.0
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """`table` alone, or `table` and `up`."""
+        low_rank = {"table": ("max_length", "rank"), "up": ("width", "rank")}
+        return low_rank if self.rank else {"table": ("max_length", "width")}
+
+    def sizes(self, width: int) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": width, "max_length": self.max_length, "rank": self.rank or width}
+
+
+class LearnedTime(Encoding):
+    """A table of vectors, times `up` where it is low-rank."""
+
+    def __init__(self, spec: SrteLearned, width: int) -> None:
+        super().__init__()
+        columns = spec.rank or width
+        self.table = self.declare("table", (spec.max_length, columns), normal(0.02 if spec.rank is None else 1.0))
+        self.up = None if spec.rank is None else self.declare("up", (width, columns), fan_in(0.02))
+
+    def forward(self, positions: Ids) -> Added:
+        """Look the positions up."""
+        vectors = F.embedding(positions, self.table)
+        return Added(vectors if self.up is None else F.linear(vectors, self.up))
+
+
+@encodings.register
+class SrteSincos(EncodingSpec):
+    """Sines and cosines of the position at wavelengths from 2 pi to 2 pi `theta`; no parameters."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})
+    kind: Literal["srte_sincos"] = "srte_sincos"
+    theta: Positive = 10000.0
+    multiplier: Positive = 1.0
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """The defaults."""
+        return cls()
+
+    def build(self, width: int) -> "SincosTime":
+        """The module."""
+        return SincosTime(self, width)
+
+
+class SincosTime(Encoding):
+    """Sines in the first half of the width, cosines in the second (an odd width loses the last cosine)."""
+
+    def __init__(self, spec: SrteSincos, width: int) -> None:
+        super().__init__()
+        self.spec, self.width = spec, width
+
+    def forward(self, positions: Ids) -> Added:
+        """Evaluate at the positions, in float64 so that far positions stay exact."""
+        half = (self.width + 1) // 2
+        exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+        angles = positions[..., None] * self.spec.theta**-exponents
+        return Added(self.spec.multiplier * torch.cat([angles.sin(), angles.cos()], -1)[..., : self.width])

@@ -1,0 +1,28 @@
+"""What goes wrong because of somebody's input: one line that names where, what, what is allowed, and the nearest."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FusionTreeError(ValueError):
+    """Bad input. The command line prints it as one line and exits with 2."""
+
+
+class SpecError(FusionTreeError):
+    """A spec, or a path into one, that does not describe a model."""
+
+
+class WeightsError(FusionTreeError):
+    """A checkpoint that is not the one its spec describes."""
+
+
+def suggest(found: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, and all of them.
+
+    >>> suggest("mamba", ["attention", "mamba2"])
+    ", did you mean 'mamba2'? (known: attention, mamba2)"
+    """
+    names = sorted(known)
+    near = get_close_matches(found, names, n=1, cutoff=0.5)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    return f"{hint} (known: {', '.join(names) or 'none'})"

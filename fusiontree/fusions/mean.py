@@ -1,0 +1,46 @@
+"""The mean of the branches (Hymba, arXiv 2411.13676)."""
+
+from typing import Any, Literal, Self
+
+from fusiontree.core.contracts import Scope, Weights, fusions
+from fusiontree.core.spec import Count
+from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
+from fusiontree.fusions.parts import Features
+
+
+@fusions.register
+class Mean(BaseFusionSpec):
+    """sum_i h_i / over; `over` is the number of branches unless some have been pruned."""
+
+    kind: Literal["mean"] = "mean"
+    over: Count | None = None
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Two normed branches."""
+        return cls.model_validate({"branches": example_branches(width), "branch_norm": {}})
+
+    @property
+    def divisor(self) -> int:
+        """What the sum is divided by."""
+        return self.over or len(self.branches)
+
+    def build(self, scope: Scope) -> "MeanFusion":
+        """The module."""
+        return MeanFusion(self, scope)
+
+    def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+        return {"over": self.divisor}
+
+
+class MeanFusion(BaseFusion):
+    """The module of `Mean`."""
+
+    def __init__(self, spec: Mean, scope: Scope) -> None:
+        super().__init__(spec, scope)
+        self.divisor = spec.divisor
+
+    def fuse(self, features: Features, weights: Weights) -> Fused:
+        """The mean."""
+        parts = list(features.values())
+        return sum(parts[1:], parts[0]) / self.divisor

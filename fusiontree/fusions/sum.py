@@ -1,0 +1,52 @@
+"""The sum of the branches, each times a constant (Falcon-H1, arXiv 2507.22448)."""
+
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from fusiontree.core.contracts import Scope, Weights, fusions
+from fusiontree.core.spec import NamedMap, Real, invalid
+from fusiontree.errors import suggest
+from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
+from fusiontree.fusions.parts import Features
+
+
+@fusions.register
+class Sum(BaseFusionSpec):
+    """sum_i m_i h_i; a branch that `multipliers` does not name has 1."""
+
+    kind: Literal["sum"] = "sum"
+    multipliers: NamedMap[Real] = NamedMap()
+
+    @model_validator(mode="after")
+    def _names_are_branches(self) -> Self:
+        for name in self.multipliers:
+            if name not in self.branches:
+                raise invalid({("multipliers", name): f"no such branch{suggest(name, self.branches)}"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Two branches."""
+        branches = example_branches(width)
+        return cls.model_validate({"branches": branches, "multipliers": {next(iter(branches)): 0.5}})
+
+    def build(self, scope: Scope) -> "SumFusion":
+        """The module."""
+        return SumFusion(self, scope)
+
+    def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+        return {"multipliers": {name: value for name, value in self.multipliers.items() if name != branch}}
+
+
+class SumFusion(BaseFusion):
+    """The module of `Sum`."""
+
+    def __init__(self, spec: Sum, scope: Scope) -> None:
+        super().__init__(spec, scope)
+        self.multipliers = dict(spec.multipliers)
+
+    def fuse(self, features: Features, weights: Weights) -> Fused:
+        """The sum."""
+        parts = [h * self.multipliers.get(name, 1.0) for name, h in features.items()]
+        return sum(parts[1:], parts[0])

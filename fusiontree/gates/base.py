@@ -1,0 +1,93 @@
+"""What gates have in common: where their logits come from, at every granularity."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.core.contracts import GateScope, GateSpec, Problems
+from fusiontree.core.modules import Module, constant, fan_in
+from fusiontree.core.spec import Count, Flag, invalid
+
+Features = Float[Tensor, "batch time features"]
+
+
+class LearnedGateSpec(GateSpec):
+    """A gate whose values are learned.
+
+    `granularity`: one value (layer), one a position (token), one for each of `heads` equal groups of the width
+    (head), one a channel (channel). Head and channel gates depend on the input unless `static`; then a low
+    `rank` may be given. Output weights and biases start at 0, so that branches start equal.
+    """
+
+    granularity: Literal["layer", "token", "head", "channel"] = "channel"
+    heads: Count | None = None
+    rank: Count | None = None
+    static: Flag = False
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "LearnedGateSpec":
+        if (self.granularity == "head") != (self.heads is not None):
+            raise invalid({("heads",): f"needed for granularity 'head' and for no other, found {self.granularity!r}"})
+        if self.static and self.granularity in ("layer", "token"):
+            text = f"granularity {self.granularity!r} is what it is; only head and channel gates may be static"
+            raise invalid({("static",): text})
+        if self.rank is not None and (self.static or self.granularity not in ("head", "channel")):
+            raise invalid({("rank",): "only for head and channel gates that read their input"})
+        return self
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the values depend on the input."""
+        return not (self.static or self.granularity == "layer")
+
+    def units(self, width: int) -> int:
+        """How many groups of the width have a value of their own."""
+        return {"layer": 1, "token": 1, "head": self.heads or 1, "channel": width}[self.granularity]
+
+    def problems(self, scope: GateScope) -> Problems:
+        """Groups that do not divide the width, ranks that save nothing."""
+        if self.heads is not None and scope.width % self.heads:
+            yield "heads", f"{self.heads} groups do not divide the width {scope.width}"
+
+    def logit_flops(self, scope: GateScope) -> float:
+        """Forward FLOPs per token of one logit for each unit."""
+        units, rank = self.units(scope.width), self.rank
+        if not self.reads_features:
+            return 0.0
+        return 2.0 * scope.features * units if rank is None else 2.0 * rank * (scope.features + units)
+
+    def logit_axes(self, prefix: str = "") -> Mapping[str, tuple[str, ...]]:
+        """The axes of one `Logit`."""
+        axes: dict[str, tuple[str, ...]] = {f"{prefix}bias": ("units",)}
+        if self.reads_features:
+            axes[f"{prefix}weight"] = ("units", "features" if self.rank is None else "rank")
+        if self.rank is not None:
+            axes[f"{prefix}down"] = ("rank", "features")
+        return axes
+
+    def sizes(self, scope: GateScope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {**super().sizes(scope), "rank": self.rank or scope.features}
+
+
+class Logit(Module):
+    """One logit for each unit: weight (down features) + bias, or the bias alone."""
+
+    def __init__(self, spec: LearnedGateSpec, scope: GateScope) -> None:
+        super().__init__()
+        units, inputs = spec.units(scope.width), spec.rank or scope.features
+        self.bias = self.declare("bias", (units,), constant(0.0))
+        reads = spec.reads_features
+        self.weight = self.declare("weight", (units, inputs), constant(0.0)) if reads else None
+        self.down = self.declare("down", (inputs, scope.features), fan_in()) if spec.rank else None
+
+    def forward(self, features: Features) -> Float[Tensor, "batch time units"] | Float[Tensor, "units"]:
+        """The logits at every position, or for all positions at once."""
+        if self.weight is None:
+            return self.bias
+        inputs = features if self.down is None else F.linear(features, self.down)
+        return F.linear(inputs, self.weight, self.bias)

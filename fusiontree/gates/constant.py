@@ -1,0 +1,70 @@
+"""The constant gate: values written in the spec."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import Gate, GateScope, GateSpec, Problems, Weights, gates
+from fusiontree.core.spec import NamedMap, Real, invalid
+from fusiontree.errors import suggest
+from fusiontree.gates.base import Features
+
+
+@gates.register
+class Constant(GateSpec):
+    """`values` gives every branch its share; they sum to 1."""
+
+    kind: Literal["constant"] = "constant"
+    values: NamedMap[Real]
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        total = sum(self.values.values())
+        if min(self.values.values(), default=0) < 0 or abs(total - 1) > 1e-6:
+            raise invalid({("values",): f"shares are at least 0 and sum to 1, found a sum of {total:g}"})
+        return self
+
+    @classmethod
+    def example(cls, branches: tuple[str, ...], width: int) -> Self:
+        """Unequal shares."""
+        weights = range(1, len(branches) + 1)
+        return cls(values=NamedMap({b: w / sum(weights) for b, w in zip(branches, weights, strict=True)}))
+
+    def build(self, scope: GateScope) -> "ConstantGate":
+        """The module."""
+        return ConstantGate(self)
+
+    @property
+    def reads_features(self) -> bool:
+        """It does not."""
+        return False
+
+    def problems(self, scope: GateScope) -> Problems:
+        """Names that are not those of the branches."""
+        for name in [*self.values, *scope.branches]:
+            if (name in self.values) != (name in scope.branches):
+                yield "values", f"a share for each branch and no other: {name!r}{suggest(name, scope.branches)}"
+
+    def without(self, branch: str) -> "Constant":
+        """The others' shares, grown to sum to 1."""
+        return Constant(values=NamedMap(shared({n: v for n, v in self.values.items() if n != branch})))
+
+
+def shared(values: dict[str, float]) -> dict[str, float]:
+    """Shares grown to sum to 1; equal ones where there was none."""
+    total = sum(values.values())
+    return {name: value / total if total else 1 / len(values) for name, value in values.items()}
+
+
+class ConstantGate(Gate):
+    """The module of `Constant`; closed branches leave their share to the others."""
+
+    def __init__(self, spec: Constant) -> None:
+        super().__init__()
+        self.values = dict(spec.values)
+
+    def forward(self, features: Features, context: Context) -> Weights:
+        """The shares."""
+        open_shares = shared({name: value for name, value in self.values.items() if name not in self.closed})
+        return {name: features.new_full((1,), open_shares.get(name, 0.0)) for name in self.values}

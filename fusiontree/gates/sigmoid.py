@@ -1,0 +1,74 @@
+"""The sigmoid gate of two branches: g for the first, 1 - g for the second."""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from torch import Tensor
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import Gate, GateScope, Problems, Weights, gates
+from fusiontree.gates.base import Features, LearnedGateSpec, Logit
+
+
+class TwoWayGateSpec(LearnedGateSpec):
+    """A gate of exactly two branches; its value belongs to the first."""
+
+    @classmethod
+    def example(cls, branches: tuple[str, ...], width: int) -> Self:
+        """Channel-wise and low-rank."""
+        return cls(granularity="channel", rank=4)
+
+    def problems(self, scope: GateScope) -> Problems:
+        """Another number of branches."""
+        yield from super().problems(scope)
+        if len(scope.branches) != 2:
+            kind = getattr(self, "kind", "this gate")
+            yield "kind", f"{kind!r} weighs two branches, found {len(scope.branches)}; softmax takes any number"
+
+    def flops(self, scope: GateScope) -> float:
+        """One logit for each unit."""
+        return self.logit_flops(scope)
+
+    def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+        """The axes of the logit."""
+        return self.logit_axes("logit.")
+
+
+@gates.register
+class Sigmoid(TwoWayGateSpec):
+    """g = sigmoid(logit)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+
+    def build(self, scope: GateScope) -> "TwoWayGate":
+        """The module."""
+        return SigmoidGate(self, scope)
+
+
+class TwoWayGate(Gate):
+    """Values g and 1 - g from one logit."""
+
+    def __init__(self, spec: TwoWayGateSpec, scope: GateScope) -> None:
+        super().__init__()
+        self.branches = scope.branches
+        self.logit = Logit(spec, scope)
+
+    def value(self, logit: Tensor) -> Tensor:
+        """The first branch's value."""
+        raise NotImplementedError
+
+    def forward(self, features: Features, context: Context) -> Weights:
+        """Both branches' values."""
+        first, second = self.branches
+        g = self.value(self.logit(features))
+        if self.closed:
+            g = g.new_full(g.shape, float(second in self.closed))
+        return {first: g, second: 1 - g}
+
+
+class SigmoidGate(TwoWayGate):
+    """The module of `Sigmoid`."""
+
+    def value(self, logit: Tensor) -> Tensor:
+        """The logistic function."""
+        return logit.sigmoid()

@@ -1,0 +1,53 @@
+"""The softmax gate: any number of branches, one logit for each."""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import torch
+from torch import nn
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import Gate, GateScope, Weights, gates
+from fusiontree.core.spec import Positive
+from fusiontree.gates.base import Features, LearnedGateSpec, Logit
+
+
+@gates.register
+class Softmax(LearnedGateSpec):
+    """Values softmax(logits / temperature) over the branches."""
+
+    kind: Literal["softmax"] = "softmax"
+    temperature: Positive = 1.0
+
+    @classmethod
+    def example(cls, branches: tuple[str, ...], width: int) -> Self:
+        """Four groups of the width."""
+        return cls(granularity="head", heads=4)
+
+    def build(self, scope: GateScope) -> "SoftmaxGate":
+        """The module."""
+        return SoftmaxGate(self, scope)
+
+    def flops(self, scope: GateScope) -> float:
+        """A logit for each branch and unit."""
+        return len(scope.branches) * self.logit_flops(scope)
+
+    def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+        """The axes of every branch's logit."""
+        return {k: v for branch in branches for k, v in self.logit_axes(f"logits.{branch}.").items()}
+
+
+class SoftmaxGate(Gate):
+    """The module of `Softmax`; a closed branch has the logit -inf."""
+
+    def __init__(self, spec: Softmax, scope: GateScope) -> None:
+        super().__init__()
+        self.temperature = spec.temperature
+        self.logits = nn.ModuleDict({branch: Logit(spec, scope) for branch in scope.branches})
+
+    def forward(self, features: Features, context: Context) -> Weights:
+        """Every branch's values."""
+        logits = {branch: logit(features) / self.temperature for branch, logit in self.logits.items()}
+        open_logits = [x if b not in self.closed else torch.full_like(x, -torch.inf) for b, x in logits.items()]
+        values = torch.stack(open_logits).softmax(0)
+        return dict(zip(logits, values, strict=True))

@@ -1,0 +1,35 @@
+"""Operators on tensors, each with several backends and one meaning.
+
+Importing nothing of the rest of the library, they can be used alone. `documents` says what boundaries mean,
+`registry` how a backend is chosen.
+"""
+
+from fusiontree.kernels.attn.attention import attention
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Past
+from fusiontree.kernels.conv.causal_conv1d import causal_conv1d
+from fusiontree.kernels.conv.op import CONV, ConvInputs, ConvRequest
+from fusiontree.kernels.registry import OPS, Choice, Op, UnsupportedError, use_backend
+from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest
+from fusiontree.kernels.scan.ssd import ssd, ssd_step
+
+__all__ = [
+    "ATTENTION",
+    "CONV",
+    "OPS",
+    "SSD",
+    "AttentionInputs",
+    "AttentionRequest",
+    "Choice",
+    "ConvInputs",
+    "ConvRequest",
+    "Op",
+    "Past",
+    "SSDInputs",
+    "SSDRequest",
+    "UnsupportedError",
+    "attention",
+    "causal_conv1d",
+    "ssd",
+    "ssd_step",
+    "use_backend",
+]

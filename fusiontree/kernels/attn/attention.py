@@ -1,0 +1,38 @@
+"""Causal softmax attention with a window, documents, grouped heads and a cache."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.kernels.attn import blocked, decode, reference, sdpa  # noqa: F401  (they register)
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Past
+
+
+def attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time kv_heads head_dim"],
+    v: Float[Tensor, "batch time kv_heads value_dim"],
+    *,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+    segments: Int[Tensor, "batch time"] | None = None,
+    past: Past | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """Softmax of scale q k^T over the keys that each query sees, times v (Vaswani et al., arXiv 1706.03762).
+
+    A query sees the keys of its own segment at its own place and up to window - 1 before it; segment 0 also
+    sees cached keys, by their age. Query head j reads kv head j // (heads / kv_heads) (GQA, arXiv 2305.13245).
+    Differentiable in q, k, v and the cached keys and values.
+
+    Args:
+        window: visible keys, the query's own included; None is all.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118).
+        segments: document boundaries, as in `fusiontree.kernels.documents`.
+        past: keys from before this call.
+        backend: "auto" or one of `ATTENTION.backends`.
+
+    Raises:
+        UnsupportedError: the named backend is unknown or cannot serve this call.
+    """
+    return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, past), backend)

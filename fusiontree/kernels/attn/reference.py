@@ -1,0 +1,48 @@
+"""`attention` one query at a time: the truth, in float64."""
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs
+from fusiontree.kernels.documents import silence_padding, wide
+
+
+def _per_query_head(values: Float[Tensor, "b t kv_heads d"], heads: int) -> Float[Tensor, "b heads t d"]:
+    share = heads // values.shape[2]
+    return repeat(values.to(wide(values.dtype)), "b t hk d -> b (hk share) t d", share=share)
+
+
+def _one_query(
+    q: Float[Tensor, "b heads 1 d"],
+    k: Tensor,
+    v: Tensor,
+    hidden: Bool[Tensor, "b 1 1 s"],
+    inputs: AttentionInputs,
+) -> Float[Tensor, "b heads 1 value_dim"]:
+    scores = inputs.scale * (q @ k.mT)
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+@ATTENTION.backend("reference")
+def reference(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
+    """Softmax over the keys that each query sees, in the wide dtype.
+
+    Only keys in reach are multiplied: without segments and past, torch's FLOP counter sees
+    2 heads (head_dim + value_dim) sum_t min(t + 1, window).
+    """
+    keys, values = inputs.all_keys()
+    heads, sight = inputs.q.shape[2], inputs.sight()
+    q = rearrange(inputs.q.to(wide(inputs.q.dtype)), "b t h d -> b h t d")
+    k, v = _per_query_head(keys, heads), _per_query_head(values, heads)
+    outputs = []
+    for t in range(q.shape[2]):
+        one = slice(t, t + 1)
+        reach = sight.keys_of(one)
+        hidden = ~sight.visible(one, reach)[:, None]
+        outputs.append(_one_query(q[:, :, one], k[:, :, reach], v[:, :, reach], hidden, inputs))
+    y = rearrange(torch.cat(outputs, dim=2), "b h t d -> b t h d")
+    return silence_padding(y.to(inputs.q.dtype), inputs.segments)

@@ -1,0 +1,1 @@
+"""Short convolutions over time."""

@@ -1,0 +1,41 @@
+"""The operator `causal_conv1d`: its arguments, and what the choice of a backend depends on."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.kernels.registry import Op
+
+
+class ConvRequest(NamedTuple):
+    """What is asked of a backend of `causal_conv1d`."""
+
+    device: str
+    dtype: torch.dtype
+    segments: bool
+
+
+class ConvInputs(NamedTuple):
+    """The arguments of `causal_conv1d`; `segments` as in `fusiontree.kernels.documents`."""
+
+    x: Float[Tensor, "batch time channels"]
+    weight: Float[Tensor, "channels taps"]
+    bias: Float[Tensor, "channels"] | None
+    initial_state: Float[Tensor, "batch taps-1 channels"] | None
+    segments: Int[Tensor, "batch time"] | None
+
+    @property
+    def request(self) -> ConvRequest:
+        """See `registry.Inputs`."""
+        return ConvRequest(self.x.device.type, self.x.dtype, self.segments is not None)
+
+    def history(self) -> Float[Tensor, "batch taps-1 channels"]:
+        """The inputs before the first one: the initial state, or zeros."""
+        if self.initial_state is not None:
+            return self.initial_state.to(self.x.dtype)
+        return self.x.new_zeros(self.x.shape[0], self.weight.shape[1] - 1, self.x.shape[2])
+
+
+CONV: Op[ConvInputs] = Op("causal_conv1d")

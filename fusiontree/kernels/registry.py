@@ -1,0 +1,149 @@
+"""Operators with several interchangeable backends: choosing one, and explaining the choice."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from fusiontree.errors import FusionTreeError, suggest
+
+
+class UnsupportedError(FusionTreeError):
+    """A backend that does not exist, or that cannot serve the request it was named for."""
+
+
+class Inputs(Protocol):
+    """The arguments of one call of an operator."""
+
+    @property
+    def request(self) -> Hashable:
+        """What the choice of a backend may depend on: device, dtype, features; no tensors, no sizes."""
+        ...
+
+
+InputsT = TypeVar("InputsT", bound=Inputs)
+
+
+def serves_all(request: Any) -> str | None:
+    """The `supports` of a backend that refuses nothing."""
+    return None
+
+
+class Backend(NamedTuple):
+    """One implementation: `supports(request)` gives the reason of a refusal, or None."""
+
+    name: str
+    run: Callable[[Any], Any]
+    priority: int
+    supports: Callable[[Any], str | None]
+
+
+class Choice(NamedTuple):
+    """One line of an explanation: `refusal` is None for a backend that could serve."""
+
+    backend: str
+    picked: bool
+    refusal: str | None
+
+
+OPS: dict[str, "Op[Any]"] = {}
+_overrides: ContextVar[Mapping[str, str]] = ContextVar("kernel_backends", default=MappingProxyType({}))
+
+
+def _named(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise UnsupportedError(f"{kind}: unknown {name!r}{suggest(name, known)}")
+    return known[name]
+
+
+class Op(Generic[InputsT]):
+    """An operator: backends register with it, calls go through it.
+
+    >>> class Number(NamedTuple):
+    ...     value: float
+    ...     request: str = "cpu"
+    >>> double = Op("double")
+    >>> @double.backend("adding")
+    ... def adding(inputs):
+    ...     return inputs.value + inputs.value
+    >>> double(Number(2.0)), double.explain("cpu")
+    (4.0, [Choice(backend='adding', picked=True, refusal=None)])
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backends: dict[str, Backend] = {}
+        self._picked: dict[Hashable, Backend] = {}
+        OPS[name] = self
+
+    def backend(
+        self, name: str, *, priority: int = 0, supports: Callable[[Any], str | None] = serves_all
+    ) -> Callable[[Callable[[InputsT], Any]], Callable[[InputsT], Any]]:
+        """Register the decorated function of the operator's inputs; `auto` tries high priorities first."""
+
+        def register(run: Callable[[InputsT], Any]) -> Callable[[InputsT], Any]:
+            assert name not in self.backends, f"{self.name} has two backends named {name!r}"
+            self.backends[name] = Backend(name, run, priority, supports)
+            self._picked.clear()
+            return run
+
+        return register
+
+    def __call__(self, inputs: InputsT, backend: str = "auto") -> Any:
+        """Run the named backend, or with "auto" the best one (what `use_backend` says comes first)."""
+        if backend == "auto":
+            backend = _overrides.get().get(self.name, "auto")
+        return self.pick(inputs.request, backend).run(inputs)
+
+    def pick(self, request: Hashable, backend: str = "auto") -> Backend:
+        """The backend that serves `request`; "auto" is decided once for each request.
+
+        Raises:
+            UnsupportedError: the named backend is unknown or refuses, or every backend refuses.
+        """
+        if backend != "auto":
+            return self._explicit(request, backend)
+        if request not in self._picked:
+            self._picked[request] = self._best(request)
+        return self._picked[request]
+
+    def explain(self, request: Hashable) -> list[Choice]:
+        """All backends, best first: which one auto picks for `request`, and why not the others."""
+        ranked = sorted(self.backends.values(), key=lambda backend: -backend.priority)
+        refusals = {backend.name: backend.supports(request) for backend in ranked}
+        first = next((name for name, refusal in refusals.items() if refusal is None), None)
+        return [Choice(name, name == first, refusal) for name, refusal in refusals.items()]
+
+    def _explicit(self, request: Hashable, name: str) -> Backend:
+        backend = _named(f"{self.name} backend", name, self.backends)
+        refusal = backend.supports(request)
+        if refusal is not None:
+            raise UnsupportedError(f"{self.name} backend {name!r} cannot serve this call: {refusal}")
+        return backend
+
+    def _best(self, request: Hashable) -> Backend:
+        choices = self.explain(request)
+        for choice in choices:
+            if choice.picked:
+                return self.backends[choice.backend]
+        reasons = "; ".join(f"{choice.backend}: {choice.refusal}" for choice in choices)
+        raise UnsupportedError(f"{self.name}: no backend serves this call ({reasons or 'none registered'})")
+
+
+@contextmanager
+def use_backend(backends: Mapping[str, str]) -> Iterator[None]:
+    """Replace "auto" by named backends inside the block, e.g. `{"ssd": "reference"}`.
+
+    Raises:
+        UnsupportedError: an operator or a backend of that name does not exist.
+    """
+    for name, backend in backends.items():
+        op = _named("kernel", name, OPS)
+        if backend != "auto":
+            _named(f"{name} backend", backend, op.backends)
+    token = _overrides.set({**_overrides.get(), **backends})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)

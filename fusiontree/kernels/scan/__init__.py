@@ -1,0 +1,1 @@
+"""Linear recurrences with a matrix state."""

@@ -1,0 +1,57 @@
+"""The operator `ssd`: its arguments, and what the choice of a backend depends on."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.kernels.documents import silence_padding, wide
+from fusiontree.kernels.registry import Op
+
+
+class SSDRequest(NamedTuple):
+    """What is asked of a backend of `ssd`."""
+
+    device: str
+    dtype: torch.dtype
+    segments: bool
+
+
+class SSDInputs(NamedTuple):
+    """The arguments of `ssd`; `segments` as in `fusiontree.kernels.documents`."""
+
+    x: Float[Tensor, "batch time heads head_dim"]
+    dt: Float[Tensor, "batch time heads"]
+    A: Float[Tensor, "heads"]
+    B: Float[Tensor, "batch time groups state"]
+    C: Float[Tensor, "batch time groups state"]
+    initial_state: Float[Tensor, "batch heads head_dim state"] | None
+    segments: Int[Tensor, "batch time"] | None
+
+    @property
+    def request(self) -> SSDRequest:
+        """See `registry.Inputs`."""
+        return SSDRequest(self.x.device.type, self.x.dtype, self.segments is not None)
+
+    def prepared(self) -> "SSDInputs":
+        """The same call with dt, A and the state in the wide dtype, and dt = 0 at padding.
+
+        A token with dt = 0 leaves the state alone and adds nothing to it, so that padding needs no
+        other care than silence in the outputs.
+        """
+        dtype = wide(self.x.dtype)
+        state = self.initial_state
+        if state is None:
+            state = self.x.new_zeros(self.state_shape, dtype=dtype)
+        dt = silence_padding(self.dt.to(dtype), self.segments)
+        return self._replace(dt=dt, A=self.A.to(dtype), initial_state=state.to(dtype))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """Batch, heads, head_dim, state."""
+        batch, _, heads, head_dim = self.x.shape
+        return batch, heads, head_dim, self.B.shape[-1]
+
+
+SSD: Op[SSDInputs] = Op("ssd")

@@ -1,0 +1,1 @@
+"""Presets, and the maps between FusionTree and public model families."""

@@ -1,0 +1,33 @@
+"""Specs by name: those that come with the library, and files."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from fusiontree.core import yaml
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.errors import SpecError, suggest
+
+
+def _directory() -> Path:
+    return Path(str(files("fusiontree.zoo") / "specs"))
+
+
+def presets() -> list[str]:
+    """The names that `load_spec` knows, sorted."""
+    return sorted(path.stem for path in _directory().glob("*.yaml"))
+
+
+def load_spec(name_or_path: str | Path) -> ModelSpec:
+    """A preset by its name, or the spec in a YAML or JSON file, or in a saved model's directory.
+
+    Raises:
+        SpecError: neither a preset nor a file, or not a valid spec.
+    """
+    path = Path(name_or_path)
+    if path.is_dir() and (path / "spec.yaml").is_file():
+        return ModelSpec.from_file(path / "spec.yaml")
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        return ModelSpec.from_file(path)
+    if str(name_or_path) not in presets():
+        raise SpecError(f"{name_or_path}: neither a file nor a preset{suggest(str(name_or_path), presets())}")
+    return ModelSpec.parse(yaml.read_file(_directory() / f"{name_or_path}.yaml"))

@@ -1,0 +1,210 @@
+"""Packing: what a row holds, and that a step is a function of nothing but (seed, step)."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusiontree.data import IGNORED, PADDING, Batch, Batches, Corpus, DataError, Document, HeldOut
+
+END = 256
+texts = st.lists(st.binary(max_size=12), min_size=1, max_size=8).filter(any)
+small = st.integers(1, 9)
+
+
+def corpus_of(texts: list[bytes]) -> Corpus:
+    return Corpus.read(Document(f"{number}", text) for number, text in enumerate(texts))
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def inputs(batches: Batches, tokens: int) -> list[int]:
+    """The first tokens of the stream, a step at a time."""
+    found: list[int] = []
+    step = 0
+    while len(found) < tokens:
+        found += batches.batch(step)["tokens"].flatten().tolist()
+        step += 1
+    return found[:tokens]
+
+
+def documents_in(stream: list[int]) -> list[bytes]:
+    found, text = [], bytearray()
+    for token in stream:
+        if token == END:
+            found.append(bytes(text))
+            text.clear()
+        else:
+            text.append(token)
+    assert not text, "the stream stops inside a document"
+    return found
+
+
+def positions_and_documents(row: list[int]) -> tuple[list[int], list[int]]:
+    """By walking along the row: both start at 0, and an end token is the last of its document."""
+    positions, documents, position, document = [], [], 0, 0
+    for token in row:
+        positions.append(position)
+        documents.append(document)
+        position += 1
+        if token == END:
+            position, document = 0, document + 1
+    return positions, documents
+
+
+@given(texts, small, small, st.integers(0, 2**64 - 1), st.integers(0, 50), st.data())
+def test_ranks_together_hold_the_whole_step(
+    texts: list[bytes], rows: int, length: int, seed: int, step: int, data: st.DataObject
+) -> None:
+    batches = Batches(corpus_of(texts), rows=rows, length=length, seed=seed)
+    cut = data.draw(st.integers(0, rows))
+    parts = [batches.slice(step, 0, cut), batches.slice(step, cut, rows)]
+    whole = batches.batch(step)
+    for key in whole:
+        assert torch.equal(whole[key], torch.cat([part[key] for part in parts]))
+        assert whole[key].shape == (rows, length) and whole[key].dtype == torch.int64
+
+
+@given(texts, small, small, st.integers(0, 9))
+def test_any_step_can_be_read_first(texts: list[bytes], rows: int, length: int, seed: int) -> None:
+    corpus = corpus_of(texts)
+    one = Batches(corpus, rows=rows, length=length, seed=seed)
+    in_order = [one.batch(step) for step in range(8)]
+    for step in reversed(range(8)):
+        fresh = Batches(corpus, rows=rows, length=length, seed=seed).batch(step)
+        assert equal(in_order[step], fresh) and equal(in_order[step], one.batch(step))
+
+
+@given(texts, small, small, st.integers(0, 9))
+def test_the_order_of_tokens_does_not_depend_on_the_shape_of_a_step(
+    texts: list[bytes], rows: int, length: int, seed: int
+) -> None:
+    corpus = corpus_of(texts)
+    tokens = 3 * len(corpus.tokens)
+    one = Batches(corpus, rows=1, length=1, seed=seed)
+    assert inputs(Batches(corpus, rows=rows, length=length, seed=seed), tokens) == inputs(one, tokens)
+
+
+@given(texts, small, small, st.integers(0, 9))
+def test_every_epoch_holds_every_document_once(texts: list[bytes], rows: int, length: int, seed: int) -> None:
+    corpus = corpus_of(texts)
+    stream = inputs(Batches(corpus, rows=rows, length=length, seed=seed), 3 * len(corpus.tokens))
+    for epoch in range(3):
+        part = stream[epoch * len(corpus.tokens) :][: len(corpus.tokens)]
+        assert Counter(documents_in(part)) == Counter(texts)
+
+
+@given(texts, small, small, st.integers(0, 9))
+def test_labels_positions_and_documents_by_walking(
+    texts: list[bytes], rows: int, length: int, step: int
+) -> None:
+    batches = Batches(corpus_of(texts), rows=rows, length=length, seed=1)
+    batch = batches.batch(step)
+    stream = inputs(batches, (step + 1) * rows * length + 1)[step * rows * length :]
+    for row in range(rows):
+        here = stream[row * length : (row + 1) * length]
+        following = stream[row * length + 1 : (row + 1) * length + 1]
+        positions, documents = positions_and_documents(here)
+        targets = [IGNORED if token == END else after for token, after in zip(here, following, strict=True)]
+        assert batch["tokens"][row].tolist() == here
+        assert batch["labels"][row].tolist() == targets
+        assert batch["positions"][row].tolist() == positions
+        assert batch["documents"][row].tolist() == documents
+
+
+def test_a_row_written_out() -> None:
+    held_out = HeldOut(corpus_of([b"abc", b"", b"de"]), length=5)
+    a, b, c, d, e = b"abcde"
+    batch = held_out.slice(0, 2)
+    assert batch["tokens"].tolist() == [[a, b, c, END, END], [d, e, END, END, END]]
+    assert batch["labels"].tolist() == [[b, c, END, IGNORED, IGNORED], [e, END, IGNORED, IGNORED, IGNORED]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 0]]
+    assert batch["documents"].tolist() == [[0, 0, 0, 0, 1], [0, 0, 0, PADDING, PADDING]]
+    assert batch["bytes"].tolist() == [3, 2]
+
+
+def test_the_order_is_pinned() -> None:
+    """A resumed run needs the same order from every version of numpy and of this package."""
+    corpus = corpus_of([bytes([number]) for number in range(8)])
+    orders = {
+        (seed, epoch): Batches(corpus, rows=1, length=16, seed=seed).batch(epoch)["tokens"][0, ::2].tolist()
+        for seed in (0, 7)
+        for epoch in (0, 1)
+    }
+    assert orders == {
+        (0, 0): [0, 2, 1, 5, 4, 3, 6, 7],
+        (0, 1): [5, 3, 7, 2, 4, 1, 0, 6],
+        (7, 0): [4, 1, 6, 3, 2, 7, 5, 0],
+        (7, 1): [3, 1, 6, 2, 5, 4, 0, 7],
+    }
+
+
+def test_shuffles_differ_by_seed_and_epoch() -> None:
+    corpus = corpus_of([bytes([number]) for number in range(50)])
+    epochs = [
+        Batches(corpus, rows=1, length=100, seed=seed).batch(step) for seed in (0, 1) for step in (0, 1)
+    ]
+    assert len({tuple(batch["tokens"].flatten().tolist()) for batch in epochs}) == 4
+
+
+@given(texts, small, small)
+def test_held_out_rows_hold_every_byte_once_in_order(texts: list[bytes], length: int, rows: int) -> None:
+    held_out = HeldOut(corpus_of(texts), length)
+    batches = list(held_out.batches(rows))
+    tokens, documents = (torch.cat([batch[key] for batch in batches]) for key in ("tokens", "documents"))
+    assert len(tokens) == len(held_out)
+    assert documents_in(tokens[documents != PADDING].tolist()) == texts
+    real = documents.flatten() != PADDING
+    assert real[: int(real.sum())].all() and int((~real).sum()) < length
+    assert sum(int(batch["bytes"].sum()) for batch in batches) == sum(map(len, texts))
+
+
+@given(texts, small, small)
+def test_guessing_costs_the_same_bits_per_byte_at_any_length(
+    texts: list[bytes], length: int, rows: int
+) -> None:
+    nats, size = 0.0, 0
+    for batch in HeldOut(corpus_of(texts), length).batches(rows):
+        labels: Tensor = batch["labels"]
+        logits = torch.zeros(labels.numel(), 257, dtype=torch.float64)
+        nats += torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").item()
+        size += int(batch["bytes"].sum())
+        assert (labels[batch["documents"] == PADDING] == IGNORED).all()
+    assert nats / math.log(2) / size == pytest.approx(math.log2(257), rel=1e-12)
+
+
+def test_targets_are_every_token_of_a_document_but_its_first() -> None:
+    texts = [b"first", b"", b"x", b"second one"]
+    for length in (1, 3, 7, 100):
+        batches = HeldOut(corpus_of(texts), length).batches(2)
+        labels = torch.cat([batch["labels"].flatten() for batch in batches])
+        expected = b"".join(text[1:] for text in texts)
+        found = labels[labels != IGNORED]
+        assert bytes(found[found != END].tolist()) == expected
+        assert int((found == END).sum()) == 3
+
+
+def test_a_far_step_of_a_tiny_corpus() -> None:
+    batch = Batches(corpus_of([b"a"]), rows=2, length=7).batch(10**12)
+    assert set(batch["tokens"].flatten().tolist()) == {ord("a"), END}
+    assert batch["positions"].max() == 1
+
+
+@pytest.mark.parametrize(("rows", "length", "seed"), [(0, 1, 0), (1, 0, 0), (1, 1, -1), (1, 1, 2**64)])
+def test_impossible_shapes_are_refused(rows: int, length: int, seed: int) -> None:
+    with pytest.raises(DataError, match=f"found {rows}, {length}, {seed}"):
+        Batches(corpus_of([b"a"]), rows=rows, length=length, seed=seed)
+
+
+def test_the_corpus_counts_bytes_and_documents() -> None:
+    corpus = corpus_of([b"abc", b"", b"\xff\x00"])
+    assert (corpus.documents, corpus.bytes) == (3, 5)
+    assert [corpus.text(document) for document in range(3)] == [b"abc", b"", b"\xff\x00"]
+    assert corpus.tokens.dtype == np.uint16 and len(corpus.tokens) == 8
