@@ -12,7 +12,6 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.core.cache import Rows
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise
@@ -190,9 +189,7 @@ class AttentionBranch(Node):
         q, k, v = qkv
         past = self._recall(group, context, state, k, v) if state is not None else None
         softcap, segments = self.spec.softcap, context.segments
-        return attention(
-            q, k, v, window=group.window, scale=self.scale, softcap=softcap, segments=segments, past=past
-        )
+        return attention(q, k, v, window=group.window, scale=self.scale, softcap=softcap, segments=segments, past=past)
 
     def _recall(self, group: Group, context: Context, state: State, k: Heads, v: Heads) -> Past | None:
         """What the cache holds before this chunk; the chunk is written into it."""

@@ -72,7 +72,9 @@ class Cache:
     opens a new one. `nbytes` counts the nodes' states; the rows' own counters (24 bytes a row) are not in it.
     """
 
-    def __init__(self, states: Mapping[str, dict[str, Tensor]], like: Int[Tensor, "batch"], capacity: int | None):
+    def __init__(
+        self, states: Mapping[str, dict[str, Tensor]], like: Int[Tensor, "batch"], capacity: int | None
+    ) -> None:
         self.states = states
         self.capacity = capacity
         self.seen = torch.zeros_like(like)

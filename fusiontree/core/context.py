@@ -30,9 +30,7 @@ class Context:
         """What the cache holds for the node at this path; None when there is no cache."""
         return None if self.states is None else self.states[path]
 
-    def encode(
-        self, names: Sequence[str], x: Float[Tensor, "batch time width"]
-    ) -> Float[Tensor, "batch time width"]:
+    def encode(self, names: Sequence[str], x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """A branch's input with the encodings that it names added."""
         for name in names:
             x = self.tables[name].input(x)

@@ -121,9 +121,7 @@ class Node(Module, ABC):
     path: str = ""
 
     @abstractmethod
-    def forward(
-        self, x: Float[Tensor, "batch time width"], context: Context
-    ) -> Float[Tensor, "batch time features"]:
+    def forward(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time features"]:
         """Map the stream's (normed) features, honouring the context's boundaries and cache."""
         raise NotImplementedError
 
@@ -168,7 +166,7 @@ class EncodingSpec(Spec, ABC):
         return {"width": width}
 
 
-class Table(ABC):
+class Table:
     """An encoding evaluated at the positions of one forward pass; hooks that an encoding lacks do nothing."""
 
     def input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
@@ -259,7 +257,7 @@ class Fusion(Node, ABC):
     """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
 
     closed: frozenset[str] = frozenset()
-    gate: Gate | None = None
+    gate: Gate | None
 
 
 class FusionSpec(NodeSpec, ABC):

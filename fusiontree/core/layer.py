@@ -35,6 +35,7 @@ class Layer(nn.Module):
 
     def _residual(self, x: Stream, name: str, node: Node, context: Context) -> Stream:
         norms, residual = self.norm[name], self.spec.residual
+        assert isinstance(norms, nn.ModuleDict)
         normed = norms["before"](x) if "before" in norms else x
         y = node(normed, context)
         y = norms["after"](y) if "after" in norms else y

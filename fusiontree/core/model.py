@@ -184,6 +184,7 @@ class LanguageModel(nn.Module):
             found = f"position {int(positions.max())}"
             raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name]} positions")
 
+
 def _readable(ids: Ids) -> bool:
     """Whether values can be looked at now: not while a CUDA graph is captured, and not on the meta device."""
     if ids.device.type == "cuda":

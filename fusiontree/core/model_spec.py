@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fusiontree.core import paths, yaml
 from fusiontree.core.contracts import AnyEncoding, NodeSpec, Scope
 from fusiontree.core.modules import Norm
-from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Positive, Real, Spec, invalid
+from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid
 from fusiontree.core.stack import Entry, LayerSpec, expand, fold
 from fusiontree.errors import SpecError, suggest
 
@@ -54,7 +54,7 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         scope = self.scope
-        problems = {
+        problems: dict[Place, str] = {
             (*paths.split(path), *paths.split(where)): text
             for path, node in self.nodes()
             for where, text in node.problems(scope)

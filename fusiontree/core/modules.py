@@ -4,7 +4,8 @@ Construction only declares shapes (it runs on the meta device); `initialise` dra
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -88,6 +89,11 @@ class Normalise(Module):
             weight = self.weight.to(normed.dtype)
             normed = normed * (weight if self.spec.gain == "weight" else 1 + weight)
         return normed.to(x.dtype)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return reduce(torch.add, parts)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

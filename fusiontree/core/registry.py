@@ -57,9 +57,7 @@ class Family(ABC, Generic[S]):
         write = cs.wrap_serializer_function_ser_schema(lambda value, write: write(value), schema=cs.any_schema())
         return cs.no_info_plain_validator_function(self.parse, serialization=write)
 
-    def __get_pydantic_json_schema__(
-        self, schema: cs.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(self, schema: cs.CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         reference = cs.definition_reference_schema(f"{self.name}:family")
         if self._writing:  # a family that contains itself
             return handler(reference)

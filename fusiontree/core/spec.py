@@ -32,6 +32,10 @@ Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 """A name that can be a step of a path."""
 
 
+Place = tuple[str | int, ...]
+"""Where something is wrong: the steps of a path."""
+
+
 class Spec(BaseModel):
     """A frozen description of something. Unknown keys are errors, and `kind` is always written, first."""
 
@@ -76,7 +80,7 @@ class Spec(BaseModel):
             raise SpecError(one_line(error)) from None
 
 
-def invalid(problems: Mapping[tuple[str | int, ...], str]) -> ValidationError:
+def invalid(problems: Mapping[Place, str]) -> ValidationError:
     """A validation error with a message at each location; raised inside validators, it keeps the path."""
     lines = [
         InitErrorDetails(type=PydanticCustomError("invalid", "{text}", {"text": text}), loc=loc, input=None)
@@ -146,9 +150,7 @@ class OrderedMap(Mapping[str, V], Generic[V]):
         return cs.no_info_after_validator_function(
             cls,
             unwrap,
-            serialization=cs.wrap_serializer_function_ser_schema(
-                lambda value, write: write(dict(value)), schema=plain
-            ),
+            serialization=cs.wrap_serializer_function_ser_schema(lambda value, write: write(dict(value)), schema=plain),
         )
 
 

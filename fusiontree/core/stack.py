@@ -17,7 +17,7 @@ class Residual(Spec):
     """How a sub-layer joins the stream: keep * source + add * f(...), the source being the stream itself or the
     sub-layer's normed input (MiniMax, arXiv 2501.08313)."""
 
-    source: Literal["stream", "normed"] = Field("stream", alias="from")
+    source: Literal["stream", "normed"] = Field(default="stream", alias="from")
     keep: Real = 1.0
     add: Real = 1.0
 
@@ -90,9 +90,7 @@ class _Entry:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> cs.CoreSchema:
         write = cs.wrap_serializer_function_ser_schema(lambda value, write: write(value), schema=cs.any_schema())
         choices = handler.generate_schema(LayerSpec | Repeat)
-        return cs.no_info_plain_validator_function(
-            self.parse, serialization=write, json_schema_input_schema=choices
-        )
+        return cs.no_info_plain_validator_function(self.parse, serialization=write, json_schema_input_schema=choices)
 
 
 Entry = Annotated[LayerSpec | Repeat, _Entry()]

@@ -2,14 +2,13 @@
 
 from typing import ClassVar, Literal, Self
 
-import torch
 from pydantic import model_validator
 from torch import nn
 
 from fusiontree.core.contracts import Scope, Weights, fusions
-from fusiontree.core.modules import Linear, Module, constant, normal
+from fusiontree.core.modules import Linear, Module, constant, normal, total
 from fusiontree.core.spec import invalid
-from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, Stream, example_branches
+from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Stream, example_branches
 from fusiontree.fusions.parts import Features
 
 
@@ -69,5 +68,5 @@ class Projection(Module):
 
     def forward(self, features: Features) -> Stream:
         """The sum over the branches of W_i h_i."""
-        parts = [self.inputs[name](h) for name, h in features.items()]
-        return sum(parts[1:], parts[0] if self.bias is None else parts[0] + self.bias)
+        projected = total(self.inputs[name](h) for name, h in features.items())
+        return projected if self.bias is None else projected + self.bias

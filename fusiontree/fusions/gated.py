@@ -2,13 +2,13 @@
 
 from typing import Any, Literal, Self
 
-import torch
 from einops import rearrange
 from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.core import contracts
 from fusiontree.core.contracts import AnyGate, GateSpec, Scope, Weights
+from fusiontree.core.modules import total
 from fusiontree.core.spec import invalid
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
 from fusiontree.fusions.parts import Features
@@ -65,7 +65,7 @@ class GatedFusion(BaseFusion):
         """The combination."""
         if not weights:
             return next(iter(features.values()))
-        return torch.stack([_times(h, weights[name]) for name, h in features.items()]).sum(0)
+        return total(_times(h, weights[name]) for name, h in features.items())
 
 
 def _times(h: Fused, weight: Tensor) -> Fused:

@@ -3,6 +3,7 @@
 from typing import Any, Literal, Self
 
 from fusiontree.core.contracts import Scope, Weights, fusions
+from fusiontree.core.modules import total
 from fusiontree.core.spec import Count
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
 from fusiontree.fusions.parts import Features
@@ -42,5 +43,4 @@ class MeanFusion(BaseFusion):
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
         """The mean."""
-        parts = list(features.values())
-        return sum(parts[1:], parts[0]) / self.divisor
+        return total(features.values()) / self.divisor

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.core.modules import Linear, Module, constant
+from fusiontree.core.modules import Linear, Module, constant, total
 from fusiontree.core.spec import Count, Flag, Spec
 
 Features = dict[str, Float[Tensor, "batch time features"]]
@@ -38,8 +38,8 @@ class Exchange(Module):
     def forward(self, features: Features) -> Features:
         """Every branch's features with the others' messages added."""
         messages = {name: self.down[name](h) for name, h in features.items()}
-        others = {name: [m for n, m in messages.items() if n != name] for name in features}
-        return {name: h + self.up[name](sum(others[name][1:], others[name][0])) for name, h in features.items()}
+        others = {name: total(m for n, m in messages.items() if n != name) for name in features}
+        return {name: h + self.up[name](others[name]) for name, h in features.items()}
 
 
 class AlignSpec(Spec):
@@ -64,7 +64,7 @@ class Align(Module):
 
     def forward(self, features: Features) -> Float[Tensor, "batch time width"]:
         """The common features."""
-        return self.out(F.gelu(sum((self.inputs[name](h) for name, h in features.items()), self.bias)))
+        return self.out(F.gelu(total(self.inputs[name](h) for name, h in features.items()) + self.bias))
 
 
 class ProjectionSpec(Spec):

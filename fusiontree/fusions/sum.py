@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from fusiontree.core.contracts import Scope, Weights, fusions
+from fusiontree.core.modules import total
 from fusiontree.core.spec import NamedMap, Real, invalid
 from fusiontree.errors import suggest
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
@@ -48,5 +49,4 @@ class SumFusion(BaseFusion):
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
         """The sum."""
-        parts = [h * self.multipliers.get(name, 1.0) for name, h in features.items()]
-        return sum(parts[1:], parts[0])
+        return total(h * self.multipliers.get(name, 1.0) for name, h in features.items())

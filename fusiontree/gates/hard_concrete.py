@@ -1,4 +1,4 @@
-"""The hard concrete gate (Louizos et al., arXiv 1712.01312): a stretched sigmoid, cut to [0, 1], that can close fully."""
+"""The hard concrete gate (arXiv 1712.01312): a stretched sigmoid, cut to [0, 1], that can close fully."""
 
 from typing import Literal
 

@@ -1,0 +1,64 @@
+"""What a spec costs, node by node: parameters, FLOPs a token, cache bytes. Nothing is allocated to find out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fusiontree.core.model import build
+from fusiontree.core.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one part of a model, everything below it included.
+
+    Attributes:
+        path: its place in the expanded spec; "" is the whole model.
+        kind: the kind of a node, else the part's name.
+        parameters: how many numbers are learned.
+        flops: forward FLOPs a token, the mean over a sequence: matrix products only, 2 per multiply-add.
+        cache_bytes: what one sequence's cache takes.
+    """
+
+    path: str
+    kind: str
+    parameters: int
+    flops: float
+    cache_bytes: int
+
+
+def costs(spec: ModelSpec, *, length: int, dtype: torch.dtype = torch.float32) -> list[Cost]:
+    """The whole model first, then its parts in the order of the tree, parents before children.
+
+    Args:
+        spec: the model.
+        length: tokens of the sequence.
+        dtype: what weights and cached keys are stored in.
+    """
+    model, scope = build(spec, device="meta"), spec.scope
+    modules = dict(model.named_modules())
+    own = {path: (node.flops(scope, length), node.cache_bytes(scope, length, dtype)) for path, node in spec.nodes()}
+    kinds = {path: str(getattr(node, "kind", "")) for path, node in spec.nodes()}
+    own["head"] = (2.0 * spec.width * spec.vocab_size, 0)
+    own |= {f"encodings.{name}": (encoding.flops(spec.width), 0) for name, encoding in spec.encodings.items()}
+    return [_cost(path, kinds.get(path), modules[path], own) for path in _parts(spec)]
+
+
+def _parts(spec: ModelSpec) -> Iterator[str]:
+    yield from ("", "embedding")
+    yield from (f"encodings.{name}" for name in spec.encodings)
+    nodes = [path for path, _ in spec.nodes()]
+    for index in range(len(spec.expanded_layers())):
+        layer = f"layers.{index}"
+        yield layer
+        yield from (path for path in nodes if path.startswith(f"{layer}."))
+    yield from ("norm", "head")
+
+
+def _cost(path: str, kind: str | None, module: nn.Module, own: dict[str, tuple[float, int]]) -> Cost:
+    inside = [cost for place, cost in own.items() if not path or place == path or place.startswith(f"{path}.")]
+    flops, cache = sum(cost[0] for cost in inside), sum(cost[1] for cost in inside)
+    name = kind or (path.split(".")[0] if path else "model")
+    return Cost(path, name, sum(p.numel() for p in module.parameters()), flops, cache)

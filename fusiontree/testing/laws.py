@@ -1,0 +1,409 @@
+"""The laws of the design as functions of a spec. Each returns None, or what is wrong on the smallest case it found.
+
+Cases go from small to large, so that the first failure is a small one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusiontree.core import axes
+from fusiontree.core.contracts import Gate
+from fusiontree.core.cost import costs
+from fusiontree.core.model import build
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.kernels import OPS, use_backend
+from fusiontree.testing.subject import Subject, far
+
+LENGTHS = (1, 2, 3, 7, 19)
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law by its name, and what it says."""
+
+    name: str
+    broken: Callable[[Subject], str | None]
+
+    @property
+    def text(self) -> str:
+        """The first line of the law's docstring."""
+        return (self.broken.__doc__ or "").strip().splitlines()[0]
+
+
+def _first(problems: Iterator[tuple[str, str | None]]) -> str | None:
+    """The first case that has a problem."""
+    return next((f"{case}: {problem}" for case, problem in problems if problem), None)
+
+
+def round_trip(subject: Subject) -> str | None:
+    """A spec written as YAML or JSON reads back as itself, as written and expanded."""
+    spec = subject.spec
+    ways = {
+        "YAML": ModelSpec.from_yaml(spec.to_yaml()),
+        "JSON": ModelSpec.model_validate_json(spec.model_dump_json()),
+        "expand": spec.expand(),
+        "fold": spec.fold(),
+        "expand, fold, YAML": ModelSpec.from_yaml(spec.expand().fold().to_yaml()),
+    }
+    return _first((way, None if (s == spec and s.digest() == spec.digest()) else "not equal") for way, s in ways.items())
+
+
+def strict(subject: Subject) -> str | None:
+    """A key that does not exist is refused wherever it stands."""
+    data = subject.spec.expand().data()
+    return _first((path or "top", _accepts(data, path)) for path in _mappings(data))
+
+
+def _mappings(data: object, prefix: str = "") -> Iterator[str]:
+    if isinstance(data, dict):
+        if not prefix.endswith(("branches", "encodings", "values", "multipliers", "vary")):
+            yield prefix
+        for key, value in data.items():
+            yield from _mappings(value, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from _mappings(value, f"{prefix}.{index}")
+
+
+def _accepts(data: dict, path: str) -> str | None:
+    from copy import deepcopy
+
+    edited = deepcopy(data)
+    place = edited
+    for step in path.split(".") if path else ():
+        place = place[int(step)] if isinstance(place, list) else place[step]
+    place["no_such_key"] = 1
+    try:
+        ModelSpec.parse(edited)
+    except ValueError as error:
+        return None if "no_such_key" in str(error) else f"the error does not name the key: {error}"
+    return "an unknown key was accepted"
+
+
+def counted(subject: Subject) -> str | None:
+    """Parameters: declared on the meta device, built, and shown are the same, and the axis tables describe each."""
+    declared = {name: tuple(p.shape) for name, p in build(subject.spec, device="meta").named_parameters()}
+    built = {name: tuple(p.shape) for name, p in subject.model.named_parameters()}
+    if declared != built:
+        return f"declared {declared}, built {built}"
+    shown = costs(subject.spec, length=8)[0].parameters
+    total = sum(p.numel() for p in subject.model.parameters())
+    return _tables(subject) if shown == total else f"shown {shown}, built {total}"
+
+
+def _tables(subject: Subject) -> str | None:
+    return _first((path, _table(subject, path, table)) for path, (table, _, _) in _axis_tables(subject.spec).items())
+
+
+def _axis_tables(spec: ModelSpec) -> dict[str, tuple]:
+    scope = spec.scope
+    tables = {path: (node.axes(), node.sizes(scope), node.rigid) for path, node in spec.nodes()}
+    for name, encoding in spec.encodings.items():
+        rigid = frozenset({"width", "max_length"})
+        tables[f"encodings.{name}"] = (encoding.axes(), encoding.sizes(spec.width), rigid)
+    return tables
+
+
+def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> str | None:
+    sizes = _axis_tables(subject.spec)[path][1]
+    children = [p for p in _axis_tables(subject.spec) if p.startswith(f"{path}.")]
+    module = subject.model.get_submodule(path)
+    own = {
+        name: tuple(p.shape)
+        for name, p in module.named_parameters()
+        if not any(f"{path}.{name}".startswith(f"{child}.") for child in children)
+    }
+    said = {name: tuple(axes.size(d, sizes) for d in dimensions) for name, dimensions in table.items()}
+    return None if own == said else f"axes give {said}, the parameters are {own}"
+
+
+def symmetric(subject: Subject) -> str | None:
+    """Axes mean what they say: parts along any axis that is not rigid may change places (rotations make one rigid)."""
+    if any("rotate" in encoding.hooks for encoding in subject.spec.encodings.values()):
+        return None
+    tokens = subject.tokens(2, 9)
+    wanted = subject.model(tokens).detach()
+    return _first(_permutations(subject, tokens, wanted))
+
+
+def _permutations(subject: Subject, tokens: Tensor, wanted: Tensor) -> Iterator[tuple[str, str | None]]:
+    for path, (table, sizes, rigid) in _axis_tables(subject.spec).items():
+        named = {axis for dimensions in table.values() for axis in axes.names(dimensions)}
+        for axis in sorted(named - set(rigid)):
+            if sizes[axis] > 1 and not _is_shared(axis):
+                yield f"{path}, axis {axis} reversed", _permuted(subject, path, axis, (tokens, wanted))
+
+
+def _is_shared(axis: str) -> bool:
+    """Whether other nodes' parameters run over the axis too: features of a width that a branch returns."""
+    return axis.endswith("width") or axis in ("gate_units", "gate_features")
+
+
+def _permuted(subject: Subject, path: str, axis: str, case: tuple[Tensor, Tensor]) -> str | None:
+    tokens, wanted = case
+    table, sizes, _ = _axis_tables(subject.spec)[path]
+    turned = {axis: torch.arange(sizes[axis]).flip(0)}
+    state = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    for name, dimensions in table.items():
+        full = f"{path}.{name}"
+        state[full] = axes.narrow(state[full], dimensions, sizes, turned)
+    model = build(subject.spec, dtype=torch.float64).eval()
+    model.load_state_dict(state)
+    return far(model(tokens), wanted)
+
+
+def seeded(subject: Subject) -> str | None:
+    """Equal seeds build equal weights, and a parameter's start does not depend on the rest of the model."""
+    first, again = build(subject.spec, seed=3).state_dict(), build(subject.spec, seed=3).state_dict()
+    wider = subject.spec.replace({"vocab_size": subject.spec.vocab_size + 1})
+    other = build(wider, seed=3).state_dict()
+    same = {name: t for name, t in first.items() if other[name].shape == t.shape}
+    pairs = [*((n, t, again[n]) for n, t in first.items()), *((n, t, other[n]) for n, t in same.items())]
+    return _first((name, None if torch.equal(a, b) else "differs") for name, a, b in pairs)
+
+
+def causal(subject: Subject) -> str | None:
+    """Tokens to come do not change what was said."""
+    return _first((f"{time} tokens", _looks_ahead(subject, time)) for time in LENGTHS if time > 1)
+
+
+def _looks_ahead(subject: Subject, time: int) -> str | None:
+    tokens = subject.tokens(1, time)
+    wanted = subject.model(tokens)
+    for cut in range(1, time):
+        changed = tokens.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1) % subject.spec.vocab_size
+        problem = far(subject.model(changed)[:, :cut], wanted[:, :cut])
+        if problem:
+            return f"changing tokens from {cut} on: {problem}"
+    return None
+
+
+def alone(subject: Subject) -> str | None:
+    """A row does not depend on its neighbours in the batch."""
+    tokens = subject.tokens(3, 11)
+    together = subject.model(tokens)
+    return _first((f"row {row} of 3", far(together[row], subject.model(tokens[row : row + 1])[0])) for row in range(3))
+
+
+def split(subject: Subject) -> str | None:
+    """Any split of a sequence is the same function: prefill, chunks, steps."""
+    return _first((f"{sum(cuts)} tokens in chunks {cuts}", _split(subject, cuts)) for cuts in _CUTS)
+
+
+_CUTS = ((1,), (1, 1), (2, 1), (1, 2), (3, 1, 4), (7, 7), (1,) * 19, (13, 1, 1, 6, 2, 1))
+
+
+def _split(subject: Subject, cuts: tuple[int, ...], documents: Tensor | None = None) -> str | None:
+    tokens = subject.tokens(2, sum(cuts))
+    wanted = subject.model(tokens, documents=documents)
+    cache, parts, start = subject.model.new_cache(2, sum(cuts)), [], 0
+    for size in cuts:
+        piece = slice(start, start + size)
+        marks = None if documents is None else documents[:, piece]
+        parts.append(subject.model(tokens[:, piece], documents=marks, cache=cache))
+        start += size
+    real = torch.ones_like(tokens, dtype=torch.bool) if documents is None else documents >= 0
+    return far(torch.cat(parts, 1)[real], wanted[real])
+
+
+def growing(subject: Subject) -> str | None:
+    """A cache without a bound gives what one with a bound gives."""
+    tokens = subject.tokens(2, 17)
+    cache = subject.model.new_cache(2)
+    parts = [subject.model(part, cache=cache) for part in tokens.split(3, 1)]
+    return far(torch.cat(parts, 1), subject.model(tokens))
+
+
+def packed(subject: Subject) -> str | None:
+    """Documents packed in a row give the values and gradients that they give alone."""
+    return _first((f"documents of {sizes} tokens", _packed(subject, sizes)) for sizes in _PACKS)
+
+
+_PACKS = ((1, 1), (2, 1), (1, 3), (3, 2, 4), (7, 1, 1, 8), (9, 11))
+
+
+def _packed(subject: Subject, sizes: tuple[int, ...]) -> str | None:
+    tokens = subject.tokens(1, sum(sizes))
+    documents = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]
+    together = subject.model(tokens, documents=documents)
+    apart = torch.cat([subject.model(part) for part in tokens.split(sizes, 1)], 1)
+    return far(together, apart) or _gradients(subject, together, apart)
+
+
+def _gradients(subject: Subject, found: Tensor, wanted: Tensor) -> str | None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(found.shape, generator=generator, dtype=found.dtype)
+    named = dict(subject.model.named_parameters())
+    pairs = [torch.autograd.grad((y * weights).sum(), list(named.values()), allow_unused=True) for y in (found, wanted)]
+    problems = ((f"gradient of {n}", _grad_far(a, b)) for n, a, b in zip(named, *pairs, strict=True))
+    return _first(problems)
+
+
+def _grad_far(found: Tensor | None, wanted: Tensor | None) -> str | None:
+    if found is None or wanted is None:
+        return None if found is wanted else "only there in one of the two"
+    return far(found, wanted, 1e-8)
+
+
+def packed_and_split(subject: Subject) -> str | None:
+    """Packed rows may be cut anywhere, documents and padding included."""
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 5, 5, PADDING, PADDING]])
+    cuts = ((12,), (2, 10), (5, 7), (1, 3, 1, 4, 3), (1,) * 12)
+    return _first((f"chunks {sizes} of documents {documents.tolist()}", _split(subject, sizes, documents)) for sizes in cuts)
+
+
+def padded(subject: Subject) -> str | None:
+    """Padding changes nothing, wherever it stands, and leaves nothing behind in a cache."""
+    masks = (["xx", "x."], ["xx", ".x"], ["x.x", ".xx"], ["xxxxxxxx", "..xxxxx.", ".x.x.x.x"], ["xxxx", "...."])
+    return _first((f"real tokens {mask}", _padded(subject, mask)) for mask in masks)
+
+
+def _padded(subject: Subject, masks: list[str]) -> str | None:
+    real = torch.tensor([[mark == "x" for mark in mask] for mask in masks])
+    tokens, steps = subject.tokens(*real.shape), subject.tokens(len(masks), 2, salt=1)
+    cache = subject.model.new_cache(len(masks), real.shape[1] + 2)
+    found = subject.model(tokens, documents=torch.where(real, 0, PADDING), cache=cache)
+    later = subject.model(steps, cache=cache)
+    for row, mask in enumerate(masks):
+        wanted = subject.model(torch.cat([tokens[row][real[row]], steps[row]])[None])[0]
+        both = torch.cat([found[row][real[row]], later[row]])
+        problem = far(both, wanted)
+        if problem:
+            return f"row {mask!r} and two tokens more: {problem}"
+    return None
+
+
+def cache_size(subject: Subject) -> str | None:
+    """A cache takes exactly the bytes that the spec predicts."""
+    return _first(
+        (f"length {length}, {dtype}", _cache_size(subject, length, dtype))
+        for length in (1, 4, 33)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    )
+
+
+def _cache_size(subject: Subject, length: int, dtype: torch.dtype) -> str | None:
+    cache = build(subject.spec, device="meta", dtype=dtype).new_cache(3, length)
+    for path, node in subject.spec.nodes():
+        predicted = 3 * node.cache_bytes(subject.spec.scope, length, dtype)
+        found = sum(tensor.nbytes for tensor in cache.states.get(path, {}).values())
+        if predicted != found:
+            return f"{path}: predicted {predicted} bytes, found {found}"
+    return None
+
+
+def flops(subject: Subject) -> str | None:
+    """FLOPs are what torch counts on a build whose every product is a matrix product."""
+    return _first((f"{time} tokens", _flops(subject, time)) for time in (1, 5, 12))
+
+
+def _flops(subject: Subject, time: int) -> str | None:
+    predicted = costs(subject.spec, length=time)[0].flops * time
+    with use_backend({op: "reference" for op in OPS}), FlopCounterMode(display=False) as counter, torch.no_grad():
+        subject.model(subject.tokens(1, time))
+    found = counter.get_total_flops()
+    return None if abs(predicted - found) <= 1e-6 * max(found, 1) else f"predicted {predicted:g}, counted {found}"
+
+
+def alive(subject: Subject) -> str | None:
+    """Every parameter matters: each has a gradient on random input."""
+    subject.model.zero_grad()
+    logits = subject.model(subject.tokens(2, 19))
+    named = dict(subject.model.named_parameters())
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
+    gradients = torch.autograd.grad((logits * weights).sum(), list(named.values()), allow_unused=True)
+    dead = [name for name, g in zip(named, gradients, strict=True) if g is None or not bool((g != 0).any())]
+    return f"no gradient reaches {', '.join(dead[:3])}" if dead else None
+
+
+def precise(subject: Subject) -> str | None:
+    """A model computes in the precision that it has: float64 within 1e-5 of float32, and in its own type."""
+    model = build(subject.spec)
+    model.load_state_dict({name: tensor.float() for name, tensor in subject.model.state_dict().items()})
+    found, wanted = model.eval()(subject.tokens(2, 13)), subject.model(subject.tokens(2, 13))
+    if (found.dtype, wanted.dtype) != (torch.float32, torch.float64):
+        return f"types {found.dtype} and {wanted.dtype}"
+    return far(found.double(), wanted, 1e-4)
+
+
+def gates(subject: Subject) -> str | None:
+    """Gate values sum to 1, have the units that the spec says, and read the input if and only if it says so."""
+    return _first((path, _gate(subject, path, gate)) for path, gate in _gates(subject))
+
+
+def _gates(subject: Subject) -> Iterator[tuple[str, Gate]]:
+    yield from ((p, m) for p, m in subject.model.named_modules() if isinstance(m, Gate))
+
+
+def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
+    fusion = subject.spec.node(path.removesuffix(".gate"))
+    spec, scope = fusion.gate_spec, fusion.gate_scope(subject.spec.scope)  # type: ignore[attr-defined]
+    values = _gate_values(subject, gate)
+    total = sum(values.values())
+    if problem := far(total, torch.ones_like(total)):
+        return f"the sum of the values is {problem}"
+    for branch, value in values.items():
+        if value.shape[-1] != spec.units(scope.width):
+            return f"{branch} has {value.shape[-1]} values, the spec says {spec.units(scope.width)}"
+        moves = value.ndim == 3 and bool((value[:, 1:] != value[:, :-1]).any())
+        if moves != spec.reads_features:
+            return f"{branch} {'changes' if moves else 'does not change'} with the input, the spec says otherwise"
+        if value.shape[-1] > 1 and not bool((value[..., 1:] != value[..., :-1]).any()):
+            return f"all units of {branch} have one value"
+    return None
+
+
+def _gate_values(subject: Subject, gate: Gate) -> dict[str, Tensor]:
+    seen: list[dict[str, Tensor]] = []
+    handle = gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        subject.model(subject.tokens(2, 7))
+    handle.remove()
+    return seen[0]
+
+
+def generated(subject: Subject) -> str | None:
+    """A batch of unequal prompts gives what each prompt gives alone, greedily and with seeds of their own."""
+    prompts = [subject.tokens(1, n, salt=n)[0].tolist() for n in (1, 4, 6)]
+    ways = {"greedy": (0.0, [0, 0, 0]), "sampled": (1.0, [5, 6, 7])}
+    return _first((way, _generated(subject, prompts, heat, seeds)) for way, (heat, seeds) in ways.items())
+
+
+def _generated(subject: Subject, prompts: list[list[int]], heat: float, seeds: list[int]) -> str | None:
+    model = subject.model
+    together = model.generate(prompts, max_new_tokens=6, temperature=heat, seed=seeds)
+    pairs = list(zip(prompts, seeds, strict=True))
+    apart = [model.generate([p], max_new_tokens=6, temperature=heat, seed=[s])[0] for p, s in pairs]
+    return None if together == apart else f"{together} together, {apart} alone"
+
+
+LAWS = tuple(
+    Law(function.__name__, function)
+    for function in (
+        round_trip,
+        strict,
+        counted,
+        seeded,
+        causal,
+        alone,
+        split,
+        growing,
+        packed,
+        packed_and_split,
+        padded,
+        cache_size,
+        flops,
+        alive,
+        symmetric,
+        precise,
+        gates,
+        generated,
+    )
+)
+"""Every law, the cheapest first where one explains another."""

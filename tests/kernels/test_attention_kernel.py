@@ -1,0 +1,279 @@
+import pytest
+import torch
+from kernel_cases import (
+    LENGTHS,
+    Draw,
+    LargestTensor,
+    assert_all_close,
+    assert_close,
+    at_real,
+    continued,
+    documents,
+    gradients,
+    leaves,
+    saved_elements,
+    serving,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusiontree.kernels import ATTENTION, AttentionInputs, Past, UnsupportedError, attention
+
+ROWS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 8
+SCALE = 0.4
+
+
+def draw_inputs(time: int, value_dim: int = WIDTH, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    draw = Draw(time, dtype)
+    shapes = ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, value_dim))
+    return [draw.normal(ROWS, time, *shape) for shape in shapes]
+
+
+def draw_past(cached: int, value_dim: int = WIDTH, dtype: torch.dtype = torch.float64) -> Past:
+    """Slots in random order; some are empty, in one row all."""
+    draw = Draw(cached + 100, dtype)
+    keys, values = draw.normal(ROWS, cached, KV_HEADS, WIDTH), draw.normal(ROWS, cached, KV_HEADS, value_dim)
+    age = torch.stack([torch.randperm(cached, generator=draw.generator) + 1 for _ in range(ROWS)])
+    age[:, draw.integer(cached)] = 0
+    age[0] = 0
+    return Past(keys, values, age)
+
+
+def serves(inputs: list[Tensor], **options: object) -> list[str]:
+    defaults = {"window": None, "scale": SCALE, "softcap": None, "segments": None, "past": None}
+    return serving(ATTENTION, AttentionInputs(*inputs, **{**defaults, **options}).request)  # type: ignore[arg-type]
+
+
+def brute_force(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    segments: Tensor | None = None,
+    past: Past | None = None,
+) -> Tensor:
+    """Row by row, head by head, query by query, with lists of visible keys: the definition as a program."""
+    y = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    for row in range(q.shape[0]):
+        own = torch.zeros(q.shape[1], dtype=torch.long) if segments is None else segments[row]
+        for i in range(q.shape[1]):
+            if own[i] < 0:
+                continue
+            seen = [j for j in range(i + 1) if own[j] == own[i] and (window is None or i - j < window)]
+            keys, values = k[row, seen], v[row, seen]
+            if past is not None and own[i] == 0:
+                ages = past.age[row].tolist()
+                old = [c for c, a in enumerate(ages) if a > 0 and (window is None or i + a < window)]
+                keys = torch.cat([past.keys[row, old].double(), keys])
+                values = torch.cat([past.values[row, old].double(), values])
+            for head in range(HEADS):
+                scores = SCALE * keys[:, head // (HEADS // KV_HEADS)] @ q[row, i, head]
+                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                y[row, i, head] = scores.softmax(0) @ values[:, head // (HEADS // KV_HEADS)]
+    return y
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 20, None])
+@pytest.mark.parametrize(("packed", "cached"), [(False, 0), (True, 0), (False, 5), (True, 5)])
+def test_is_its_definition(window: int | None, packed: bool, cached: int, softcap: float | None) -> None:
+    inputs = draw_inputs(8, value_dim=5)
+    segments = Draw(3).segments(8) if packed else None
+    past = draw_past(cached, value_dim=5) if cached else None
+    want = brute_force(*inputs, window=window, softcap=softcap, segments=segments, past=past)
+    options = {"window": window, "softcap": softcap, "segments": segments, "past": past}
+    for backend in serves(inputs, **options):
+        got = attention(*inputs, scale=SCALE, backend=backend, **options)
+        assert torch.isfinite(got).all()
+        assert_close(at_real(got, segments), at_real(want, segments), what=backend)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64, "time", "time + 1", None])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("time", LENGTHS)
+def test_backends_agree_with_the_reference(time: int, packed: bool, window: int | str | None) -> None:
+    window = eval(window, {"time": time}) if isinstance(window, str) else window
+    segments = Draw(time).segments(time) if packed else None
+    draws = draw_inputs(time)
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, window=window, scale=SCALE, segments=segments, backend="reference")
+    want_grads = gradients((at_real(want, segments),), exact)
+    for dtype in (torch.float64, torch.float32):
+        rounded = leaves(draws, [dtype] * 3)
+        for backend in serves(rounded, window=window, segments=segments):
+            got = attention(*rounded, window=window, scale=SCALE, segments=segments, backend=backend)
+            assert got.dtype == dtype
+            assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+            grads = gradients((at_real(got, segments),), rounded)
+            assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize(("value_dim", "softcap"), [(WIDTH, None), (WIDTH, 2.0), (5, None), (11, 2.0)])
+@pytest.mark.parametrize("cached", [0, 1, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_options_agree_with_the_reference(
+    dtype: torch.dtype, cached: int, value_dim: int, softcap: float | None
+) -> None:
+    time, window = 150, 60
+    segments, past = Draw(7).segments(time), draw_past(cached, value_dim, dtype) if cached else None
+    draws = draw_inputs(time, value_dim, dtype)
+    options = {"window": window, "softcap": softcap, "segments": segments}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, past=past, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    for backend in serves(leaves(draws, [dtype] * 3), past=past, **options):
+        rounded = leaves(draws, [dtype] * 3)
+        held = past and Past(past.keys.to(dtype), past.values.to(dtype), past.age)
+        got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+        grads = gradients((at_real(got, segments),), rounded)
+        assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])
+def test_gradcheck_with_cached_keys(backend: str) -> None:
+    draw = Draw(1)
+    shapes = ((2, 4, 4, 2), (2, 4, 2, 2), (2, 4, 2, 2), (2, 3, 2, 2), (2, 3, 2, 2))
+    inputs = leaves([draw.normal(*shape) for shape in shapes], [torch.float64] * 5)
+    segments, age = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]]), torch.tensor([[1, 3, 2], [0, 1, 2]])
+
+    def run(*args: Tensor) -> Tensor:
+        past = Past(args[3], args[4], age)
+        return attention(*args[:3], window=4, scale=SCALE, segments=segments, past=past, backend=backend)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
+def test_grouped_heads_are_repeated_keys(heads: tuple[int, int]) -> None:
+    draw, (many, few) = Draw(2), heads
+    q, k, v = draw.normal(2, 140, many, 4), draw.normal(2, 140, few, 4), draw.normal(2, 140, few, 4)
+    full_k, full_v = (one.repeat_interleave(many // few, 2) for one in (k, v))
+    for window in (None, 50):
+        for backend in serves([q, k, v], window=window):
+            want = attention(q, full_k, full_v, window=window, scale=SCALE, backend="reference")
+            assert_close(attention(q, k, v, window=window, scale=SCALE, backend=backend), want, what=backend)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_documents_are_the_documents_alone(window: int | None) -> None:
+    q, k, v = draw_inputs(150)
+    segments, past = Draw(5).segments(150), draw_past(9)
+    for backend in serves([q, k, v], window=window, segments=segments, past=past):
+        y = attention(q, k, v, window=window, scale=SCALE, segments=segments, past=past, backend=backend)
+        for row in range(ROWS):
+            one = slice(row, row + 1)
+            for number, span in documents(segments[row]):
+                before = Past(*(part[one] for part in past)) if number == 0 else None
+                parts = (tensor[one, span] for tensor in (q, k, v))
+                alone = attention(*parts, window=window, scale=SCALE, past=before, backend="reference")
+                assert_close(y[one, span], alone, what=f"{backend}, row {row}, document {number}")
+
+
+def cache_at(k: Tensor, v: Tensor, segments: Tensor, cut: int) -> Past:
+    """The keys before `cut` in a shuffled cache with an empty slot, each row holding its last document's."""
+    before = segments[:, :cut]
+    mine = (before == before.amax(1, keepdim=True)) & (before >= 0)
+    age = torch.where(mine, torch.arange(cut, 0, -1), 0)
+    order = torch.randperm(cut + 1, generator=torch.Generator().manual_seed(cut))
+    age = torch.cat([age, torch.zeros_like(age[:, :1])], 1)[:, order]
+    keys, values = (
+        torch.cat([one[:, :cut], 1e3 * torch.ones_like(one[:, :1])], 1)[:, order] for one in (k, v)
+    )
+    return Past(keys, values, age)
+
+
+@pytest.mark.parametrize("window", [1, 2, 33, 140, None])
+@pytest.mark.parametrize("cuts", [(1,), (129,), (3, 40, 41, 42), (138, 139)])
+def test_a_split_sequence_is_the_whole(window: int | None, cuts: tuple[int, ...]) -> None:
+    q, k, v = draw_inputs(140)
+    segments = Draw(6).segments(140)
+    want = attention(q, k, v, window=window, scale=SCALE, segments=segments, backend="reference")
+    for start, stop in zip((0, *cuts), (*cuts, 140), strict=True):
+        past = cache_at(k, v, segments, start) if start else None
+        own = continued(segments, start)[:, : stop - start] if start else segments[:, :stop]
+        parts = [tensor[:, start:stop] for tensor in (q, k, v)]
+        real = own >= 0
+        for backend in serves(parts, window=window, segments=own, past=past):
+            got = attention(*parts, window=window, scale=SCALE, segments=own, past=past, backend=backend)
+            assert torch.isfinite(got).all()
+            assert_close(got[real], want[:, start:stop][real], what=f"{backend} at {start}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_one_query_of_a_cache(dtype: torch.dtype, softcap: float | None) -> None:
+    inputs, past = [tensor[:, :1] for tensor in draw_inputs(2, dtype=dtype)], draw_past(300, dtype=dtype)
+    segments = torch.tensor([0, 0, 1, 0, -1, 0])[:, None]
+    rounded = [tensor.to(dtype) for tensor in inputs]
+    held = Past(past.keys.to(dtype), past.values.to(dtype), past.age)
+    for window in (1, 2, 100, 301, None):
+        options = {"window": window, "softcap": softcap, "segments": segments}
+        want = attention(*inputs, scale=SCALE, past=past, backend="reference", **options)
+        backends = serves(rounded, past=held, **options)
+        assert "decode" in backends
+        for backend in backends:
+            got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
+            assert torch.isfinite(got).all()
+            assert_close(
+                at_real(got, segments), at_real(want, segments), dtype, f"{backend}, window {window}"
+            )
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])
+def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
+    draws, segments = draw_inputs(140), Draw(8).segments(140)
+    inputs = leaves(draws, [torch.float64] * 3)
+    y = attention(*inputs, window=50, scale=SCALE, segments=segments, backend=backend)
+    assert torch.isfinite(y).all()
+    for grad in gradients((y,), inputs):
+        assert not grad[segments < 0].any()
+    for tensor in draws:
+        tensor[segments < 0] = 9.0
+    again = attention(*draws, window=50, scale=SCALE, segments=segments, backend=backend)
+    assert_close(at_real(again, segments), at_real(y, segments))
+
+
+@pytest.mark.parametrize("window", [1, 4, 11, 20, None])
+def test_reference_flops_are_the_closed_form(window: int | None) -> None:
+    inputs = draw_inputs(11, value_dim=5)
+    with FlopCounterMode(display=False) as counter:
+        attention(*inputs, window=window, scale=SCALE, backend="reference")
+    keys = sum(min(t + 1, window or 11) for t in range(11))
+    assert counter.get_total_flops() == ROWS * 2 * HEADS * (WIDTH + 5) * keys
+
+
+@pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_windowed_blocks_are_linear_in_time(backend: str, packed: bool) -> None:
+    time, window = 65536, 100
+    inputs = leaves(
+        [torch.ones(1, time, 2, 4), torch.ones(1, time, 1, 4), torch.ones(1, time, 1, 4)], [torch.float32] * 3
+    )
+    segments = (torch.arange(time) // 1000)[None] if packed else None
+    with LargestTensor() as largest:
+        y = attention(*inputs, window=window, scale=1.0, segments=segments, backend=backend)
+        assert saved_elements(y) <= 32 * time
+        y.sum().backward()
+    assert largest.elements <= 8 * time
+
+
+@pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
+def test_packed_full_attention_costs_its_documents_only(backend: str) -> None:
+    """262144 tokens in documents of 64: the square would take hours."""
+    time = 1 << 18
+    inputs = [torch.ones(1, time, 1, 4) for _ in range(3)]
+    y = attention(*inputs, scale=1.0, segments=(torch.arange(time) // 64)[None], backend=backend)
+    assert_close(y, torch.ones_like(y), torch.float32)
+
+
+def test_refusals_say_why() -> None:
+    inputs = draw_inputs(3)
+    with pytest.raises(UnsupportedError, match=r"'sdpa' cannot serve this call: .*a window"):
+        attention(*inputs, window=2, scale=SCALE, backend="sdpa")
+    with pytest.raises(UnsupportedError, match="softcap"):
+        attention(*inputs, softcap=2.0, scale=SCALE, backend="blocked_flash")
+    with pytest.raises(UnsupportedError, match="one query"):
+        attention(*inputs, scale=SCALE, backend="decode")
