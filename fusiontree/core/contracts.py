@@ -271,6 +271,10 @@ class FusionSpec(NodeSpec, ABC):
             SpecError: the branch is the last one.
         """
 
+    def sole(self) -> str | None:
+        """The name of the one branch that the fusion passes on as it is; None if it does anything else."""
+        return None
+
 
 branches: Registry[BranchSpec] = Registry("branch", BranchSpec)
 fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec)

@@ -153,6 +153,16 @@ class BaseFusionSpec(FusionSpec):
             data["align"] = None
         return type(self).model_validate(data)
 
+    def sole(self) -> str | None:
+        """The branch, if it is the only one and there is no part and no rule that changes it."""
+        parts = (self.branch_norm, self.exchange, self.align, self.projection, self.mlp)
+        alone = len(self.branches) == 1 and not any(parts) and self._passes(next(iter(self.branches)))
+        return next(iter(self.branches)) if alone else None
+
+    def _passes(self, branch: str) -> bool:
+        """Whether the rule leaves a single branch as it is."""
+        return True
+
     def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
         return {}

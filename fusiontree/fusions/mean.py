@@ -30,6 +30,9 @@ class Mean(BaseFusionSpec):
         """The module."""
         return MeanFusion(self, scope)
 
+    def _passes(self, branch: str) -> bool:
+        return self.divisor == 1
+
     def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
         return {"over": self.divisor}
 

@@ -36,6 +36,9 @@ class Sum(BaseFusionSpec):
         """The module."""
         return SumFusion(self, scope)
 
+    def _passes(self, branch: str) -> bool:
+        return self.multipliers.get(branch, 1.0) == 1.0
+
     def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
         return {"multipliers": {name: value for name, value in self.multipliers.items() if name != branch}}
 

@@ -4,6 +4,7 @@ Cases go from small to large, so that the first failure is a small one.
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from fusiontree.core.cost import costs
 from fusiontree.core.model import build
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.kernels import OPS, use_backend
+from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
 from fusiontree.testing.subject import Subject, far
 
 LENGTHS = (1, 2, 3, 7, 19)
@@ -50,7 +52,9 @@ def round_trip(subject: Subject) -> str | None:
         "fold": spec.fold(),
         "expand, fold, YAML": ModelSpec.from_yaml(spec.expand().fold().to_yaml()),
     }
-    return _first((way, None if (s == spec and s.digest() == spec.digest()) else "not equal") for way, s in ways.items())
+    return _first(
+        (way, None if (s == spec and s.digest() == spec.digest()) else "not equal") for way, s in ways.items()
+    )
 
 
 def strict(subject: Subject) -> str | None:
@@ -71,8 +75,6 @@ def _mappings(data: object, prefix: str = "") -> Iterator[str]:
 
 
 def _accepts(data: dict, path: str) -> str | None:
-    from copy import deepcopy
-
     edited = deepcopy(data)
     place = edited
     for step in path.split(".") if path else ():
@@ -255,7 +257,9 @@ def packed_and_split(subject: Subject) -> str | None:
     """Packed rows may be cut anywhere, documents and padding included."""
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 5, 5, PADDING, PADDING]])
     cuts = ((12,), (2, 10), (5, 7), (1, 3, 1, 4, 3), (1,) * 12)
-    return _first((f"chunks {sizes} of documents {documents.tolist()}", _split(subject, sizes, documents)) for sizes in cuts)
+    return _first(
+        (f"chunks {sizes} of documents {documents.tolist()}", _split(subject, sizes, documents)) for sizes in cuts
+    )
 
 
 def padded(subject: Subject) -> str | None:
@@ -345,7 +349,7 @@ def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
     fusion = subject.spec.node(path.removesuffix(".gate"))
     spec, scope = fusion.gate_spec, fusion.gate_scope(subject.spec.scope)  # type: ignore[attr-defined]
     values = _gate_values(subject, gate)
-    total = sum(values.values())
+    total = torch.stack(list(values.values())).sum(0)
     if problem := far(total, torch.ones_like(total)):
         return f"the sum of the values is {problem}"
     for branch, value in values.items():
@@ -383,6 +387,27 @@ def _generated(subject: Subject, prompts: list[list[int]], heat: float, seeds: l
     return None if together == apart else f"{together} together, {apart} alone"
 
 
+def pruned(subject: Subject) -> str | None:
+    """Dropping a part from spec and weights is silencing it, and simplifying changes nothing."""
+    return _first((f"drop {path}", _pruned(subject, (path,))) for path in droppable(subject.spec))
+
+
+def _pruned(subject: Subject, drops: tuple[str, ...]) -> str | None:
+    try:
+        plan = plan_by_hand(subject.spec, drops)
+    except PruneError as error:
+        return None if "last branch" in str(error) else str(error)
+    tokens = subject.tokens(2, 9)
+    smaller = apply(subject.model, plan).eval()
+    with subject.model.drop(drops):
+        wanted = subject.model(tokens)
+    count = costs(smaller.spec, length=8)[0].parameters
+    if count != sum(p.numel() for p in smaller.parameters()):
+        return "parameters are left over"
+    simple, _ = simplify(smaller)
+    return far(smaller(tokens), wanted, 1e-10) or far(simple.eval()(tokens), wanted, 1e-10)
+
+
 LAWS = tuple(
     Law(function.__name__, function)
     for function in (
@@ -404,6 +429,7 @@ LAWS = tuple(
         precise,
         gates,
         generated,
+        pruned,
     )
 )
 """Every law, the cheapest first where one explains another."""

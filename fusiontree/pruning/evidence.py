@@ -1,0 +1,65 @@
+"""What a training run says about its gates: the file `gates.json` that the gate monitor writes."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
+
+from fusiontree.core import yaml
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.observation import Observation
+from fusiontree.core.spec import Natural, OrderedMap, Spec
+from fusiontree.errors import FusionTreeError, SpecError, suggest
+
+Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6, allow_inf_nan=False)]
+
+
+class PruneError(FusionTreeError):
+    """Evidence, a plan or a pruned model that does not fit the model it is for."""
+
+
+class BranchEvidence(Spec):
+    """One branch's gate values; see `BranchStatistics`."""
+
+    mean: Share
+    std: Annotated[float, Field(ge=0)]
+    histogram: tuple[Share, ...]
+    entropy: Annotated[float, Field(allow_inf_nan=False)]
+    saturated: Share
+    count: Natural
+
+
+class Evidence(Spec):
+    """Gate statistics by gate path, then branch name, and how they came about."""
+
+    format: Literal[1] = 1
+    steps_seen: Natural
+    spec: str
+    gates: OrderedMap[OrderedMap[BranchEvidence]]
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read `gates.json`; errors begin with the file's name."""
+        try:
+            return cls.parse(yaml.read_file(path))
+        except SpecError as error:
+            raise PruneError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+    @classmethod
+    def from_observation(cls, observation: Observation, spec: ModelSpec, *, steps_seen: int) -> Self:
+        """What `model.observe()` saw."""
+        data: dict[str, Any] = {"steps_seen": steps_seen, "spec": spec.digest(), "gates": observation.data()}
+        return cls.model_validate(data)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse evidence of another model.
+
+        Raises:
+            PruneError: another digest, or gates that the spec does not have.
+        """
+        if self.spec != spec.digest():
+            raise PruneError(f"gates: seen on the spec {self.spec}, this one is {spec.digest()}")
+        fusions = {f"{path}.gate" for path, node in spec.nodes()}
+        unknown = [path for path in self.gates if path not in fusions]
+        if unknown:
+            raise PruneError(f"{unknown[0]}: no gate is there{suggest(unknown[0], fusions)}")

@@ -1,0 +1,82 @@
+"""A plan: which parts of which model go, and why. A file that people read before any weight is touched."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+from fusiontree.core import yaml
+from fusiontree.core.model import LanguageModel
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.spec import Spec
+from fusiontree.errors import SpecError
+from fusiontree.pruning.evidence import Evidence, PruneError
+from fusiontree.pruning.policies import Decision, Policy, PolicySpec
+from fusiontree.pruning.surgery import carry, drop_from_spec, with_weights
+
+
+class Plan(Spec):
+    """What to drop from the model with the digest `spec`; `decisions` say how a policy came to it."""
+
+    format: Literal[1] = 1
+    spec: str
+    drops: tuple[str, ...]
+    policy: Policy | None = None
+    decisions: tuple[Decision, ...] = ()
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a plan; errors begin with the file's name."""
+        try:
+            return cls.parse(yaml.read_file(path))
+        except SpecError as error:
+            raise PruneError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+    def to_json(self) -> str:
+        """The plan as indented JSON."""
+        return json.dumps(self.data(), indent=1) + "\n"
+
+    def edit(self, spec: ModelSpec) -> ModelSpec:
+        """The pruned spec.
+
+        Raises:
+            PruneError: the plan is for another spec, or drops what is not there.
+        """
+        if self.spec != spec.digest():
+            raise PruneError(f"plan: made for the spec {self.spec}, this one is {spec.digest()}")
+        return drop_from_spec(spec, self.drops) if self.drops else spec
+
+
+def plan(spec: ModelSpec, evidence: Evidence, policy: PolicySpec) -> Plan:
+    """Let a policy decide on every gated branch.
+
+    Raises:
+        PruneError: evidence of another model, or not enough of it.
+    """
+    evidence.check(spec)
+    decisions = policy.decide(evidence)
+    drops = tuple(decision.path for decision in decisions if decision.drop)
+    made = Plan(spec=spec.digest(), drops=drops, policy=policy, decisions=tuple(decisions))
+    made.edit(spec)
+    return made
+
+
+def plan_by_hand(spec: ModelSpec, drops: Iterable[str]) -> Plan:
+    """A plan of what somebody names.
+
+    Raises:
+        PruneError: one of the paths cannot be dropped.
+    """
+    made = Plan(spec=spec.digest(), drops=tuple(drops))
+    made.edit(spec)
+    return made
+
+
+def apply(model: LanguageModel, plan: Plan) -> LanguageModel:
+    """The pruned model; the one given stays as it is.
+
+    Raises:
+        PruneError: the plan is for another spec, or drops what is not there.
+    """
+    spec = plan.edit(model.spec)
+    return with_weights(spec, carry(model.state_dict(), spec))

@@ -1,0 +1,75 @@
+"""A second, separate edit after pruning: fusions that only pass their one branch on and empty layers go, and what
+is left is renumbered. Paths change; the map from old to new says how."""
+
+from typing import Any
+
+from fusiontree.core.contracts import FusionSpec, NodeSpec
+from fusiontree.core.model import LanguageModel
+from fusiontree.core.model_spec import Lineage, ModelSpec
+from fusiontree.core.stack import LayerSpec
+from fusiontree.pruning.surgery import with_weights
+
+PathMap = dict[str, str]
+"""Old path to new path, for everything whose path has changed; what lies below moves along."""
+
+
+def simplify_spec(spec: ModelSpec) -> tuple[ModelSpec, PathMap]:
+    """The spec without what does nothing, and the map of paths."""
+    moved: PathMap = {}
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(spec.expanded_layers()):
+        if layer.mixer is None and layer.ffn is None:
+            continue
+        old, new = f"layers.{index}", f"layers.{len(layers)}"
+        if old != new:
+            moved[old] = new
+        layers.append(_simple_layer(layer, old, new, moved))
+    if not moved and len(layers) == len(spec.expanded_layers()):
+        return spec, {}
+    edit = Lineage(parent=spec.digest(), edit="simplify").data()
+    data = spec.data() | {"layers": layers, "lineage": [*(entry.data() for entry in spec.lineage), edit]}
+    return ModelSpec.parse(data).fold(), moved
+
+
+def _simple_layer(layer: LayerSpec, old: str, new: str, moved: PathMap) -> dict[str, Any]:
+    data = layer.data()
+    for slot in ("mixer", "ffn"):
+        node = getattr(layer, slot)
+        if node is not None:
+            data[slot] = _simple(node, f"{old}.{slot}", f"{new}.{slot}", moved)
+    return data
+
+
+def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any]:
+    """A node's data without fusions that do nothing; notes where its parts have gone."""
+    if isinstance(node, FusionSpec) and (sole := node.sole()) is not None:
+        inside = f"{old}.branches.{sole}"
+        moved[inside] = new
+        return _simple(dict(node.children())[f"branches.{sole}"], inside, new, moved)
+    data = node.data()
+    for step, child in node.children():
+        place = data
+        *above, last = step.split(".")
+        for name in above:
+            place = place[name]
+        place[last] = _simple(child, f"{old}.{step}", f"{new}.{step}", moved)
+    return data
+
+
+def new_path(path: str, moved: PathMap) -> str:
+    """Where a path has gone: the longest mapped path that it lies below decides.
+
+    >>> moved = {"layers.3": "layers.2", "layers.3.mixer.branches.a": "layers.2.mixer"}
+    >>> new_path("layers.3.mixer.branches.a.out.weight", moved)
+    'layers.2.mixer.out.weight'
+    """
+    for old in sorted(moved, key=len, reverse=True):
+        if path == old or path.startswith(f"{old}."):
+            return moved[old] + path[len(old) :]
+    return path
+
+
+def simplify(model: LanguageModel) -> tuple[LanguageModel, PathMap]:
+    """The same function from a simpler tree, and the map of paths."""
+    spec, moved = simplify_spec(model.spec)
+    return with_weights(spec, {new_path(name, moved): tensor for name, tensor in model.state_dict().items()}), moved

@@ -1,0 +1,108 @@
+"""Dropping parts: spec to spec and weights to weights, both pure (law 8).
+
+Every parameter belongs to a path, so the weights of a pruned model are those of its paths and nothing else.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.core import paths
+from fusiontree.core.contracts import FusionSpec, nodes
+from fusiontree.core.model import LanguageModel, build
+from fusiontree.core.model_spec import Lineage, ModelSpec
+from fusiontree.core.stack import LayerSpec, Residual
+from fusiontree.errors import SpecError, suggest
+from fusiontree.pruning.evidence import PruneError
+
+
+def drop_from_spec(spec: ModelSpec, drops: Iterable[str]) -> ModelSpec:
+    """The spec less some branches, sub-layers (`layers.3.ffn`) or layers, and less what only they used.
+
+    No path changes: a fusion may be left with one branch, and a layer with nothing is `{}`.
+
+    Raises:
+        PruneError: a path that is no branch, sub-layer or layer, the last branch of a fusion, or a sub-layer that
+            cannot go without changing the others.
+    """
+    drops = _outermost(drops)
+    data = spec.expand().data()
+    for path in drops:
+        _drop(data, path, spec)
+    _drop_unnamed_encodings(data)
+    data["lineage"].append(Lineage(parent=spec.digest(), edit=f"drop {', '.join(drops)}").data())
+    return ModelSpec.parse(data).fold()
+
+
+def _outermost(drops: Iterable[str]) -> list[str]:
+    """Each path once, and none that lies inside another."""
+    every = dict.fromkeys(drops)
+    return [path for path in every if not any(path.startswith(f"{other}.") for other in every)]
+
+
+def _drop(data: dict[str, Any], path: str, spec: ModelSpec) -> None:
+    above, _, name = path.rpartition(".branches.")
+    known = droppable(spec)
+    if path not in known:
+        raise PruneError(f"{path}: nothing there can be dropped{suggest(path, known):.300}")
+    if above:
+        place = paths.split(above)
+        fusion = nodes.parse(paths.get(data, place))
+        assert isinstance(fusion, FusionSpec)
+        try:
+            paths.put(data, place, fusion.without(name).data())
+        except SpecError as error:
+            raise PruneError(f"{path}: {error}") from None
+    else:
+        _drop_sublayer(data, path)
+
+
+def _drop_sublayer(data: dict[str, Any], path: str) -> None:
+    index, *slot = paths.split(path)[1:]
+    layer = data["layers"][int(index)]
+    residual = Residual.model_validate(layer["residual"])
+    if residual.keep != 1 or residual.source != "stream":
+        found = f"its residual is {residual.source} * {residual.keep}"
+        raise PruneError(f"{path}: cannot be dropped exactly: {found}, not the stream as it is")
+    left = {name: layer[name] for name in ("mixer", "ffn") if slot and slot != [name] and layer[name]}
+    data["layers"][int(index)] = layer | {"mixer": None, "ffn": None} | left if left else LayerSpec().data()
+
+
+def droppable(spec: ModelSpec) -> list[str]:
+    """Every path that a plan may drop: branches, sub-layers and layers."""
+    found = [path for path, _ in spec.nodes() if ".branches." in path or path.count(".") == 2]
+    layers = [f"layers.{index}" for index, layer in enumerate(spec.expanded_layers()) if layer.mixer or layer.ffn]
+    return [path for path in [*layers, *found] if not path.endswith(".mlp")]
+
+
+def _drop_unnamed_encodings(data: dict[str, Any]) -> None:
+    named = {name for _, node in paths.walk(data["layers"]) if isinstance(node, dict) for name in _names(node)}
+    data["encodings"] = {name: encoding for name, encoding in data["encodings"].items() if name in named}
+
+
+def _names(node: Mapping[str, Any]) -> list[str]:
+    value = node.get("encodings")
+    return list(value) if isinstance(value, list) else []
+
+
+def carry(weights: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """The weights that a pruned spec still has, unchanged.
+
+    Raises:
+        PruneError: one is missing or has another shape, so that the spec is no pruning of the weights' model.
+    """
+    wanted = {name: tuple(p.shape) for name, p in build(spec, device="meta").state_dict().items()}
+    for name, shape in wanted.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            raise PruneError(f"{name}: the pruned spec says {shape}, the model has {found}")
+    return {name: weights[name] for name in wanted}
+
+
+def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor]) -> LanguageModel:
+    """A model of exactly these weights (copies, so that neither model changes the other)."""
+    model = build(spec, device="meta")
+    model.load_state_dict({name: torch.clone(tensor) for name, tensor in weights.items()}, assign=True)
+    return model.requires_grad_(True)
