@@ -40,10 +40,13 @@ class Group:
 
 @branches.register
 class Attention(BranchSpec):
-    """`heads` and `kv_heads` are totals, the global ones included; `window` counts visible keys, itself included
+    """Softmax attention with grouped queries, windowed heads and global ones.
+
+    `heads` and `kv_heads` are totals, the global ones included; `window` counts visible keys, itself included
     (null: all). Scores are softcap * tanh(scale * q k / softcap); `scale` is head_dim ** -0.5 unless given.
     `qk_norm` normalises each query and key head. `bias` is that of q, k and v. `project: false` returns the
-    heads side by side, for a fusion with a projection."""
+    heads side by side, for a fusion with a projection.
+    """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
     kind: Literal["attention"] = "attention"

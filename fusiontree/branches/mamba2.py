@@ -35,9 +35,12 @@ class GatedNorm(Norm):
 
 @branches.register
 class Mamba2(BranchSpec):
-    """`heads` of `head_dim` channels with `state` entries each, in `groups` that share B and C; `conv` taps. dt is
+    """A state-space model with a scalar decay a head (SSD).
+
+    `heads` of `head_dim` channels with `state` entries each, in `groups` that share B and C; `conv` taps. dt is
     cut to `dt_limit`. Without a `norm` the output is y * silu(z) (Falcon-H1). `bias` is that of the maps in.
-    `project: false` returns the heads' features, for a fusion with a projection."""
+    `project: false` returns the heads' features, for a fusion with a projection.
+    """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})

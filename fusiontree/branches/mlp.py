@@ -8,7 +8,10 @@ from fusiontree.core.contracts import branches
 
 @branches.register
 class Mlp(FeedForwardSpec):
-    """`geglu` has a gate map beside the other, gelu(W_gate x) * W_up x; the others have not."""
+    """A feed-forward network with gelu, relu2 or geglu.
+
+    `geglu` has a gate map beside the other, gelu(W_gate x) * W_up x; the others have not.
+    """
 
     kind: Literal["mlp"] = "mlp"
     activation: Literal["gelu", "relu2", "geglu"] = "gelu"

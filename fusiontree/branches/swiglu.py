@@ -8,7 +8,7 @@ from fusiontree.core.contracts import branches
 
 @branches.register
 class SwiGLU(FeedForwardSpec):
-    """A gated feed-forward network."""
+    """A feed-forward network gated by SiLU."""
 
     kind: Literal["swiglu"] = "swiglu"
 

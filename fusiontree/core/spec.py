@@ -13,6 +13,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core import core_schema as cs
 
@@ -34,6 +35,13 @@ Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
 Place = tuple[str | int, ...]
 """Where something is wrong: the steps of a path."""
+
+
+class _SchemaGenerator(GenerateJsonSchema):
+    """Writes defaults that are ordered mappings."""
+
+    def encode_default(self, dft: Any) -> Any:
+        return super().encode_default(dict(dft) if isinstance(dft, OrderedMap) else dft)
 
 
 class Spec(BaseModel):
@@ -62,6 +70,11 @@ class Spec(BaseModel):
     def _write_kind_first(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         kind = getattr(self, "kind", None)
         return ({"kind": kind} if kind else {}) | write(self)
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """The JSON Schema (Draft 2020-12); every kind that is registered when it is asked for is in it."""
+        return super().model_json_schema(*args, **{"schema_generator": _SchemaGenerator, **options})
 
     def data(self, *, short: bool = False) -> dict[str, Any]:
         """Plain data: every field, or (short) those that differ from their defaults."""

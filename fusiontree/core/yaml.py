@@ -99,3 +99,19 @@ def _is_small(data: Any) -> bool:
     """Whether there are at most two levels and nothing that is a list of mappings."""
     inside = list(data.values()) if isinstance(data, Mapping) else list(data)
     return not any(isinstance(item, Mapping) for item in inside)
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """What `path=value` arguments say, the values read as YAML.
+
+    >>> assignments(["training.steps=20", "layers.*.mixer.gate.granularity=token"])
+    {'training.steps': 20, 'layers.*.mixer.gate.granularity': 'token'}
+
+    Raises:
+        SpecError: an argument without "=", or a value that is not YAML.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for path, sign, _ in pairs:
+        if not path or not sign:
+            raise SpecError(f"{path or '='}: an override is path=value")
+    return {path: read(value) for path, _, value in pairs}

@@ -21,7 +21,10 @@ Heads = Float[Tensor, "batch time heads channels"]
 
 @encodings.register
 class Rope(EncodingSpec):
-    """`dim`: how many channels turn, the first ones; null: all."""
+    """A rotation of queries and keys, or of C and B, by position.
+
+    `dim`: how many channels turn, the first ones; null: all.
+    """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"rotate"})
     kind: Literal["rope"] = "rope"

@@ -31,7 +31,10 @@ class Added(Table):
 
 @encodings.register
 class SrteLearned(EncodingSpec):
-    """A learned vector for each of `max_length` positions, of low `rank` if one is given."""
+    """A learned vector for each position, added to the input.
+
+    There are `max_length` of them, of low `rank` if one is given.
+    """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})
     kind: Literal["srte_learned"] = "srte_learned"
@@ -83,7 +86,10 @@ class LearnedTime(Encoding):
 
 @encodings.register
 class SrteSincos(EncodingSpec):
-    """Sines and cosines of the position at wavelengths from 2 pi to 2 pi `theta`; no parameters."""
+    """Sines and cosines of the position, added to the input.
+
+    Wavelengths run from 2 pi to 2 pi `theta`; there are no parameters.
+    """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})
     kind: Literal["srte_sincos"] = "srte_sincos"

@@ -14,7 +14,7 @@ from fusiontree.fusions.parts import Features
 
 @fusions.register
 class Concat(BaseFusionSpec):
-    """projection([h_1; h_2; ...]); the branches' widths may differ."""
+    """The branches side by side under one projection; their widths may differ."""
 
     kind: Literal["concat"] = "concat"
     equal_widths: ClassVar[bool] = False

@@ -16,7 +16,10 @@ from fusiontree.fusions.parts import Features
 
 @contracts.fusions.register
 class Gated(BaseFusionSpec):
-    """sum_i g_i h_i with sum_i g_i = 1. A single branch has no gate and passes as it is."""
+    """A convex combination of the branches, weighed by a gate.
+
+    sum_i g_i h_i with sum_i g_i = 1. A single branch has no gate and passes as it is.
+    """
 
     kind: Literal["gated"] = "gated"
     gate: AnyGate | None = None

@@ -11,7 +11,10 @@ from fusiontree.fusions.parts import Features
 
 @fusions.register
 class Mean(BaseFusionSpec):
-    """sum_i h_i / over; `over` is the number of branches unless some have been pruned."""
+    """The mean of the branches.
+
+    sum_i h_i / over; `over` is the number of branches unless some have been pruned.
+    """
 
     kind: Literal["mean"] = "mean"
     over: Count | None = None

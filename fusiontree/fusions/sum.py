@@ -14,7 +14,10 @@ from fusiontree.fusions.parts import Features
 
 @fusions.register
 class Sum(BaseFusionSpec):
-    """sum_i m_i h_i; a branch that `multipliers` does not name has 1."""
+    """The sum of the branches, each times a constant.
+
+    sum_i m_i h_i; a branch that `multipliers` does not name has 1.
+    """
 
     kind: Literal["sum"] = "sum"
     multipliers: NamedMap[Real] = NamedMap()

@@ -13,7 +13,7 @@ from fusiontree.gates.base import Features
 
 @gates.register
 class Constant(GateSpec):
-    """`values` gives every branch its share; they sum to 1."""
+    """Shares written in the spec: `values` gives every branch one, and they sum to 1."""
 
     kind: Literal["constant"] = "constant"
     values: NamedMap[Real]

@@ -14,7 +14,10 @@ LOW, HIGH = -0.1, 1.1
 
 @gates.register
 class HardConcrete(TwoWayGateSpec):
-    """Noisy in training (the paper's equation 10), its mean-free form (equation 13) otherwise."""
+    """A stretched, cut sigmoid for two branches that can close one fully.
+
+    Noisy in training (the paper's equation 10), deterministic otherwise (equation 13).
+    """
 
     kind: Literal["hard_concrete"] = "hard_concrete"
     temperature: Positive = 2 / 3

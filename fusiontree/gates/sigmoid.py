@@ -36,7 +36,7 @@ class TwoWayGateSpec(LearnedGateSpec):
 
 @gates.register
 class Sigmoid(TwoWayGateSpec):
-    """g = sigmoid(logit)."""
+    """A sigmoid for two branches: g for the first, 1 - g for the second."""
 
     kind: Literal["sigmoid"] = "sigmoid"
 

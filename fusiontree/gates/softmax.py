@@ -14,7 +14,7 @@ from fusiontree.gates.base import Features, LearnedGateSpec, Logit
 
 @gates.register
 class Softmax(LearnedGateSpec):
-    """Values softmax(logits / temperature) over the branches."""
+    """A softmax over any number of branches, at a temperature."""
 
     kind: Literal["softmax"] = "softmax"
     temperature: Positive = 1.0

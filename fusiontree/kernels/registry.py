@@ -69,6 +69,7 @@ class Op(Generic[InputsT]):
     ...     return inputs.value + inputs.value
     >>> double(Number(2.0)), double.explain("cpu")
     (4.0, [Choice(backend='adding', picked=True, refusal=None)])
+    >>> del OPS["double"]
     """
 
     def __init__(self, name: str) -> None:

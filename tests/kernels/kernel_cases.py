@@ -45,7 +45,9 @@ class Draw:
 
 
 def leaves(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    return [tensor.to(dtype).requires_grad_() for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    return [
+        tensor.to(dtype, copy=True).requires_grad_() for tensor, dtype in zip(tensors, dtypes, strict=True)
+    ]
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

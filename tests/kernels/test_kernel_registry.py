@@ -4,7 +4,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fusiontree.kernels import OPS, SSD, Choice, Op, UnsupportedError, attention, ssd, use_backend
+from fusiontree.kernels import OPS, Choice, Op, UnsupportedError, attention, ssd, use_backend
 from fusiontree.kernels.registry import UnsupportedError as Documented
 
 
@@ -99,10 +99,8 @@ def test_use_backend_knows_the_names(op: Op[Call]) -> None:
     assert issubclass(Documented, ValueError)
 
 
-def test_auto_on_this_machine() -> None:
+def test_use_backend_reaches_the_operators() -> None:
     q = torch.ones(1, 4, 2, 8)
-    request = SSD.backends.keys()
-    assert {"reference", "chunked"} <= set(request)
-    with use_backend({"attention": "reference"}):
-        want = attention(q, q, q, scale=1.0)
-    torch.testing.assert_close(attention(q, q, q, scale=1.0), want)
+    with use_backend({"attention": "decode"}), pytest.raises(UnsupportedError, match="one query"):
+        attention(q, q, q, scale=1.0)
+    assert attention(q, q, q, scale=1.0).shape == q.shape

@@ -130,7 +130,8 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
     inputs = leaves(draws, [torch.float64] * 6)
     y, final = ssd(*inputs[:5], initial_state=inputs[5], segments=segments, backend=backend)
     grads = gradients((y, final), inputs)
-    assert torch.isfinite(y).all() and torch.equal(final[4], inputs[5][4])
+    assert torch.isfinite(y).all()
+    assert torch.equal(final[4], inputs[5][4])
     for place in (0, 1, 3, 4):
         assert not grads[place][segments < 0].any()
         disturbed = list(draws)

@@ -22,7 +22,7 @@ def attention(
     """Softmax of scale q k^T over the keys that each query sees, times v (Vaswani et al., arXiv 1706.03762).
 
     A query sees the keys of its own segment at its own place and up to window - 1 before it; segment 0 also
-    sees cached keys, by their age. Query head j reads kv head j // (heads / kv_heads) (GQA, arXiv 2305.13245).
+    sees cached keys, by their age. Query head j reads kv head j // (heads / kv_heads) (arXiv 2305.13245).
     Differentiable in q, k, v and the cached keys and values.
 
     Args:

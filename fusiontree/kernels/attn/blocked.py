@@ -98,7 +98,7 @@ class _Blocked(torch.autograd.Function):
 
 def _run(inputs: AttentionInputs, kernel: BlockKernel) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
-    plan = Plan(inputs.sight(), kernel, inputs.scale, inputs.softcap)
+    plan = Plan(inputs.sight().with_document_starts(), kernel, inputs.scale, inputs.softcap)
     return silence_padding(_Blocked.apply(plan, inputs.q, keys, values), inputs.segments)
 
 

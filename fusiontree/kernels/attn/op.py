@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fusiontree.kernels.documents import previous
 from fusiontree.kernels.registry import Op
 
 EMPTY = -2
@@ -13,7 +14,7 @@ EMPTY = -2
 
 
 class Past(NamedTuple):
-    """Cached keys, in any order. `age`: tokens from a key to the chunk's first one, 1 at least; 0 is empty."""
+    """Cached keys, in any order. `age`: tokens from a key to the call's first one (0: an empty slot)."""
 
     keys: Float[Tensor, "batch cached kv_heads head_dim"]
     values: Float[Tensor, "batch cached kv_heads value_dim"]
@@ -46,12 +47,24 @@ class Sight(NamedTuple):
     query_segments: Int[Tensor, "batch time"] | None
     window: int | None
     cached: int
+    document_starts: list[int] | None = None
 
     def keys_of(self, queries: slice) -> slice:
-        """The narrowest slice of the keys (cached ones first) that holds all that `queries` may see."""
-        oldest = 0 if self.window is None else queries.start - self.window + 1
-        reaches_past = self.window is None or oldest < 0
-        return slice(0 if reaches_past else self.cached + oldest, self.cached + queries.stop)
+        """A slice of the keys (cached ones first) that holds all that `queries` may see."""
+        oldest = -self.cached if self.window is None else queries.start - self.window + 1
+        if self.document_starts is not None:
+            oldest = max(oldest, self.document_starts[queries.start])
+        # Cached keys are in no order: who reaches one place before the call may need any of them.
+        return slice(0 if oldest < 0 else self.cached + oldest, self.cached + queries.stop)
+
+    def with_document_starts(self) -> "Sight":
+        """Knowing how far back the documents reach in any row (-1: before the call); reads data back."""
+        if self.query_segments is None:
+            return self
+        segments = self.query_segments
+        places = torch.arange(segments.shape[1], device=segments.device)
+        starts = torch.where(segments != previous(segments), places, -1).cummax(1).values
+        return self._replace(document_starts=starts.amin(0).tolist())
 
     def visible(self, queries: slice, keys: slice) -> Bool[Tensor, "rows queries keys"]:
         """Which of `keys` each of `queries` sees; `rows` is 1 where all rows are alike."""

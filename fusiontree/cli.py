@@ -1,0 +1,346 @@
+"""The command line: parses, calls the library, prints. Exit codes: 0, 1 (the job failed), 2 (bad input, one line)."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fusiontree.core import yaml
+from fusiontree.core.contracts import REGISTRIES
+from fusiontree.core.cost import Cost, costs
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.errors import FusionTreeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Hybrid language models from a spec.",
+)
+prune_app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
+app.add_typer(prune_app, name="prune")
+console = Console(highlight=False, markup=False)
+UsageError = typer.BadParameter.__bases__[0]  # typer carries its own copy of click since 0.20
+
+Model = Annotated[str, typer.Argument(help="A preset's name, a YAML or JSON file, or a saved model's directory.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="path=value, any number; paths are those of the expanded spec.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except (FusionTreeError, UsageError) as error:
+        code = _fail(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def _spec(model: str, overrides: list[str] | None) -> ModelSpec:
+    from fusiontree.zoo.presets import load_spec
+
+    spec = load_spec(model)
+    return spec.replace(yaml.assignments(overrides)) if overrides else spec
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1))
+
+
+@app.command()
+def kinds(as_json: AsJson = False) -> None:
+    """List every branch, fusion, gate and encoding, plugins included."""
+    rows = [row for family in REGISTRIES for row in _kind_rows(family)]
+    if as_json:
+        return _print_json([dict(zip(("family", "kind", "from", "what"), row, strict=True)) for row in rows])
+    table = Table("family", "kind", "from", "what", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return None
+
+
+def _kind_rows(family: str) -> list[tuple[str, str, str, str]]:
+    registry = REGISTRIES[family]
+    rows = []
+    for kind in registry.names():
+        try:
+            spec = registry.get(kind)
+            rows.append((family, kind, spec.__module__, _summary(spec.__doc__ or "")))
+        except FusionTreeError as error:
+            rows.append((family, kind, registry.plugins[kind].value, str(error)))
+    return rows
+
+
+def _summary(docstring: str) -> str:
+    """The first sentence."""
+    return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+@app.command()
+def validate(model: Model, overrides: Overrides = None) -> None:
+    """Check a spec and print its digest."""
+    console.print(f"valid, digest {_spec(model, overrides).digest()}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a model spec, plugins included."""
+    _print_json(ModelSpec.model_json_schema())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, and which kernel backend serves what here, and why not the others."""
+    from fusiontree.doctor import report
+
+    data = report()
+    if as_json:
+        return _print_json(data)
+    for name, value in {**data["versions"], **data["device"], "compiler": data["compiler"]}.items():
+        console.print(f"{name:12} {value}")
+    for title, rows in (
+        ("packages", _package_rows(data)),
+        ("kernels", _kernel_rows(data)),
+        ("plugins", _plugin_rows(data)),
+    ):
+        table = Table(title=title, box=None, pad_edge=False, title_justify="left", show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            console.print(table)
+    return None
+
+
+def _package_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [(name, entry["version"] or "not installed", entry["for"]) for name, entry in data["packages"].items()]
+
+
+def _kernel_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    reasons = [("; ".join(f"{name}: {why}" for name, why in row["others"].items())) for row in data["kernels"]]
+    rows = zip(data["kernels"], reasons, strict=True)
+    return [(row["op"], row["request"], row["picked"] or "none", why) for row, why in rows]
+
+
+def _plugin_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [(row["family"], row["kind"], row["from"], row["state"]) for row in data["plugins"]]
+
+
+@app.command()
+def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_json: AsJson = False) -> None:
+    """Print a spec's tree with parameters, FLOPs per token and cache bytes of every node."""
+    spec = _spec(model, overrides)
+    found = costs(spec, length=length)
+    if as_json:
+        data = {"digest": spec.digest(), "length": length, "nodes": [vars(cost) for cost in found]}
+        return _print_json(data)
+    columns = [f"digest {spec.digest()}", "kind", "parameters", "FLOPs/token", f"cache at {length}"]
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for label, cost in _tree_rows(spec, found):
+        table.add_row(label, cost.kind, f"{cost.parameters:,}", _short(cost.flops), f"{_short(cost.cache_bytes)}B")
+    console.print(table)
+    return None
+
+
+def _tree_rows(spec: ModelSpec, found: list[Cost]) -> list[tuple[str, Cost]]:
+    """Rows with indented labels; of a run of equal layers the first stands for all."""
+    runs = _runs(spec)
+    rows = [(cost.path.split(".") if cost.path else ["model"], cost) for cost in found]
+    kept = [(steps, cost) for steps, cost in rows if steps[0] != "layers" or int(steps[1]) in runs]
+    return [(_label(steps, runs), cost) for steps, cost in kept]
+
+
+def _runs(spec: ModelSpec) -> dict[int, int]:
+    """The first and the last index of every run of equal layers."""
+    layers = spec.expanded_layers()
+    firsts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
+    return dict(zip(firsts, [*(first - 1 for first in firsts[1:]), len(layers) - 1], strict=True))
+
+
+def _label(steps: list[str], runs: dict[int, int]) -> str:
+    if steps[0] != "layers":
+        return ".".join(steps)
+    first, last = int(steps[1]), runs[int(steps[1])]
+    if len(steps) == 2:
+        return f"layers.{first}" + (f" to {last}" if last > first else "")
+    named = [step for step in steps[2:] if step != "branches"]
+    return "  " * len(named) + named[-1]
+
+
+def _short(value: float) -> str:
+    """A number with a unit prefix: 1536 is 1.54 k."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="A run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="path=value, any number.")] = None,
+) -> None:
+    """Train what a run file describes; the same command again resumes. For several processes use torchrun."""
+    from fusiontree.recipes.train import main as train_main
+
+    raise typer.Exit(train_main([str(run), *(overrides or [])]))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A saved model's directory.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens with this mass.")] = None,
+    seed: int = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be given again.")] = None,
+) -> None:
+    """Continue a text, byte by byte, as it is drawn."""
+    from fusiontree.core.generation import Sampling, stream
+    from fusiontree.core.weights import load
+    from fusiontree.data import ByteTokenizer
+
+    tokenizer, loaded = ByteTokenizer(), load(model).eval()
+    if loaded.spec.vocab_size != tokenizer.vocab_size:
+        found = f"{model}: its vocabulary has {loaded.spec.vocab_size} tokens"
+        raise FusionTreeError(f"{found}; only byte vocabularies ({tokenizer.vocab_size}) can be read as text")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    endings = [(tokenizer.end,), *(tokenizer.encode(ending).tolist() for ending in stop or [])]
+    tokens = [tokenizer.encode(text).tolist() or [tokenizer.end]]
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    sys.stdout.write(text)
+    for (token,) in stream(loaded, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=endings):
+        sys.stdout.flush()
+        if token is not None and token != tokenizer.end:
+            sys.stdout.buffer.write(bytes([token]))
+    sys.stdout.buffer.write(b"\n")
+
+
+Trained = Annotated[Path, typer.Argument(help="A saved model's directory.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
+Out = Annotated[Path, typer.Argument(help="A directory to write.")]
+
+
+@prune_app.command("plan")
+def prune_plan(
+    model: Trained,
+    out: Annotated[Path, typer.Argument(help="The plan file to write.")],
+    options: Annotated[list[str] | None, typer.Argument(help="Options of the policy as name=value.")] = None,
+    gates: Annotated[Path | None, typer.Option(help="Gate statistics, gates.json of a training run.")] = None,
+    policy: Annotated[str, typer.Option(help="How statistics become decisions.")] = "threshold",
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Drop this path; no policy is asked. May be given again.")
+    ] = None,
+) -> None:
+    """Decide which branches go, and write that down."""
+    from fusiontree import pruning
+    from fusiontree.zoo.presets import load_spec
+
+    spec = load_spec(model)
+    if drop:
+        made = pruning.plan_by_hand(spec, drop)
+    elif gates:
+        rule = pruning.policies.get(policy).parse({"kind": policy, **yaml.assignments(options or [])})
+        made = pruning.plan(spec, pruning.Evidence.from_file(gates), rule)
+    else:
+        raise FusionTreeError("prune plan: needs --gates FILE, or --drop PATH")
+    _write(out, made.to_json())
+    for decision in made.decisions:
+        mark = "drop" if decision.drop else "keep"
+        console.print(f"{mark}  {decision.path}  mean {decision.mean:.3f}  {decision.reason}")
+    console.print(f"{len(made.drops)} to drop, written to {out}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FusionTreeError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@prune_app.command("diff")
+def prune_diff(model: Trained, plan: PlanFile, as_json: AsJson = False) -> None:
+    """Show what a plan changes in the spec, and what that saves; nothing is written."""
+    from fusiontree import pruning
+    from fusiontree.zoo.presets import load_spec
+
+    spec = load_spec(model)
+    edited = pruning.Plan.from_file(plan).edit(spec)
+    changes, saved = spec.diff(edited), _savings(spec, edited)
+    if as_json:
+        return _print_json({"changes": changes, "saved": saved})
+    for path, (here, there) in changes.items():
+        gone = there is None
+        console.print(
+            f"- {path}: {here}" if gone else f"~ {path}: {here} -> {there}", style="red" if gone else "yellow"
+        )
+    for name, (before, after) in saved.items():
+        console.print(f"{name}: {before:,.0f} -> {after:,.0f} ({(after - before) / max(before, 1):+.1%})")
+    return None
+
+
+def _savings(spec: ModelSpec, edited: ModelSpec) -> dict[str, tuple[float, float]]:
+    here, there = (costs(each, length=4096)[0] for each in (spec, edited))
+    names = {"parameters": "parameters", "FLOPs per token": "flops", "cache bytes at 4096": "cache_bytes"}
+    return {label: (getattr(here, name), getattr(there, name)) for label, name in names.items()}
+
+
+@prune_app.command("apply")
+def prune_apply(model: Trained, plan: PlanFile, out: Out) -> None:
+    """Write the pruned model, after checking it against the original."""
+    from fusiontree import pruning
+    from fusiontree.core.weights import load, save
+
+    original, made = load(model), pruning.Plan.from_file(plan)
+    smaller = pruning.apply(original, made)
+    console.print(pruning.verify(original, smaller, made).text)
+    save(smaller, out)
+    console.print(f"written to {out}")
+
+
+@prune_app.command("verify")
+def prune_verify(
+    model: Trained, pruned: Annotated[Path, typer.Argument(help="The pruned model's directory.")], plan: PlanFile
+) -> None:
+    """Check that a pruned model is the original with the plan's parts silent."""
+    from fusiontree import pruning
+    from fusiontree.core.weights import load
+
+    verdict = pruning.verify(load(model), load(pruned), pruning.Plan.from_file(plan))
+    console.print(verdict.text)
+
+
+@prune_app.command("simplify")
+def prune_simplify(model: Trained, out: Out) -> None:
+    """Write the model without fusions and layers that do nothing, and the map of the paths that changed."""
+    from fusiontree import pruning
+    from fusiontree.core.weights import load, save
+
+    simple, moved = pruning.simplify(load(model))
+    save(simple, out)
+    _write(out / "paths.json", json.dumps(moved, indent=1) + "\n")
+    console.print(f"{len(moved)} paths moved (paths.json), written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What is here and what it means: versions, memory, and which kernel backend serves what and why not the others."""
+
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import fusiontree
+from fusiontree.core.contracts import REGISTRIES
+from fusiontree.core.memory import free_bytes
+from fusiontree.errors import FusionTreeError
+from fusiontree.kernels import OPS, AttentionRequest, ConvRequest, SSDRequest
+
+PACKAGES = {
+    "torchtitan": "training (fusiontree[train])",
+    "tensorboard": "training curves (fusiontree[train])",
+    "matplotlib": "figures (fusiontree[plot])",
+    "mamba-ssm": "fused SSD (fusiontree[cuda])",
+    "causal-conv1d": "fused convolution (fusiontree[cuda])",
+    "flash-attn": "fused attention (fusiontree[cuda])",
+    "xformers": "fused attention (fusiontree[cuda])",
+}
+
+
+def report() -> dict[str, Any]:
+    """Everything, as plain data."""
+    return {
+        "versions": {
+            "fusiontree": fusiontree.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "packages": {name: {"version": installed(name), "for": use} for name, use in PACKAGES.items()},
+        "device": _device(),
+        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("cl"),
+        "plugins": list(_plugins()),
+        "kernels": list(_kernels()),
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed; it is not imported to find out."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any]:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
+    return {
+        "type": kind,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "free_bytes": free_bytes(torch.device(kind)),
+    }
+
+
+def _plugins() -> Iterator[dict[str, str]]:
+    """Kinds that installed packages offer, with what happens when each is loaded."""
+    for family, registry in REGISTRIES.items():
+        for kind, point in registry.plugins.items():
+            try:
+                registry.get(kind)
+                state = "loads"
+            except FusionTreeError as error:
+                state = str(error)
+            yield {"family": family, "kind": kind, "from": point.value, "state": state}
+
+
+def _kernels() -> Iterator[dict[str, Any]]:
+    for label, op, request in _requests("cuda" if torch.cuda.is_available() else "cpu"):
+        choices = OPS[op].explain(request)
+        picked = next((choice.backend for choice in choices if choice.picked), None)
+        refused = {choice.backend: choice.refusal or "slower here" for choice in choices if not choice.picked}
+        yield {"op": op, "request": label, "picked": picked, "others": refused}
+
+
+def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
+    """What training, packed training and decoding ask of each operator."""
+    kind = torch.float32
+    yield "training", "ssd", SSDRequest(device, kind, segments=False)
+    yield "packed documents", "ssd", SSDRequest(device, kind, segments=True)
+    yield "training", "causal_conv1d", ConvRequest(device, kind, segments=False)
+    yield "packed documents", "causal_conv1d", ConvRequest(device, kind, segments=True)
+    plain = AttentionRequest(
+        device,
+        kind,
+        windowed=False,
+        softcap=False,
+        segments=False,
+        past=False,
+        one_query=False,
+        equal_widths=True,
+        gradients=True,
+    )
+    yield "training, global", "attention", plain
+    yield "training, windowed", "attention", plain._replace(windowed=True)
+    yield "packed documents, windowed", "attention", plain._replace(windowed=True, segments=True)
+    yield "decoding", "attention", plain._replace(windowed=True, past=True, one_query=True, gradients=False)

@@ -1,0 +1,100 @@
+"""Checkpoints: tensors as safetensors, the rest as JSON, no pickle; each is there as a whole or not at all.
+
+`checkpoints/step-00000200/` holds `shard-*.safetensors`, one a process, written by torch's distributed
+checkpoint so that any number of processes can read them, and `state.json`. Until it is complete it is called
+`.step-00000200.partial`.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from fusiontree.training.errors import RunError, TrainingFailed
+from fusiontree.training.files import read_json, write_json
+
+FORMAT = 1
+STATE = "state.json"
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+Tensors = Mapping[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process calls every method but `steps`, in the same order."""
+
+    def __init__(self, directory: Path, *, run: str, keep: int) -> None:
+        """Read and write below a directory; `run` is the digest of the run that it belongs to."""
+        self.directory, self.run, self.keep = directory, run, keep
+
+    def steps(self) -> list[int]:
+        """The steps that there are complete checkpoints of, oldest first."""
+        names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
+        return sorted(int(match[1]) for name in names if (match := _COMPLETE.fullmatch(name)))
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.directory / f"step-{step:08}"
+
+    def save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove the oldest beyond `keep`.
+
+        Raises:
+            TrainingFailed: a tensor holds a value that is not finite; what is on disk stays.
+        """
+        _refuse_broken(step, tensors)
+        partial = self.directory / f".{self.path(step).name}.partial"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        if dist.get_rank() == 0:
+            write_json(partial / STATE, {"format": FORMAT, "run": self.run, "step": step, "state": state})
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            partial.rename(self.path(step))
+            self._remove(self.steps()[: -self.keep])
+        dist.barrier()
+
+    def load(self, step: int, tensors: Tensors) -> dict[str, Any]:
+        """Fill tensors, in place, from a checkpoint; returns the rest of it.
+
+        Raises:
+            RunError: the checkpoint is of another run, or its tensors are not these.
+        """
+        path = self.path(step)
+        document = read_json(path / STATE)
+        if document["format"] != FORMAT or document["run"] != self.run:
+            raise RunError(f"{path}: is a checkpoint of run {document['run']}, this is run {self.run}")
+        try:
+            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)))
+        except dcp.CheckpointException as error:
+            raise RunError(f"{path}: cannot be read: {' '.join(str(error).split()):.200}") from None
+        return document["state"]
+
+    def clean(self) -> None:
+        """Remove what an interrupted `save` left."""
+        if dist.get_rank() == 0 and self.directory.exists():
+            for path in self.directory.glob(".step-*.partial"):
+                shutil.rmtree(path)
+        dist.barrier()
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
+            shutil.rmtree(self.path(step))
+
+
+def _refuse_broken(step: int, tensors: Tensors) -> None:
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    broken = torch.tensor(sum(not bool(torch.isfinite(t).all()) for t in local))
+    dist.all_reduce(broken)
+    if broken:
+        raise TrainingFailed(f"step {step}: a weight is not finite; no checkpoint was written")

@@ -1,0 +1,62 @@
+"""A run's progress as plain lines."""
+
+import time
+from dataclasses import dataclass, field
+
+from fusiontree.training.metrics import Record
+
+
+@dataclass
+class Console:
+    """Prints one line a record of training, and one a measurement."""
+
+    started: float = field(default_factory=time.monotonic)
+    first: int | None = None
+
+    def record(self, record: Record, steps: int) -> None:
+        """Print what the record says."""
+        if "loss" in record:
+            print(self._training(record, steps), flush=True)
+        if "validation_bits_per_byte" in record:
+            held_out = f"{record['validation_bits_per_byte']:.4f} bits per byte, held out"
+            print(f"{_place(record['step'], steps)}  {held_out}", flush=True)
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def _training(self, record: Record, steps: int) -> str:
+        parts = [
+            _place(record["step"], steps),
+            f"loss {record['loss']:.4f}",
+            f"{record['bits_per_byte']:.4f} bits per byte",
+            f"grad {record['grad_norm']:.3f}",
+            f"rate {record['learning_rate']:.2e}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['memory'] / 2**30:.2f} GiB",
+            f"{self._left(record['step'], steps)} left",
+        ]
+        return "  ".join(parts)
+
+    def _left(self, step: int, steps: int) -> str:
+        """The time to the end at the pace since the first record seen."""
+        if self.first is None or step <= self.first:
+            self.first, self.started = step, time.monotonic()
+            return "?"
+        seconds = (time.monotonic() - self.started) / (step - self.first) * (steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class Silent:
+    """Listens and says nothing: what processes other than the first have."""
+
+    def record(self, record: Record, steps: int) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+
+def _place(step: int, steps: int) -> str:
+    return f"step {step:>{len(str(steps))}}/{steps}"

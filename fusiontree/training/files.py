@@ -1,0 +1,26 @@
+"""Small files written all or nothing."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file; whoever reads it finds the old text or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Replace a file by plain data; numbers read back as they are."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Plain data from a file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,104 @@
+"""Where the figures of a run go: `metrics.jsonl`, TensorBoard, and whoever listens.
+
+A record is one JSON object a line, of one step; keys are there where the step has something to say:
+
+    step               optimiser steps made
+    loss               cross entropy of the step's rows, nats per label
+    bits_per_byte      the same over ln 2: every label of a byte model stands for one byte
+    balance, entropy   the gates' terms, unweighted, where a loss asks for them
+    tokens             tokens trained on so far, over all processes
+    tokens_per_second  of training steps since the last record, over all processes; validation and checkpoints
+                       take no part
+    memory             bytes: the peak of the process (CPU) or of the device's allocator (GPU), process 0
+    learning_rate      of this step
+    grad_norm          before clipping
+    gates              {path: {branch: {"mean", "std"}}} of this step's rows
+    validation_loss, validation_bits_per_byte    held out, after this step
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fusiontree.training.errors import RunError
+from fusiontree.training.files import write_text
+
+Record = dict[str, Any]
+
+
+class Listener(Protocol):
+    """Whoever wants to know how a run goes; only process 0 has one that is told."""
+
+    def record(self, record: Record, steps: int) -> None:
+        """A new record, of a run of so many steps."""
+
+    def message(self, text: str) -> None:
+        """One line about the run as a whole."""
+
+
+class Metrics:
+    """The files of metrics."""
+
+    def __init__(self, directory: Path, *, tensorboard: bool) -> None:
+        """Prepare to write below a directory; `start` opens the files."""
+        self.path = directory / "metrics.jsonl"
+        self.events = directory / "tensorboard" if tensorboard else None
+        self._writer: Any = None
+
+    def start(self, step: int) -> None:
+        """Go on after a step: what was written of later ones is cut.
+
+        Raises:
+            RunError: TensorBoard is asked for and not installed.
+        """
+        kept = [line for line, record in _lines(self.path) if record["step"] <= step]
+        write_text(self.path, "".join(kept))
+        if self.events is not None:
+            self._writer = _event_writer(self.events, step)
+
+    def write(self, record: Record) -> None:
+        """Add a record; it is in the file when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._writer is not None:
+            for name, value in _scalars(record):
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush what TensorBoard still holds."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    return [record for _, record in _lines(path)]
+
+
+def latest(records: list[Record], key: str) -> float | None:
+    """The last value of a key; None if no record has it."""
+    return next((record[key] for record in reversed(records) if key in record), None)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Record]]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield line, json.loads(line)
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif key != "step":
+            yield f"{prefix}{key}", float(value)
+
+
+def _event_writer(directory: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunError('tensorboard: is not installed; pip install "fusiontree[train]"') from None
+    return SummaryWriter(str(directory), purge_step=step + 1)

@@ -1,0 +1,84 @@
+"""The directory of a run's results, which belongs to one run.
+
+    run.yaml         the resolved run; running it again here goes on, or says that the run is finished
+    metrics.jsonl    see `fusiontree.training.metrics`
+    gates.json       see `fusiontree.training.monitor`
+    checkpoints/     see `fusiontree.training.checkpoint`
+    tensorboard/     if asked for
+    train.log        what libraries had to say
+    model/           spec.yaml and model.safetensors, once the run is finished
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fusiontree.core.weights import SPEC_FILE
+from fusiontree.errors import SpecError
+from fusiontree.training.errors import RunError
+from fusiontree.training.files import write_text
+from fusiontree.training.run import RunSpec
+
+RESULTS = ("metrics.jsonl", "gates.json", "checkpoints", "model")
+
+
+class Output:
+    """The places in a run's directory."""
+
+    def __init__(self, run: RunSpec) -> None:
+        """Name the places; nothing is written yet."""
+        self.spec, self.root = run, run.directory
+        self.run = self.root / "run.yaml"
+        self.gates = self.root / "gates.json"
+        self.checkpoints = self.root / "checkpoints"
+        self.log = self.root / "train.log"
+        self.model = self.root / "model"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that owns the directory has ended: its model is the last thing written."""
+        return self.run.exists() and (self.model / SPEC_FILE).exists()
+
+    def check(self) -> None:
+        """Refuse a directory that belongs to another run.
+
+        Raises:
+            RunError: there are results of another run, or of nobody knows which.
+        """
+        if self.run.exists():
+            self._check_owner()
+        elif any((self.root / name).exists() for name in RESULTS):
+            raise RunError(f"{self.root}: has results but no run.yaml; choose another output")
+        elif self.root.exists() and not self.root.is_dir():
+            raise RunError(f"{self.root}: is not a directory; choose another output")
+
+    def _check_owner(self) -> None:
+        try:
+            owner = RunSpec.from_file(self.run)
+        except SpecError as error:
+            raise RunError(f"{self.root}: belongs to a run that cannot be read ({error})") from None
+        difference = self.spec.difference(owner)
+        if difference:
+            raise RunError(f"{self.root}: belongs to another run ({difference}); choose another output")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Own the directory while a block runs; one process of the run does.
+
+        Raises:
+            RunError: a run is going on there, or it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"{self.root}: cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.root}: another process is training there") from None
+            if not self.run.exists():
+                write_text(self.run, self.spec.to_yaml())
+            yield

@@ -1,0 +1,85 @@
+"""How processes share a model: plain functions of a module and a device mesh, for any training loop."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fusiontree.training.errors import RunError
+
+M = TypeVar("M", bound=nn.Module)
+TIMEOUT = timedelta(minutes=30)
+"""How long processes wait for one another; a long validation of one is no failure of the others."""
+
+
+def shard(module: M, mesh: DeviceMesh, *, precision: Literal["float32", "bfloat16"]) -> M:
+    """Spread a language model's parameters over a mesh, layer by layer, in place (FSDP2, arXiv 2304.11277).
+
+    Layers compute in `precision`; parameters, the sums of gradients and what reads them stay float32. Gradients
+    are summed and not averaged: the loss is divided by the labels of the whole step. A mesh of two dimensions
+    replicates over the first.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, precision), reduce_dtype=torch.float32)
+    layers = module.get_submodule("layers")
+    for layer in layers.children():
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            # gloo lacks the scaled sum that FSDP would use, and a factor of 1 makes it a plain one
+            part.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+def copies(processes: int, sharded: int) -> tuple[int, int]:
+    """Over how many processes weights are replicated, and over how many sharded.
+
+    Raises:
+        RunError: the number to shard over does not divide the processes.
+    """
+    sharded = processes if sharded == -1 else sharded
+    if processes % sharded:
+        raise RunError(f"parallelism.shard: has to divide the {processes} processes, found {sharded}")
+    return processes // sharded, sharded
+
+
+def rows_at_a_time(rows: int, microbatch_rows: int | None, processes: int) -> int:
+    """How many of a step's rows each process runs at once.
+
+    Raises:
+        RunError: the rows cannot be dealt out evenly.
+    """
+    if rows % processes:
+        raise RunError(f"training.rows: has to be a multiple of the {processes} processes, found {rows}")
+    share = rows // processes
+    part = share if microbatch_rows is None else microbatch_rows
+    if share % part:
+        text = f"has to divide the {share} rows of each of {processes} processes, found {part}"
+        raise RunError(f"training.microbatch_rows: {text}")
+    return part
+
+
+@contextmanager
+def world() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun started, or be the only one; yields (rank, processes)."""
+    alone = "WORLD_SIZE" not in os.environ
+    rank, processes = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.HashStore() if alone else None
+    place = {"store": store, "rank": 0, "world_size": 1} if alone else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    try:
+        yield rank, processes
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,171 @@
+"""What a run file holds, and how it is read, edited and written."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fusiontree.core import paths, yaml
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.spec import Flag, Spec, invalid
+from fusiontree.data import ByteTokenizer, DataSpec
+from fusiontree.errors import SpecError
+from fusiontree.training.errors import RunError
+from fusiontree.training.sections import (
+    CheckpointSpec,
+    EverySpec,
+    LossesSpec,
+    OptimizerSpec,
+    ParallelismSpec,
+    TrainingSpec,
+    ValidationSpec,
+)
+from fusiontree.zoo.presets import load_spec
+
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
+class RunSpec(Spec):
+    """One training run, complete: the same file gives the same run.
+
+    Attributes:
+        model: a preset's name, the path of a spec (in a file: from the file's folder), or the spec itself,
+            which it always is once read.
+        text: called `data` in files; relative paths there are taken from the file's folder.
+        training, optimizer, losses, parallelism, checkpoint: see the sections.
+        validation: null: never measure.
+        monitor: how often to take gate statistics.
+        log: how often to write metrics.
+        tensorboard: whether to write metrics for TensorBoard too.
+        seed: decides the starting weights, the order of the data and the noise of gates.
+        output: the directory for all results, from the working directory; null: that of the run file.
+    """
+
+    format: Literal[1] = 1
+    model: ModelSpec
+    text: DataSpec = Field(alias="data")
+    training: TrainingSpec
+    optimizer: OptimizerSpec
+    losses: LossesSpec = LossesSpec()
+    validation: ValidationSpec | None = None
+    monitor: EverySpec = EverySpec()
+    log: EverySpec = EverySpec()
+    parallelism: ParallelismSpec = ParallelismSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tensorboard: Flag = False
+    seed: Seed = 0
+    output: str | None = None
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return load_spec(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        needed = ByteTokenizer.vocab_size
+        if self.model.vocab_size < needed:
+            raise invalid({("model", "vocab_size"): f"the data's tokens need {needed}, found {self.model.vocab_size}"})
+        gated = any(getattr(node, "gate_spec", None) for _, node in self.model.nodes())
+        for name, weight in self.losses:
+            if weight and not gated:
+                raise invalid({("losses", name): f"the model has no gate, found a weight of {weight}"})
+        return self
+
+    @classmethod
+    def from_file(cls, path: Path | str, overrides: Iterable[str] = ()) -> Self:
+        """Read a run file and edit it by `path=value` texts.
+
+        Raises:
+            SpecError: not YAML, not a run, or an edit that matches nothing; one line.
+        """
+        path = Path(path)
+        folder = path.resolve().parent
+        data = yaml.read_file(path)
+        if isinstance(data, Mapping):
+            data = {key: _located(value, folder) if key == "model" else value for key, value in data.items()}
+        try:
+            run = cls.parse(data).relative_to(folder)
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from None
+        return run.override(overrides)
+
+    def relative_to(self, folder: Path) -> Self:
+        """The same run with relative paths of data taken from a folder, and no output meaning the folder."""
+        output = str(folder) if self.output is None else self.output
+        return self.model_copy(update={"text": self.text.relative_to(folder), "output": output})
+
+    def override(self, overrides: Iterable[str]) -> Self:
+        """The run with other values: `training.steps=20`, `model.layers.*.mixer.gate.granularity=token`.
+
+        Values are YAML. Paths below `model` address the expanded spec (see `ModelSpec.replace`), all others the
+        run file; relative paths of data are taken from the working directory.
+
+        Raises:
+            SpecError: not `path=value`, a path that matches nothing, or a run that is not valid.
+        """
+        edits = dict(_edit(text) for text in overrides)
+        inside = {path.removeprefix("model."): value for path, value in edits.items() if path.startswith("model.")}
+        data = self.data()
+        for path, value in edits.items():
+            if not path.startswith("model."):
+                for place in paths.find(data, path):
+                    paths.put(data, place, value)
+        run = self.parse(data).relative_to(Path.cwd())
+        try:
+            return self.parse(run.data() | {"model": run.model.replace(inside)}) if inside else run
+        except SpecError as error:
+            raise SpecError(f"model: {error}") from None
+
+    @property
+    def directory(self) -> Path:
+        """Where the results go.
+
+        Raises:
+            RunError: there is no output, which only a run that was not read from a file can lack.
+        """
+        if self.output is None:
+            raise RunError("output: a directory for the results is needed, found null")
+        return Path(self.output)
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data of all that decides the results: everything but the output directory."""
+        data = {key: value for key, value in self.data().items() if key != "output"}
+        return data | {"model": self.model.canonical()}
+
+    def digest(self) -> str:
+        """The first 12 hex digits of the SHA-256 of the identity's JSON."""
+        text = json.dumps(self.identity(), separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def difference(self, other: "RunSpec") -> str | None:
+        """The first place where two runs differ, as `path: here, there`; None if they are the same."""
+        here, there = paths.leaves(self.identity()), paths.leaves(other.identity())
+        for path in dict.fromkeys([*here, *there]):
+            if here.get(path) != there.get(path):
+                return f"{path} is {here.get(path)!r:.60} here and {there.get(path)!r:.60} there"
+        return None
+
+    def to_yaml(self) -> str:
+        """The resolved run file: the model inline, every other field written out, the output beside the file."""
+        data = {key: value for key, value in self.data().items() if key != "output"}
+        model = {"format": self.model.format} | self.model.data(short=True)
+        return yaml.write(data | {"model": model})
+
+
+def _located(model: Any, folder: Path) -> Any:
+    """The name or path of a model with a path that exists in the folder made absolute."""
+    return str(folder / model) if isinstance(model, str) and (folder / model).exists() else model
+
+
+def _edit(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise SpecError(f"{text!r}: an override is written path=value")
+    try:
+        return path.strip(), yaml.read(value)
+    except SpecError as error:
+        raise SpecError(f"{text!r}: {error}") from None

@@ -1,0 +1,77 @@
+"""Measuring a model in training on held-out text."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
+from fusiontree.training.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well held-out text is predicted, as `fusiontree.data.HeldOut` defines it.
+
+    Attributes:
+        nats: the sum of -log p over all targets.
+        bytes: how many bytes of text there were, which is how many targets there were.
+    """
+
+    nats: float
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self.nats / self.bytes
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Nats / ln 2 / bytes."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.no_grad()
+def measure(model: nn.Module, held_out: HeldOut, *, rows: int, device: torch.device) -> Score:
+    """Score all held-out rows, each process its part; every process calls this and gets the whole score.
+
+    Args:
+        model: called as `model(tokens, positions=, documents=)`; put in evaluation mode and back.
+        held_out: what to measure on.
+        rows: rows that a process runs at a time.
+        device: where the model is.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in _share(held_out, rows):
+        logits = model(
+            batch["tokens"].to(device), positions=batch["positions"].to(device), documents=batch["documents"].to(device)
+        )
+        totals[0] += float(cross_entropy(logits, batch["labels"].to(device)))
+        totals[1] += int(batch["bytes"].sum())
+    model.train(was_training)
+    dist.all_reduce(totals)
+    return Score(float(totals[0]), int(totals[1]))
+
+
+def _share(held_out: HeldOut, rows: int) -> Iterator[EvaluationBatch]:
+    """This process's rows, in equally many batches for each process: a sharded model runs in all at once."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    rounds = math.ceil(len(held_out) / (rows * processes))
+    for number in range(rounds):
+        start = min((number * processes + rank) * rows, len(held_out))
+        stop = min(start + rows, len(held_out))
+        yield held_out.slice(start, stop) if start < stop else _idle(held_out)
+
+
+def _idle(held_out: HeldOut) -> EvaluationBatch:
+    """A row that counts for nothing."""
+    batch = held_out.slice(0, 1)
+    batch["labels"].fill_(IGNORED)
+    batch["bytes"].zero_()
+    return batch
