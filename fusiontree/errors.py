@@ -7,6 +7,9 @@ from difflib import get_close_matches
 class FusionTreeError(ValueError):
     """Bad input. The command line prints it as one line and exits with 2."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()))
+
 
 class SpecError(FusionTreeError):
     """A spec, or a path into one, that does not describe a model."""

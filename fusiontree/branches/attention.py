@@ -68,8 +68,14 @@ class Attention(BranchSpec):
     def _heads_divide(self) -> Self:
         if self.global_heads and self.window is None:
             raise invalid({("global_heads",): f"without a window all heads are global, found {self.global_heads}"})
+        for name, part, whole in [
+            ("global_heads", self.global_heads, self.heads),
+            ("global_kv_heads", self.global_kv_heads, self.kv_heads),
+        ]:
+            if part > whole:
+                raise invalid({(name,): f"found {part}, there are {whole} in all"})
         for name, heads, kv_heads in self._counts():
-            if heads < 0 or kv_heads < 0 or (heads > 0) != (kv_heads > 0) or (kv_heads and heads % kv_heads):
+            if (heads > 0) != (kv_heads > 0) or (kv_heads and heads % kv_heads):
                 text = f"{heads} {name} heads are not a multiple of {kv_heads} {name} key-value heads"
                 raise invalid({("global_kv_heads" if name == "global" else "kv_heads",): text})
         if self.out_bias and not self.project:

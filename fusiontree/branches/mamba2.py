@@ -6,19 +6,19 @@ C behind a short causal convolution and heads sharing B and C within a group.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Module, Norm, Normalise, constant, fan_in, wide
-from fusiontree.core.spec import Count, Flag, Positive, invalid
+from fusiontree.core.spec import Count, Flag, NonNegative, Positive, invalid
 from fusiontree.kernels import causal_conv1d, ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]
@@ -51,7 +51,7 @@ class Mamba2(BranchSpec):
     groups: Count = 1
     conv: Count = 4
     conv_bias: Flag = True
-    dt_limit: tuple[Annotated[float, Field(ge=0)], Positive | None] = (0.0, None)
+    dt_limit: tuple[NonNegative, Positive | None] = (0.0, None)
     norm: GatedNorm | None = GatedNorm()
     bias: Flag = False
     out_bias: Flag = False

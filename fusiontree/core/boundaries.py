@@ -68,6 +68,7 @@ def _many_documents(order: Ids | None, documents: Ids, positions: Ids | None, ca
     if positions is None:
         first = cache.positions[:, None] if cache else 0
         positions = steps - opened + torch.where(segments == 0, first, 0)
+    positions = positions.masked_fill(documents < 0, 0)
     rows = _rows(cache, segments, opened, positions, documents) if cache else None
     return Layout(order, segments if bool((segments != 0).any()) else None, positions, rows)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,13 +43,17 @@ class Sampling:
         seeds = [self.seed + row for row in range(rows)] if isinstance(self.seed, int) else list(self.seed)
         if len(seeds) != rows:
             raise FusionTreeError(f"seed: {len(seeds)} seeds for {rows} prompts")
+        for seed in seeds:
+            if not -(2**63) <= seed < 2**64:
+                raise FusionTreeError(f"seed: found {seed}, it has 64 bits")
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def choose(self, logits: Float[Tensor, "batch vocab"], generators: list[torch.Generator]) -> Int[Tensor, "batch"]:
         """The next token of each row."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        ordered, tokens = torch.sort(logits.double() / self.temperature, stable=True, dim=-1, descending=True)
+        below = logits.double() - logits.double().amax(-1, keepdim=True)  # so that tiny temperatures cannot overflow
+        ordered, tokens = torch.sort(below / self.temperature, stable=True, dim=-1, descending=True)
         mass = ordered.softmax(-1)
         mass = mass.masked_fill(self._beyond(mass), 0.0)
         draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
@@ -80,6 +85,8 @@ def stream(
     `max_new_tokens` steps.
     """
     tokens, documents = pad(prompts, model.embedding.weight.device)
+    if max_new_tokens < 0:
+        raise FusionTreeError(f"max_new_tokens: found {max_new_tokens}, at least 0 is needed")
     generators = sampling.generators(tokens.shape[0])
     endings = [tuple(s) if isinstance(s, Sequence) else (s,) for s in stop]
     cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
@@ -107,30 +114,44 @@ def generate(
 ) -> Int[Tensor, "batch longer"] | list[list[int]]:
     """Prompts with their continuations, in the form the prompts came in.
 
-    A tensor gives a tensor [batch, time + new], -1 behind rows that ended early; sequences give lists.
+    A tensor gives an int64 tensor [batch, time + new], -1 behind rows that ended early; sequences give lists.
     """
     steps = list(stream(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop))
     if not isinstance(prompts, Tensor):
         rows = enumerate(prompts)
         return [[*prompt, *(new for step in steps if (new := step[row]) is not None)] for row, prompt in rows]
     columns = [[PADDING if token is None else token for token in step] for step in steps]
-    new = torch.tensor(columns, dtype=prompts.dtype).reshape(len(columns), prompts.shape[0]).T
-    return torch.cat([prompts, new.to(prompts.device)], 1)
+    new = torch.tensor(columns, dtype=torch.long).reshape(len(columns), prompts.shape[0]).T
+    return torch.cat([prompts.long(), new.to(prompts.device)], 1)
 
 
 def pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor, padded behind, and the documents that say where; None when all are equally long."""
+    """Prompts as one tensor, padded behind, and the documents that say where; None when all are equally long.
+
+    Raises:
+        FusionTreeError: not a matrix, or not sequences of at least one integer.
+    """
     if isinstance(prompts, Tensor):
+        if prompts.ndim != 2:
+            raise FusionTreeError(f"prompts: a tensor [batch, time] is needed, found {list(prompts.shape)}")
         return prompts.to(device), None
-    lengths = [len(prompt) for prompt in prompts]
+    rows = [_integers(prompt) for prompt in prompts]
+    lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
         raise FusionTreeError("prompts: at least one, of at least one token each, is needed")
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=device)
     documents = torch.full_like(tokens, PADDING)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.long)
-        documents[row, : len(prompt)] = 0
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = torch.tensor(row, dtype=torch.long)
+        documents[place, : len(row)] = 0
     return tokens, documents if min(lengths) < max(lengths) else None
+
+
+def _integers(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise FusionTreeError(f"prompts: sequences of integers are needed, found {prompt!r:.60}") from None
 
 
 def _at_last(features: Tensor, documents: Tensor | None) -> Float[Tensor, "batch width"]:

@@ -88,7 +88,8 @@ class LanguageModel(nn.Module):
             cache: from `new_cache`; updated in place.
 
         Raises:
-            FusionTreeError: a token outside the vocabulary, a position beyond an encoding, no room in the cache.
+            FusionTreeError: a token outside the vocabulary, a position beyond an encoding, no room in the cache,
+                or shapes that do not agree.
         """
         return self.logits(self.features(tokens, positions=positions, documents=documents, cache=cache))
 
@@ -97,6 +98,7 @@ class LanguageModel(nn.Module):
     ) -> Features:
         """The features that the head reads, as `forward` takes them."""
         tokens = self._checked(tokens, documents)
+        self._check_shapes(tokens, positions, documents, cache)
         layout = boundaries.arrange(tokens, documents, positions, cache)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)
@@ -163,10 +165,10 @@ class LanguageModel(nn.Module):
         return module
 
     def _checked(self, tokens: Ids, documents: Ids | None) -> Ids:
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
-            found = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
-            raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {found}")
-        if documents is not None:
+        if not _are_ids(tokens) or tokens.shape[1] == 0:
+            raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {_kind(tokens)}")
+        tokens = tokens.long()
+        if documents is not None and documents.shape == tokens.shape:
             tokens = torch.where(documents < 0, 0, tokens)
         if _readable(tokens):
             low, high = (int(value) for value in tokens.aminmax())
@@ -175,14 +177,37 @@ class LanguageModel(nn.Module):
                 raise FusionTreeError(f"tokens: found {found}, the vocabulary is 0..{self.spec.vocab_size - 1}")
         return tokens
 
+    @staticmethod
+    def _check_shapes(tokens: Ids, positions: Ids | None, documents: Ids | None, cache: Cache | None) -> None:
+        for name, ids in (("positions", positions), ("documents", documents)):
+            if ids is not None and not (_are_ids(ids) and ids.shape == tokens.shape):
+                found = f"an integer tensor {list(tokens.shape)} is needed, as tokens are, found {_kind(ids)}"
+                raise FusionTreeError(f"{name}: {found}")
+        if cache is not None and cache.batch != tokens.shape[0]:
+            raise FusionTreeError(f"cache: made for {cache.batch} rows, found {tokens.shape[0]} in tokens")
+
     def _check_positions(self, positions: Ids) -> None:
         limits = {name: e.limit for name, e in self.spec.encodings.items() if e.limit is not None}
         if not limits or not _readable(positions):
             return
         name = min(limits, key=lambda n: limits[n])
-        if int(positions.max()) >= limits[name]:
-            found = f"position {int(positions.max())}"
+        low, high = (int(value) for value in positions.aminmax())
+        if low < 0 or high >= limits[name]:
+            found = f"position {low if low < 0 else high}"
             raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name]} positions")
+
+
+def _are_ids(value: object) -> bool:
+    """Whether a value is a matrix of integers."""
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in integers
+
+
+def _kind(value: object) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
 
 
 def _readable(ids: Ids) -> bool:

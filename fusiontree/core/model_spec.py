@@ -12,7 +12,7 @@ from fusiontree.core import paths, yaml
 from fusiontree.core.contracts import AnyEncoding, NodeSpec, Scope
 from fusiontree.core.modules import Norm
 from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid
-from fusiontree.core.stack import Entry, LayerSpec, expand, fold
+from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
 from fusiontree.errors import SpecError, suggest
 
 
@@ -53,15 +53,25 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        scope = self.scope
-        problems: dict[Place, str] = {
-            (*paths.split(path), *paths.split(where)): text
-            for path, node in self.nodes()
-            for where, text in node.problems(scope)
-        }
+        count = sum(entry.size if isinstance(entry, Repeat) else 1 for entry in self.layers)
+        if count > MAX_LAYERS:
+            raise invalid({("layers",): f"{count} layers, at most {MAX_LAYERS} are allowed"})
+        problems: dict[Place, str] = {}
+        for path, text in self._problems():
+            problems.setdefault(paths.split(path), text)
         if problems:
             raise invalid(problems)
         return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """What does not fit its surroundings, by path: for nodes what they say, and widths that are not the
+        stream's (what is inside a fusion, the fusion looks at)."""
+        scope = self.scope
+        for path, node in self.nodes():
+            yield from ((f"{path}.{where}", text) for where, text in node.problems(scope))
+            width = node.output_width(scope)
+            if path.count(".") == 2 and width != scope.width:
+                yield path, f"has to return the width {scope.width}, found {width}"
 
     @property
     def scope(self) -> Scope:
@@ -126,15 +136,14 @@ class ModelSpec(Spec):
         """
         data = self.expand().data()
         for pattern, value in edits.items():
-            for path in _places(data, pattern):
+            for path in _places(data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
         return type(self).parse(data).fold()
 
     def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
-        """What differs, by path of the expanded forms: (here, there); None where there is nothing."""
-        here, there = paths.leaves(self.canonical()), paths.leaves(other.canonical())
-        every = dict.fromkeys([*here, *there])
-        return {path: (here.get(path), there.get(path)) for path in every if here.get(path) != there.get(path)}
+        """What differs, by path of the expanded forms: (here, there); None where there is nothing. Where names are
+        the same in another order, their lists."""
+        return _differences(self.canonical(), other.canonical())
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
@@ -175,21 +184,34 @@ def _below(path: str, node: NodeSpec) -> Iterator[tuple[str, NodeSpec]]:
         yield from _below(f"{path}.{step}", child)
 
 
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    here, there = paths.leaves(one), paths.leaves(other)
+    every = dict.fromkeys([*here, *there])
+    found = {path: (here.get(path), there.get(path)) for path in every if here.get(path) != there.get(path)}
+    orders = paths.orders(other)
+    for path, names in paths.orders(one).items():
+        others = orders.get(path, [])
+        if [name for name in names if name in others] != [name for name in others if name in names]:
+            found[path] = (names, others)
+    return found
+
+
 _OPEN = ("branches", "encodings")
 
 
-def _places(data: Any, pattern: str) -> list[paths.Steps]:
-    """Where a pattern points to, a new name in an open mapping included."""
+def _places(data: Any, pattern: str, *, adding: bool) -> list[paths.Steps]:
+    """Where a pattern points to; when adding, a new name in an open mapping included."""
     *above, last = paths.split(pattern) or ("",)
-    if above and above[-1] in _OPEN and last != "*":
-        parents = paths.find(data, ".".join(above))
-        return [(*path, last) for path in parents if isinstance(paths.get(data, path), dict)]
+    if adding and above and above[-1] in _OPEN and last != "*":
+        parents = [path for path in paths.find(data, ".".join(above)) if isinstance(paths.get(data, path), dict)]
+        if parents:
+            return [(*path, last) for path in parents]
     return paths.find(data, pattern)
 
 
 def _edit(data: Any, path: paths.Steps, value: Any) -> None:
     inside = paths.get(data, path[:-1])
-    if value is None and len(path) > 1 and path[-2] in _OPEN:
-        inside.pop(path[-1], None)
+    if value is None and len(path) > 1 and path[-2] in _OPEN and isinstance(inside, dict):
+        del inside[path[-1]]
     else:
         paths.put(data, path, value)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from fusiontree.core.spec import Positive, Spec
+from fusiontree.errors import WeightsError
 
 Init = Callable[[Tensor, Generator], object]
 """Fills a float32 tensor on the CPU in place."""
@@ -34,6 +35,10 @@ def constant(value: float) -> Init:
     return lambda tensor, generator: tensor.fill_(value)
 
 
+LARGEST_PARAMETER = 2**59
+"""Elements; 8 bytes of each still fit a signed 64-bit count."""
+
+
 class Module(nn.Module):
     """A module whose own parameters are declared together with how they start."""
 
@@ -42,7 +47,13 @@ class Module(nn.Module):
         self.initial: dict[str, Init] = {}
 
     def declare(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
-        """Add a parameter of this shape."""
+        """Add a parameter of this shape.
+
+        Raises:
+            WeightsError: no memory could hold it.
+        """
+        if math.prod(shape) > LARGEST_PARAMETER:
+            raise WeightsError(f"weights: a parameter {name!r} of shape {shape} is larger than any memory")
         parameter = nn.Parameter(torch.empty(shape))
         self.register_parameter(name, parameter)
         self.initial[name] = init

@@ -34,15 +34,21 @@ def leaves(data: Any) -> dict[str, Any]:
     return {".".join(path): value for path, value in walk(data) if not any(True for _ in steps(value))}
 
 
+def orders(data: Any) -> dict[str, list[str]]:
+    """The names of every mapping that is not a node, in their order, by path."""
+    maps = [(path, value) for path, value in walk(data) if isinstance(value, Mapping)]
+    return {".".join(path): list(value) for path, value in maps if not isinstance(value.get("kind"), str)}
+
+
 def find(data: Any, pattern: str) -> list[Steps]:
     """The places that a pattern matches.
 
     Raises:
         SpecError: there is none; names the nearest path that there is.
     """
-    found = [path for path, _ in _matches(data, split(pattern), ())]
+    found = [path for path, _ in _matches(data, split(pattern), ())] if pattern else []
     if not found:
-        raise SpecError(f"{pattern}: matches nothing{_nearest(data, pattern)}")
+        raise SpecError(f"{pattern or repr(pattern)}: matches nothing{_nearest(data, pattern)}")
     return found
 
 
@@ -56,16 +62,17 @@ def _matches(data: Any, pattern: Steps, prefix: Steps) -> Iterator[tuple[Steps, 
 
 
 def _nearest(data: Any, pattern: str) -> str:
-    """The deepest part of the pattern that matches, and the step nearest to the one that does not."""
-    known = split(pattern)
-    for depth in range(len(known), -1, -1):
-        places = [value for _, value in _matches(data, known[:depth], ())]
-        if places and depth < len(known):
-            names = list(dict.fromkeys(step for place in places for step, _ in steps(place)))
-            near = get_close_matches(known[depth], names, n=1, cutoff=0.3) or names[:1]
-            rest = known[depth + 1 :]
-            return f"; the nearest is {'.'.join((*known[:depth], *near, *rest))!r}" if near else ""
-    return ""
+    """The path that follows a pattern as far as there is one, each step the nearest to the pattern's."""
+    places, done = [data], []
+    for step in split(pattern):
+        names = list(dict.fromkeys(name for place in places for name, _ in steps(place)))
+        if step not in names and step != "*":
+            step = (get_close_matches(step, names, n=1, cutoff=0.3) or names or [""])[0]
+        places = [value for place in places for name, value in steps(place) if step in (name, "*")]
+        if not places:
+            break
+        done.append(step)
+    return f"; the nearest is {'.'.join(done)!r}" if done else ""
 
 
 def get(data: Any, path: Steps) -> Any:

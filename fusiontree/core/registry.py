@@ -1,7 +1,8 @@
 """Component families: registries that pydantic validates against and that plugins may join at any time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -63,11 +64,17 @@ class Family(ABC, Generic[S]):
             return handler(reference)
         self._writing = True
         try:
-            kinds = {kind: self.get(kind).__pydantic_core_schema__ for kind in self.names()}
+            kinds = {kind: spec.__pydantic_core_schema__ for kind, spec in self._usable()}
             union = cs.tagged_union_schema(dict(kinds), discriminator="kind", ref=f"{self.name}:family")
             return handler(cs.definitions_schema(reference, [union]))
         finally:
             self._writing = False
+
+    def _usable(self) -> Iterator[tuple[str, type[S]]]:
+        """The kinds and classes that can be loaded; a broken plugin only fails whoever names its kind."""
+        for kind in self.names():
+            with suppress(SpecError):
+                yield kind, self.get(kind)
 
 
 class Registry(Family[S]):
@@ -80,18 +87,22 @@ class Registry(Family[S]):
     def __init__(self, name: str, base: type[S]) -> None:
         super().__init__(name, base)
         self._kinds: dict[str, type[Any]] = {}
+        self.siblings: tuple[Registry[Any], ...] = (self,)
 
     def register(self, spec: type[K]) -> type[K]:
         """Add a spec class under the default of its `kind` field.
 
         Raises:
-            TypeError: the class has no `kind` with a default.
-            ValueError: another class has this kind already.
+            TypeError: the class is none of this family, or has no `kind` with a default.
+            ValueError: another class has this kind already, here or in a family whose kinds stand in the same place.
         """
+        base: type[Any] = self.base
+        if not issubclass(spec, base):
+            raise TypeError(f"{spec.__qualname__} is no {self.name}: it does not derive from {base.__qualname__}")
         field = spec.model_fields.get("kind")
         if field is None or not isinstance(field.default, str):
             raise TypeError(f"{spec.__qualname__} needs a field kind: Literal['name'] = 'name'")
-        known = self._kinds.get(field.default)
+        known = next((f._kinds[field.default] for f in self.siblings if field.default in f._kinds), None)
         if known and (known.__module__, known.__qualname__) != (spec.__module__, spec.__qualname__):
             both = " and ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in (known, spec))
             raise ValueError(f"two {self.name} kinds are called {field.default!r}: {both}")
@@ -116,6 +127,10 @@ class Registry(Family[S]):
         return self._kinds[kind]
 
     def _load(self, point: EntryPoint) -> None:
+        rivals = entry_points(group=point.group, name=point.name)
+        if len(rivals) > 1:
+            offers = sorted(f"{p.value} of {p.dist.name if p.dist else 'no package'}" for p in rivals)
+            raise SpecError(f"several packages offer the {self.name} {point.name!r}: {' and '.join(offers)}")
         try:
             point.load()
         except Exception as error:
@@ -131,6 +146,8 @@ class OneOf(Family[S]):
     def __init__(self, name: str, base: type[S], families: tuple[Registry[Any], ...]) -> None:
         super().__init__(name, base)
         self.families = families
+        for family in families:
+            family.siblings = families
 
     def names(self) -> list[str]:
         """Every kind of every family, sorted."""

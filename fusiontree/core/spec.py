@@ -1,9 +1,12 @@
 """What every part of a spec is: a frozen, strict description; equal specs build equal things."""
 
+import re
 from collections.abc import ItemsView, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -14,23 +17,36 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_core import core_schema as cs
+from torch import nn
 
 from fusiontree.errors import SpecError, suggest
 
-Count = Annotated[int, Field(strict=True, ge=1)]
+LARGEST = 2**31 - 1
+Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 """How many of something there are: at least one."""
-Natural = Annotated[int, Field(strict=True, ge=0)]
+Natural = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 """How many of something there are: none is allowed."""
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number."""
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 """A finite number above 0."""
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+"""A finite number that is at least 0."""
 Flag = Annotated[bool, Field(strict=True)]
 """Yes or no, and not 0, 1 or a word."""
-Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-"""A name that can be a step of a path."""
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+
+
+def _not_taken(name: str) -> str:
+    if name in _TAKEN:
+        raise invalid({(): f"{name!r} is the name of a part of every module; choose another"})
+    return name
+
+
+Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$"), AfterValidator(_not_taken)]
+"""A name that can be a step of a path: that of a module inside a `torch.nn.ModuleDict`, too."""
 
 
 Place = tuple[str | int, ...]
@@ -106,10 +122,17 @@ def one_line(error: ValidationError) -> str:
     """The first problem as `path: found, allowed`, and how many more there are."""
     details = error.errors(include_url=False)
     first, more = details[0], len(details) - 1
-    path = ".".join(str(step) for step in first["loc"]) or "spec"
+    path = ".".join(str(step) for step in first["loc"] if step != "[key]") or "spec"
     text = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] in ("invalid", "missing", "value_error") else f", found {_brief(first['input'])}"
-    return f"{path}: {text}{found}" + (f" (and {more} more)" if more else "")
+    return f"{path}: {text}{found}{_nearest(first)}" + (f" (and {more} more)" if more else "")
+
+
+def _nearest(details: ErrorDetails) -> str:
+    """For a value that is not one of a few words: the nearest of them."""
+    allowed = re.findall(r"'([^']*)'", str(details.get("ctx", {}).get("expected", "")))
+    near = get_close_matches(str(details["input"]), allowed, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _brief(value: Any) -> str:

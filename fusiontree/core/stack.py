@@ -12,6 +12,9 @@ from fusiontree.core.modules import Norm
 from fusiontree.core.spec import Count, OrderedMap, Real, Spec, invalid
 from fusiontree.errors import SpecError
 
+MAX_LAYERS = 10_000
+"""So that a short file cannot ask for more memory than there is."""
+
 
 class Residual(Spec):
     """How a sub-layer joins the stream: keep * source + add * f(...), the source being the stream itself or the
@@ -51,6 +54,8 @@ class Repeat(Spec):
 
     @model_validator(mode="after")
     def _varies_what_exists(self) -> "Repeat":
+        if self.size > MAX_LAYERS:
+            raise invalid({("repeat",): f"{self.size} layers, at most {MAX_LAYERS} are allowed"})
         period = [layer.data() for layer in self.layers]
         for path, values in self.vary.items():
             if len(values) != self.repeat:
@@ -62,6 +67,11 @@ class Repeat(Spec):
                 raise invalid({("vary",): str(error)}) from None
         self.expand()
         return self
+
+    @property
+    def size(self) -> int:
+        """How many layers there are."""
+        return self.repeat * len(self.layers)
 
     def expand(self) -> tuple[LayerSpec, ...]:
         """The layers, one by one."""

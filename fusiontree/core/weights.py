@@ -1,11 +1,13 @@
 """A model on disk: `spec.yaml` and `model.safetensors`, read strictly and written all or nothing."""
 
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,8 @@ from fusiontree.errors import WeightsError, suggest
 
 SPEC_FILE = "spec.yaml"
 WEIGHTS_FILE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What weights may be stored in, by the names that safetensors has for them."""
 
 
 def save(model: LanguageModel, directory: Path | str) -> None:
@@ -33,12 +37,18 @@ def save(model: LanguageModel, directory: Path | str) -> None:
 def save_weights(spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str) -> None:
     """`save`, from a spec and its tensors."""
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / SPEC_FILE).exists())):
-        raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
     with complete_directory(target) as new:
+        if target.exists() and not _is_ours(target):
+            raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
         (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt", "digest": spec.digest()})
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a model may be written there: over another, or into an empty directory."""
+    names = {file.name for file in target.iterdir()} if target.is_dir() else {"a file"}
+    return not names or {SPEC_FILE, WEIGHTS_FILE} <= names
 
 
 @contextmanager
@@ -54,8 +64,7 @@ def complete_directory(target: Path) -> Iterator[Path]:
         new = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         yield new
         if target.exists():
-            for file in new.iterdir():
-                os.replace(file, target / file.name)
+            _exchange(new, target)
         else:
             new.chmod(0o755)
             os.replace(new, target)
@@ -64,6 +73,20 @@ def complete_directory(target: Path) -> Iterator[Path]:
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Move the files of a directory into another; if one cannot be, all that were there before are put back."""
+    with ExitStack() as undo:
+        for file in list(new.iterdir()):
+            place, aside = target / file.name, new / f"{file.name}.old"
+            if place.exists():
+                os.replace(place, aside)
+                undo.callback(os.replace, aside, place)
+            else:
+                undo.callback(place.unlink, missing_ok=True)
+            os.replace(file, place)
+        undo.pop_all()
 
 
 def load(
@@ -85,8 +108,8 @@ def load(
     with _opened(source / WEIGHTS_FILE) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         _check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)
-        memory.check_room((source / WEIGHTS_FILE).stat().st_size, target)
-        tensors = {name: _finite(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
+        memory.check_room(_bytes(file, dtype), target)
+        tensors = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True)
 
@@ -111,7 +134,18 @@ def _check_shapes(source: Path, wanted: Mapping[str, tuple[int, ...]], found: Ma
         raise WeightsError(f"{source}: tensor {extra[0]!r} is not in the spec{suggest(extra[0], wanted):.200}")
 
 
-def _finite(source: Path, name: str, tensor: Tensor) -> Tensor:
+def _bytes(file: Any, dtype: torch.dtype | None) -> int:
+    """What the tensors of a file take, in another type if one is given; only the header is read."""
+    parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+    return sum(
+        math.prod(part.get_shape()) * (dtype or DTYPES.get(part.get_dtype(), torch.uint8)).itemsize for part in parts
+    )
+
+
+def _checked(source: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in DTYPES.values():
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise WeightsError(f"{source}: tensor {name!r} holds {found}, allowed are {', '.join(DTYPES)}")
     if not bool(torch.isfinite(tensor).all()):
         raise WeightsError(f"{source}: tensor {name!r} holds a value that is not finite")
     return tensor

@@ -10,7 +10,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from fusiontree.errors import SpecError
 
@@ -29,13 +31,13 @@ def read(text: str) -> Any:
     if len(text) > MAX_BYTES:
         raise SpecError(f"YAML: {len(text)} characters, at most {MAX_BYTES} are allowed")
     try:
-        data = YAML(typ="safe", pure=True).load(text)
+        return _reader().load(text)
+    except SpecError:
+        raise
     except MarkedYAMLError as error:
         raise SpecError(f"YAML: {_problem(error)}") from None
-    except (YAMLError, RecursionError, ValueError) as error:
+    except (YAMLError, RecursionError, ValueError, LookupError) as error:
         raise SpecError(f"YAML: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    _count(data, 0, {}, ())
-    return data
 
 
 def read_file(path: Path) -> Any:
@@ -59,28 +61,59 @@ def _problem(error: MarkedYAMLError) -> str:
     return place + " ".join(str(error.problem or error.context or "cannot be read").split())
 
 
-def _count(data: Any, depth: int, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """The nodes of a document with every alias followed, each shared part counted but once walked."""
-    if depth > MAX_DEPTH or id(data) in above:
+class _Constructor(SafeConstructor):
+    """Looks at the whole document before it builds anything, merge keys included; dates stay text, as in YAML 1.2."""
+
+    def construct_document(self, node: Node) -> Any:
+        _measure(node, {}, ())
+        return super().construct_document(node)
+
+
+_TAG = "tag:yaml.org,2002:"
+_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge", "timestamp")}
+_Constructor.add_constructor(f"{_TAG}timestamp", SafeConstructor.construct_yaml_str)
+
+
+def _reader() -> YAML:
+    reader = YAML(typ="safe", pure=True)
+    reader.Constructor = _Constructor
+    return reader
+
+
+def _measure(node: Node, known: dict[int, tuple[int, int]], above: tuple[int, ...]) -> tuple[int, int]:
+    """The nodes and levels of a document with every alias followed, each shared part counted but once walked."""
+    if node.tag not in _TAGS:
+        found = f"the tag {node.tag.replace(_TAG, '!!')!r}"
+        raise SpecError(f"YAML: line {node.start_mark.line + 1}: {found} is not plain data")
+    if id(node) in above or len(above) > MAX_DEPTH:
         raise SpecError(f"YAML: nested deeper than {MAX_DEPTH}")
-    if not isinstance(data, dict | list):
-        return 1
-    if id(data) not in known:
-        inside = data.values() if isinstance(data, dict) else data
-        known[id(data)] = 1 + sum(_count(item, depth + 1, known, (*above, id(data))) for item in inside)
-    if known[id(data)] > MAX_NODES:
+    if isinstance(node, ScalarNode):
+        return 1, 0
+    if id(node) not in known:
+        inside = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else node.value
+        sizes = [_measure(part, known, (*above, id(node))) for part in inside]
+        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
+    size, levels = known[id(node)]
+    if size > MAX_NODES:
         raise SpecError(f"YAML: more than {MAX_NODES} nodes once aliases are followed")
-    return known[id(data)]
+    if len(above) + levels > MAX_DEPTH:
+        raise SpecError(f"YAML: nested deeper than {MAX_DEPTH}")
+    return size, levels
 
 
 def write(data: Mapping[str, Any]) -> str:
     """A YAML document: block style, small mappings and lists on one line."""
     writer = YAML()
     writer.width = LINE
+    writer.representer.add_representer(type(None), _null)
     writer.indent(mapping=2, sequence=4, offset=2)
     stream = StringIO()
     writer.dump(_styled(data, top=True), stream)
     return stream.getvalue()
+
+
+def _null(representer: Any, value: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _styled(data: Any, *, top: bool = False) -> Any:
@@ -114,4 +147,11 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
     for path, sign, _ in pairs:
         if not path or not sign:
             raise SpecError(f"{path or '='}: an override is path=value")
-    return {path: read(value) for path, _, value in pairs}
+    return {path: _value(path, value) for path, _, value in pairs}
+
+
+def _value(path: str, text: str) -> Any:
+    try:
+        return read(text)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None

@@ -22,7 +22,8 @@ class Constant(GateSpec):
     def _shares(self) -> Self:
         total = sum(self.values.values())
         if min(self.values.values(), default=0) < 0 or abs(total - 1) > 1e-6:
-            raise invalid({("values",): f"shares are at least 0 and sum to 1, found a sum of {total:g}"})
+            found = ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+            raise invalid({("values",): f"shares are at least 0 and sum to 1, found {found or 'none'}"})
         return self
 
     @classmethod
@@ -42,9 +43,12 @@ class Constant(GateSpec):
 
     def problems(self, scope: GateScope) -> Problems:
         """Names that are not those of the branches."""
-        for name in [*self.values, *scope.branches]:
-            if (name in self.values) != (name in scope.branches):
-                yield "values", f"a share for each branch and no other: {name!r}{suggest(name, scope.branches)}"
+        for name in self.values:
+            if name not in scope.branches:
+                yield f"values.{name}", f"no such branch{suggest(name, scope.branches)}"
+        missing = [name for name in scope.branches if name not in self.values]
+        if missing:
+            yield "values", f"every branch needs a share, found none for {', '.join(missing)}"
 
     def without(self, branch: str) -> "Constant":
         """The others' shares, grown to sum to 1."""

@@ -59,7 +59,6 @@ class Checkpoints:
         dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
         if dist.get_rank() == 0:
             write_json(partial / STATE, {"format": FORMAT, "run": self.run, "step": step, "state": state})
-            shutil.rmtree(self.path(step), ignore_errors=True)
             partial.rename(self.path(step))
             self._remove(self.steps()[: -self.keep])
         dist.barrier()

@@ -24,7 +24,7 @@ Averages = Float[Tensor, "batch time hidden state"]
 
 @branches.register
 class Ema(BranchSpec):
-    """`hidden` channels with `state` averages each."""
+    """Damped moving averages of the past, gated. `hidden` channels have `state` averages each."""
 
     kind: Literal["ema"] = "ema"
     hidden: Count
@@ -77,13 +77,14 @@ class EmaBranch(Node):
         return self.out(F.silu(self.gate(x)) * y)
 
     def _averages(self, x: Float[Tensor, "batch time hidden"], context: Context) -> Averages:
-        precise = wide(x.dtype)
+        precise, segments, state = wide(x.dtype), context.segments, context.state(self.path)
         alpha, delta = self.alpha.to(precise).sigmoid(), self.delta.to(precise).sigmoid()
-        decay, inputs, state = 1 - alpha * delta, alpha * x[..., None], context.state(self.path)
+        decay, inputs = 1 - alpha * delta, alpha * x[..., None]
         if state is None:
-            return recurrence(inputs, decay, context.segments)
-        averages = recurrence(_continued(inputs, decay * state["averages"], context.segments), decay, context.segments)
-        _remember(state["averages"], averages, context.segments)
+            return recurrence(inputs, decay, segments)
+        carried = decay * state["averages"].clone()  # a copy, since backward reads what is overwritten below
+        averages = recurrence(_continued(inputs, carried, segments), decay, segments)
+        _remember(state["averages"], averages, segments)
         return averages
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:

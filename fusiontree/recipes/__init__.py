@@ -1,0 +1,1 @@
+"""Run files, grids, and what torchrun starts."""

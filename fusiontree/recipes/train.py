@@ -1,0 +1,90 @@
+"""What torchrun starts: `torchrun --nproc-per-node 2 -m fusiontree.recipes.train run.yaml training.steps=20`.
+
+`python -m fusiontree.recipes.train` does the same in one process. The first argument is a run file, or the name
+of one that comes with the library (quickstart, v1, v2, v3); the others are `path=value` edits of it.
+
+Exit codes: 0, finished (or finished before); 1, the job failed; 2, bad input, one line; 130 or 143, stopped by
+SIGINT or SIGTERM after a checkpoint (torchrun itself then exits with 1). torchrun passes signals on to its
+processes and kills them after 30 seconds.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.training import RunError, RunSpec, TrainingFailed
+from fusiontree.training.metrics import Listener
+from fusiontree.training.output import Output
+from fusiontree.training.result import TrainResult
+
+USAGE = "usage: python -m fusiontree.recipes.train RUN.yaml [path=value ...]"
+
+
+def recipes() -> list[str]:
+    """The names of the run files that come with the library, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """A run from a file, or from one that comes with the library, edited.
+
+    Raises:
+        FusionTreeError: neither a file nor a name, or not a valid run.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        return RunSpec.from_file(path, overrides)
+    if str(name_or_path) not in recipes():
+        raise RunError(f"{name_or_path}: neither a run file nor a recipe{suggest(str(name_or_path), recipes())}")
+    return RunSpec.from_file(_folder() / f"{name_or_path}.yaml", overrides)
+
+
+def run(run: RunSpec, listener: Listener | None = None) -> TrainResult:
+    """Train, unless the run is finished already: that is found out before anything heavy is imported.
+
+    Raises:
+        FusionTreeError: bad input.
+        TrainingFailed: the run cannot go on.
+    """
+    output = Output(run)
+    output.check()
+    if output.finished:
+        return TrainResult.read("already finished", output.root, 0)
+    from fusiontree.training.titan import train
+
+    return train(run, listener=listener)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train by command-line arguments; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    first = os.environ.get("RANK", "0") == "0"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE if first else "", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        result = run(load_run(arguments[0], arguments[1:]))
+    except FusionTreeError as error:
+        return _failed(error, 2, first=first)
+    except TrainingFailed as error:
+        return _failed(error, 1, first=first)
+    if result.status == "already finished" and first:
+        print(f"{result.directory}: the run is finished ({result.steps} steps); nothing to do")
+    return result.exit_code
+
+
+def _failed(error: Exception, code: int, *, first: bool) -> int:
+    if first:
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _folder() -> Path:
+    return Path(str(files("fusiontree.recipes")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

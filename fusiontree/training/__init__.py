@@ -1,0 +1,34 @@
+"""Training: what a run is, what it minimises, what it records. Only `fusiontree.training.titan` needs torchtitan."""
+
+from fusiontree.training.console import Console, Silent
+from fusiontree.training.errors import RunError, TrainingFailed
+from fusiontree.training.metrics import Listener, Record
+from fusiontree.training.monitor import GateMonitor
+from fusiontree.training.run import RunSpec
+from fusiontree.training.sections import (
+    CheckpointSpec,
+    EverySpec,
+    LossesSpec,
+    OptimizerSpec,
+    ParallelismSpec,
+    TrainingSpec,
+    ValidationSpec,
+)
+
+__all__ = [
+    "CheckpointSpec",
+    "Console",
+    "EverySpec",
+    "GateMonitor",
+    "Listener",
+    "LossesSpec",
+    "OptimizerSpec",
+    "ParallelismSpec",
+    "Record",
+    "RunError",
+    "RunSpec",
+    "Silent",
+    "TrainingFailed",
+    "TrainingSpec",
+    "ValidationSpec",
+]

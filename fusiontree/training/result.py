@@ -1,0 +1,36 @@
+"""How a run ended."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from fusiontree.training import metrics
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        status: `finished`; `already finished`, if there was nothing to do; or `stopped` by a signal.
+        steps: optimiser steps made in all.
+        directory: where the results are.
+        loss: the last recorded training loss, nats per label.
+        bits_per_byte: the last measurement on held-out text.
+        exit_code: 0, or 128 + the number of the signal (130 for SIGINT, 143 for SIGTERM).
+    """
+
+    status: Literal["finished", "already finished", "stopped"]
+    steps: int
+    directory: Path
+    loss: float | None
+    bits_per_byte: float | None
+    exit_code: int
+
+    @classmethod
+    def read(cls, status: Literal["finished", "already finished", "stopped"], directory: Path, exit_code: int) -> Self:
+        """Take the figures from what the run wrote."""
+        records = metrics.read(directory / "metrics.jsonl")
+        steps = records[-1]["step"] if records else 0
+        found = [metrics.latest(records, key) for key in ("loss", "validation_bits_per_byte")]
+        return cls(status, steps, directory, *found, exit_code)

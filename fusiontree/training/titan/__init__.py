@@ -1,0 +1,12 @@
+"""Training on torchtitan's own Trainer. Nothing else imports torchtitan.
+
+Importing this package prepares torchtitan for the machine and the torch that there are (see `_compat`).
+"""
+
+from fusiontree.training.titan import _compat
+
+_compat.install()
+
+from fusiontree.training.titan.train import TrainResult, train  # noqa: E402
+
+__all__ = ["TrainResult", "train"]

@@ -1,0 +1,74 @@
+"""Our batches as torchtitan's loader, and the tokeniser that it wants to have and never uses."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from fusiontree.data import Batches, ByteTokenizer, DataSpec
+
+Example = tuple[dict[str, Tensor], Tensor]
+
+
+class TitanLoader(BaseDataLoader):
+    """This process's micro-batches of every step. The rows of a step do not depend on how it is cut."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        """What to read, and how many rows make a step."""
+
+        text: DataSpec
+        rows: int
+        seed: int
+
+    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any) -> None:
+        self.batches: Batches = config.text.batches(rows=config.rows, seed=config.seed)
+        self.processes, self.rank, self.part = dp_world_size, dp_rank, local_batch_size
+        self.step = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        starts = range(self.rank * self.part, self.batches.rows, self.part * self.processes)
+        while True:
+            step, self.step = self.step, self.step + 1
+            for start in starts:
+                batch = self.batches.slice(step, start, start + self.part)
+                places = {"positions": batch["positions"], "documents": batch["documents"]}
+                yield {"input": batch["tokens"], **places}, batch["labels"]
+
+    def state_dict(self) -> dict[str, int]:
+        """The step after the one that is being read; rows are a function of the seed and the step, so that is all."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on at a step."""
+        self.step = state_dict["step"]
+
+
+class TitanTokenizer(BaseTokenizer):
+    """Bytes as tokens."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        """Nothing to choose."""
+
+        bytes: ByteTokenizer = field(default_factory=ByteTokenizer)
+
+    def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+        super().__init__()
+        self.bytes = config.bytes
+        self.eos_id = self.bytes.end
+
+    def encode(self, text: str) -> list[int]:
+        """One token a byte."""
+        return self.bytes.encode(text).tolist()
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text behind tokens."""
+        return bytes(token for token in tokens if token != self.bytes.end).decode(errors="replace")
+
+    def get_vocab_size(self) -> int:
+        """How many tokens there are."""
+        return self.bytes.vocab_size

@@ -1,0 +1,55 @@
+"""torchtitan's figures of a step as the fields of our records."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.components.metrics import MetricsProcessor
+
+from fusiontree.training.metrics import Record
+
+GIBIBYTE = 2**30
+
+
+class StepMetrics(MetricsProcessor):
+    """Keeps what torchtitan reports of a step until the trainer writes it, and times the steps alone."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        """torchtitan's."""
+
+    def __init__(self, config: Config, **parts: Any) -> None:
+        super().__init__(config, **parts)
+        self.record: Record = {}
+        self._seconds, self._began = 0.0, 0.0
+
+    def begin_step(self) -> None:
+        """The clock runs."""
+        self.record, self._began = {}, time.perf_counter()
+
+    def end_step(self) -> None:
+        """The clock stands still until the next step."""
+        self._seconds += time.perf_counter() - self._began
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Take note of a step that is logged; torchtitan calls this at the end of it."""
+        seconds = self._seconds + time.perf_counter() - self._began
+        memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        rates = [value for key, value in (extra_metrics or {}).items() if key.startswith("lr/")]
+        self.record = {
+            "loss": global_avg_loss,
+            "tokens_per_second": self.ntokens_since_last_log * self.parallel_dims.world_size / seconds,
+            "memory": round(memory * GIBIBYTE),
+            "learning_rate": max(rates),
+            "grad_norm": grad_norm,
+        }
+        self.ntokens_since_last_log, self._seconds, self._began = 0, 0.0, time.perf_counter()
+        self.data_loading_times.clear()
+        self.device_memory_monitor.reset_peak_stats()

@@ -1,0 +1,110 @@
+"""A run from its file to its model."""
+
+import gc
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from fusiontree.core.weights import save_weights
+from fusiontree.training.console import Console, Silent
+from fusiontree.training.metrics import Listener
+from fusiontree.training.output import Output
+from fusiontree.training.parallel import world
+from fusiontree.training.result import TrainResult
+from fusiontree.training.run import RunSpec
+from fusiontree.training.stop import Stop
+from fusiontree.training.titan.config import configuration
+from fusiontree.training.titan.trainer import FusionTrainer
+
+
+def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
+    """Train a model, going on from the newest checkpoint in the run's directory if there is one.
+
+    Under torchrun every process calls this; otherwise the process is a world of one. SIGINT and SIGTERM finish
+    the step, write a checkpoint and end the run.
+
+    Args:
+        run: what to do; see `RunSpec`.
+        listener: told how it goes, in process 0; by default progress is printed.
+
+    Raises:
+        FusionTreeError: the run, its data or its directory cannot be used.
+        TrainingFailed: the loss or a weight is not finite.
+    """
+    output = Output(run)
+    output.check()
+    with Stop().listening() as stop, world() as (rank, processes):
+        told = (listener or Console()) if rank == 0 else Silent()
+        config = configuration(run, processes)
+        with output.claimed() if rank == 0 else nullcontext():
+            dist.barrier()
+            with _logged(output.log, rank), _threads(run.training.threads):
+                return _train(config, told, stop)
+
+
+def _train(config: FusionTrainer.Config, listener: Listener, stop: Stop) -> TrainResult:
+    trainer = config.build(listener=listener, stop=stop)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+        gc.enable()  # torchtitan turns it off
+    if stop.signal and trainer.step < config.run.training.steps:
+        return _stopped(trainer)
+    _write_model(trainer)
+    dist.barrier()
+    listener.message(f"finished: {trainer.output.model}")
+    return TrainResult.read("finished", trainer.output.root, 0)
+
+
+def _stopped(trainer: FusionTrainer) -> TrainResult:
+    number = trainer.stop.signal
+    text = f"stopped by {signal.Signals(number).name} after step {trainer.step}; run the same command again to go on"
+    trainer.listener.message(text)
+    return TrainResult.read("stopped", trainer.output.root, 128 + number)
+
+
+def _write_model(trainer: FusionTrainer) -> None:
+    state = trainer.model.state_dict()
+    weights = {path: t.full_tensor() if isinstance(t, DTensor) else t for path, t in state.items()}
+    if trainer.first:
+        save_weights(trainer.run.model, weights, trainer.output.model)
+
+
+@contextmanager
+def _logged(path: Path, rank: int) -> Iterator[None]:
+    """Send what libraries log, and Python's warnings, to a file: all of process 0's, and the others' warnings."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {rank} %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        root.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+__all__ = ["TrainResult", "train"]

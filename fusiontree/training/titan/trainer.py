@@ -1,0 +1,167 @@
+"""torchtitan's Trainer with our losses, gate statistics, validation, records, and stops in good order."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchtitan.trainer import Trainer
+
+from fusiontree.core import probes
+from fusiontree.core.observation import Observation
+from fusiontree.data import HeldOut
+from fusiontree.training.errors import TrainingFailed
+from fusiontree.training.losses import captured, terms
+from fusiontree.training.metrics import Listener, Metrics, Record
+from fusiontree.training.monitor import GateMonitor
+from fusiontree.training.output import Output
+from fusiontree.training.run import RunSpec
+from fusiontree.training.stop import Stop
+from fusiontree.training.validation import measure
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class FusionTrainer(Trainer):
+    """One process's part of a run. The loop, the optimiser and the meshes are torchtitan's."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """torchtitan's, and the run that it was made from."""
+
+        run: RunSpec
+
+    def __init__(self, config: Config, *, listener: Listener, stop: Stop) -> None:
+        self.run, self.listener, self.stop = config.run, listener, stop
+        self.output = Output(self.run)
+        self.metrics = Metrics(self.output.root, tensorboard=self.run.tensorboard)
+        self.monitor = GateMonitor(self.run.monitor.every, self.run.training.steps)
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        super().__init__(config)
+        self.model = self.model_parts[0]
+        losses = self.run.losses
+        self.gates = probes.gates(self.model) if losses.balance or losses.entropy else {}
+        self.held_out = self._held_out()
+
+    def _held_out(self) -> HeldOut | None:
+        validation = self.run.validation
+        if validation is None:
+            return None
+        limits = [limit for limit in (self.run.text.bytes, validation.bytes) if limit is not None]
+        return self.run.text.model_copy(update={"bytes": min(limits, default=None)}).held_out()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return dist.get_rank() == 0
+
+    def begin(self) -> None:
+        """Called once the state is loaded, before the first step."""
+        if self.first:
+            self.metrics.start(self.step)
+        if self.step:
+            self.listener.message(f"going on after step {self.step}")
+        self.stop.agree()
+
+    def should_continue_training(self) -> bool:
+        """Not after the last step, and not when asked to stop."""
+        return super().should_continue_training() and not self.stop.signal
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """One optimiser step and all that is said about it."""
+        torch.manual_seed(_step_seed(self.run.seed, self.step, dist.get_rank()))
+        processor: Any = self.metrics_processor
+        self.sums.zero_()
+        with self._observing() as observation:
+            processor.begin_step()
+            super().train_step(data_iterator)
+            processor.end_step()
+        self._check_loss()
+        record = self._training_record(processor.record) | self._gate_record(observation) | self._held_out_record()
+        if record:
+            self._write({"step": self.step} | record)
+        self.stop.agree()
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
+    ) -> Tensor:
+        """One micro-batch; returns the cross entropy alone, which is what torchtitan reports as the loss."""
+        inputs, labels, places = self.post_dataloading_process(input_dict, labels)
+        with self.train_context(), captured(self.gates) as gates:
+            parts = terms(self.model(inputs, **places), labels, global_valid_tokens, gates)
+            parts.total(self.run.losses).backward()
+        found = torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
+        self.sums += found.to("cpu", torch.float64)
+        return parts.cross_entropy.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors."""
+        return {"step": self.step, "monitor": self.monitor.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.step = state_dict["step"]
+        self.ntokens_seen = self._tokens() // dist.get_world_size()
+        self.monitor.load_state_dict(state_dict["monitor"])
+
+    def close(self) -> None:
+        """Flush what is open."""
+        self.metrics.close()
+        super().close()
+
+    def _tokens(self) -> int:
+        return self.step * self.run.training.rows * self.run.text.length
+
+    @contextmanager
+    def _observing(self) -> Iterator[Observation | None]:
+        with ExitStack() as stack:
+            due = self.monitor.due(self.step)
+            yield stack.enter_context(probes.observe(self.model)) if due else None
+
+    def _check_loss(self) -> None:
+        """Every process learns the whole step's terms, and stops if there is no number among them."""
+        dist.all_reduce(self.sums)
+        if not bool(torch.isfinite(self.sums).all()):
+            raise TrainingFailed(f"step {self.step}: the loss is {float(self.sums[0])}")
+
+    def _training_record(self, found: Record) -> Record:
+        if not found:
+            return {}
+        weights = self.run.losses
+        extra = {"balance": (weights.balance, self.sums[1]), "entropy": (weights.entropy, self.sums[2])}
+        asked = {name: float(value) for name, (weight, value) in extra.items() if weight}
+        loss = found["loss"]
+        return {"loss": loss, "bits_per_byte": loss / math.log(2), **asked, "tokens": self._tokens()} | found
+
+    def _gate_record(self, observation: Observation | None) -> Record:
+        if not observation:
+            return {}
+        gates = self.monitor.add(observation)
+        if self.first:
+            self.monitor.write(self.output.gates, self.step, self.run.model.digest())
+        brief = {p: {b: {k: s[k] for k in ("mean", "std")} for b, s in gate.items()} for p, gate in gates.items()}
+        return {"gates": brief}
+
+    def _held_out_record(self) -> Record:
+        validation = self.run.validation
+        last = self.step == self.run.training.steps
+        if validation is None or self.held_out is None or not (last or self.step % validation.every == 0):
+            return {}
+        score = measure(self.model, self.held_out, rows=validation.rows, device=self.device)
+        return {"validation_loss": score.loss, "validation_bits_per_byte": score.bits_per_byte}
+
+    def _write(self, record: Record) -> None:
+        if self.first:
+            self.metrics.write(record)
+            self.listener.record(record, self.run.training.steps)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of all noise of one step in one process, so that a step is the same after a resume."""
+    digest = hashlib.sha256(f"noise:{seed}:{step}:{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

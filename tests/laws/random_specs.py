@@ -1,0 +1,179 @@
+"""Random valid specs for hypothesis: every kind, nested fusions, every part, tiny shapes."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from fusiontree.core.model_spec import ModelSpec
+
+WIDTH = 16
+INNER = 24
+ENCODINGS = {
+    "sincos": {"kind": "srte_sincos"},
+    "learned": {"kind": "srte_learned", "max_length": 64},
+    "low_rank": {"kind": "srte_learned", "max_length": 64, "rank": 3},
+    "rope": {"kind": "rope"},
+    "half_rope": {"kind": "rope", "theta": 100.0, "dim": 2},
+}
+ADDED, ROTATED = ["sincos", "learned", "low_rank"], ["rope", "half_rope"]
+Data = dict[str, Any]
+
+
+@st.composite
+def named(draw: st.DrawFn, *, rotates: bool) -> list[str]:
+    """Names of encodings: any that add, at most one that rotates."""
+    added = draw(st.lists(st.sampled_from(ADDED), max_size=2, unique=True))
+    return added + (draw(st.lists(st.sampled_from(ROTATED), max_size=1)) if rotates else [])
+
+
+@st.composite
+def norms(draw: st.DrawFn) -> Data:
+    return {
+        "kind": draw(st.sampled_from(["rms", "layer"])),
+        "gain": draw(st.sampled_from(["none", "weight", "one_plus"])),
+    }
+
+
+@st.composite
+def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
+    kv, queries = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    own = {
+        "heads": kv * queries,
+        "kv_heads": kv,
+        "head_dim": 4,
+        "window": draw(st.one_of(st.none(), st.integers(1, 6))),
+    }
+    if own["window"] and draw(st.booleans()):
+        more = draw(st.integers(1, 2))
+        own |= {"heads": kv * queries + more, "kv_heads": kv + 1, "global_heads": more, "global_kv_heads": 1}
+    if not project:
+        own |= {
+            "heads": 4,
+            "kv_heads": 2,
+            "value_dim": INNER // 4,
+            "window": own["window"],
+            "global_heads": 0,
+            "global_kv_heads": 0,
+        }
+    options = {
+        "qk_norm": draw(st.one_of(st.none(), norms())),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "scale": draw(st.sampled_from([None, 0.3])),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+    return {"kind": "attention", "encodings": draw(named(rotates=True)), **own, **options}
+
+
+@st.composite
+def mamba2s(draw: st.DrawFn, *, project: bool = True) -> Data:
+    groups = draw(st.integers(1, 2))
+    gated = {"groups": groups, "order": draw(st.sampled_from(["gate_first", "norm_first"]))}
+    shape = {"heads": 2 * groups, "head_dim": 3} if project else {"heads": 4, "head_dim": INNER // 4}
+    return {
+        "kind": "mamba2",
+        "encodings": draw(named(rotates=True)),
+        **shape,
+        "groups": groups,
+        "state": 4,
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "dt_limit": draw(st.sampled_from([[0.0, None], [0.01, 1.0]])),
+        "norm": draw(st.one_of(st.none(), norms().map(lambda norm: norm | gated))),
+        "bias": draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
+def feed_forwards(draw: st.DrawFn) -> Data:
+    kind = draw(
+        st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in ("gelu", "relu2", "geglu"))])
+    )
+    return {**kind, "hidden": 8, "bias": draw(st.booleans()), "encodings": draw(named(rotates=False))}
+
+
+@st.composite
+def gates(draw: st.DrawFn, names: list[str]) -> Data:
+    kinds = ["softmax", "constant", *(["sigmoid", "hard_concrete"] if len(names) == 2 else [])]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "constant":
+        shares = draw(st.lists(st.integers(1, 4), min_size=len(names), max_size=len(names)))
+        return {"kind": kind, "values": {n: s / sum(shares) for n, s in zip(names, shares, strict=True)}}
+    option = draw(
+        st.sampled_from(
+            [
+                {"granularity": "layer"},
+                {"granularity": "token"},
+                {"granularity": "head", "heads": 4},
+                {"granularity": "head", "heads": 2, "static": True},
+                {"granularity": "channel"},
+                {"granularity": "channel", "rank": 2},
+                {"granularity": "channel", "static": True},
+            ]
+        )
+    )
+    return {"kind": kind, **option}
+
+
+@st.composite
+def fusions(draw: st.DrawFn, depth: int) -> Data:
+    names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
+    inner = draw(st.booleans())
+    branch = st.one_of(attentions(project=False), mamba2s(project=False)) if inner else nodes(depth - 1)
+    kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
+    several = len(names) > 1
+    data: Data = {
+        "kind": kind,
+        "branches": {name: draw(branch) for name in names},
+        "branch_norm": draw(st.one_of(st.none(), norms())),
+        "exchange": {"rank": 2} if several and draw(st.booleans()) else None,
+        "projection": {"bias": draw(st.booleans())} if inner or kind == "concat" or draw(st.booleans()) else None,
+        "mlp": draw(st.one_of(st.none(), feed_forwards())),
+    }
+    if kind == "gated" and several:
+        data["gate"] = draw(gates(names))
+    if kind == "sum" and draw(st.booleans()):
+        data["multipliers"] = {names[0]: 0.5}
+    reads = data["mlp"] or ("gate" in data and _reads(data["gate"]))
+    data["align"] = {"hidden": 5} if reads and draw(st.booleans()) else None
+    return data
+
+
+def _reads(gate: Data) -> bool:
+    return gate["kind"] != "constant" and gate["granularity"] != "layer" and not gate.get("static")
+
+
+def nodes(depth: int) -> st.SearchStrategy[Data]:
+    """Branches, and fusions nested up to `depth`."""
+    mixers = st.one_of(attentions(), mamba2s(), feed_forwards())
+    return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Data:
+    placement = draw(st.sampled_from(["pre", "post", "sandwich"]))
+    residual = draw(st.sampled_from([{}, {"add": 0.5}, {"keep": 0.9, "add": 1.1}]))
+    if placement != "post" and draw(st.booleans()):
+        residual = residual | {"from": "normed"}
+    return {
+        "mixer": draw(st.one_of(fusions(2), nodes(1))),
+        "ffn": draw(st.one_of(st.none(), feed_forwards())),
+        "norm": draw(norms()),
+        "placement": placement,
+        "residual": residual if draw(st.booleans()) else {},
+    }
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    """A model of one or two layers, perhaps repeated, with the encodings that it names."""
+    stack = draw(st.lists(layers(), min_size=1, max_size=2))
+    stack = [{"repeat": 2, "layers": stack}] if draw(st.booleans()) and len(stack) == 1 else stack
+    head = {"tied": draw(st.booleans()), "softcap": draw(st.sampled_from([None, 5.0])), "bias": draw(st.booleans())}
+    text = str(stack)
+    used = {name: encoding for name, encoding in ENCODINGS.items() if f"'{name}'" in text}
+    return ModelSpec.model_validate(
+        {"vocab_size": 11, "width": WIDTH, "layers": stack, "head": head, "encodings": used}
+    )

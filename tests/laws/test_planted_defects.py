@@ -1,0 +1,155 @@
+"""The suite can fail: each planted defect is caught, by the law that it breaks."""
+
+import pytest
+import torch
+
+from fusiontree.branches import Attention, Mamba2, Mlp, attention, mamba2
+from fusiontree.core import initialise as initialising
+from fusiontree.core.cache import Rows
+from fusiontree.encodings.rope import Rotary
+from fusiontree.encodings.srte import SincosTime, SrteSincos
+from fusiontree.fusions import Gated
+from fusiontree.fusions.base import BaseFusion
+from fusiontree.gates import Sigmoid, Softmax
+from fusiontree.gates.sigmoid import SigmoidGate
+from fusiontree.gates.softmax import SoftmaxGate
+from fusiontree.testing import LawBroken, check
+
+torch.set_num_threads(1)
+
+
+def broken_laws(component):
+    """The first law that a component breaks."""
+    with pytest.raises(LawBroken) as caught:
+        check(component)
+    assert "in this model:" in str(caught.value)
+    return caught.value.law.name
+
+
+def replacing(kernel, **fixed):
+    """A kernel with some arguments overruled."""
+    return lambda *args, **kwargs: kernel(*args, **{**kwargs, **fixed})
+
+
+def test_window_off_by_one(monkeypatch):
+    def wider(*args, window, **kwargs):
+        return attention_kernel(*args, window=window and window + 1, **kwargs)
+
+    attention_kernel = attention.attention
+    monkeypatch.setattr(attention, "attention", wider)
+    assert broken_laws(Attention) == "flops"
+
+
+def test_convolution_leaks_over_documents(monkeypatch):
+    monkeypatch.setattr(mamba2, "causal_conv1d", replacing(mamba2.causal_conv1d, segments=None))
+    assert broken_laws(Mamba2) == "packed"
+
+
+def test_state_is_not_reset(monkeypatch):
+    monkeypatch.setattr(mamba2, "ssd", replacing(mamba2.ssd, segments=None))
+    assert broken_laws(Mamba2) == "packed"
+
+
+def test_state_is_forgotten(monkeypatch):
+    monkeypatch.setattr(mamba2, "ssd", replacing(mamba2.ssd, initial_state=None))
+    assert broken_laws(Mamba2) == "split"
+
+
+def test_attention_sees_other_documents(monkeypatch):
+    monkeypatch.setattr(attention, "attention", replacing(attention.attention, segments=None))
+    assert broken_laws(Attention) == "packed"
+
+
+def test_ring_is_written_one_slot_late(monkeypatch):
+    ages = Rows.ages
+    monkeypatch.setattr(Rows, "ages", lambda self, slots: (ages(self, slots) - 1).clamp(min=0))
+    assert broken_laws(Attention) == "split"
+
+
+def test_positions_stand_still_in_decode(monkeypatch):
+    forward = Rotary.forward
+    monkeypatch.setattr(Rotary, "forward", lambda self, p: forward(self, p - p[:, :1]))
+    assert broken_laws(Attention) == "split"
+
+
+def test_positions_do_not_restart(monkeypatch):
+    forward = SincosTime.forward
+    steps = torch.arange(1000)
+    monkeypatch.setattr(SincosTime, "forward", lambda self, p: forward(self, steps[None, : p.shape[1]].expand_as(p)))
+    assert broken_laws(SrteSincos) == "split"
+
+
+@pytest.mark.parametrize("gate", [Sigmoid, Softmax])
+def test_gate_ignores_granularity(monkeypatch, gate):
+    module = {Sigmoid: SigmoidGate, Softmax: SoftmaxGate}[gate]
+    forward = module.forward
+
+    def flat(self, features, context):
+        return {name: g.mean(-1, keepdim=True).expand_as(g) for name, g in forward(self, features, context).items()}
+
+    monkeypatch.setattr(module, "forward", flat)
+    assert broken_laws(gate) in ("gates", "symmetric")
+
+
+def test_gate_looks_ahead(monkeypatch):
+    forward = SigmoidGate.forward
+
+    def whole(self, features, context):
+        return forward(self, features.mean(1, keepdim=True).expand_as(features), context)
+
+    monkeypatch.setattr(SigmoidGate, "forward", whole)
+    assert broken_laws(Sigmoid) == "causal"
+
+
+def test_gate_values_do_not_sum_to_one(monkeypatch):
+    forward = SigmoidGate.forward
+    monkeypatch.setattr(SigmoidGate, "forward", lambda self, f, c: {n: 1.1 * g for n, g in forward(self, f, c).items()})
+    assert broken_laws(Sigmoid) == "gates"
+
+
+def test_axis_table_lies(monkeypatch):
+    axes = Mamba2.axes
+    swap = "group_heads*groups"
+    monkeypatch.setattr(Mamba2, "axes", lambda self: {**axes(self), "dt.weight": (swap, "width")})
+    assert broken_laws(Mamba2) == "symmetric"
+
+
+def test_axis_table_forgets_a_parameter(monkeypatch):
+    axes = Attention.axes
+    monkeypatch.setattr(Attention, "axes", lambda self: {n: d for n, d in axes(self).items() if n != "v.weight"})
+    assert broken_laws(Attention) == "counted"
+
+
+def test_cache_formula_lies(monkeypatch):
+    cache_bytes = Attention.cache_bytes
+    monkeypatch.setattr(Attention, "cache_bytes", lambda self, *args: cache_bytes(self, *args) + 4)
+    assert broken_laws(Attention) == "cache_size"
+
+
+def test_flops_formula_lies(monkeypatch):
+    monkeypatch.setattr(attention, "mean_visible", lambda window, length: length / 2)
+    assert broken_laws(Attention) == "flops"
+
+
+def test_start_depends_on_the_global_generator(monkeypatch):
+    fill = initialising._fill
+    monkeypatch.setattr(initialising, "_fill", lambda p, value: fill(p, value + torch.rand(()) * 0.01))
+    assert broken_laws(Mlp) == "seeded"
+
+
+def test_batch_neighbours_meet(monkeypatch):
+    forward = BaseFusion.forward
+    monkeypatch.setattr(BaseFusion, "forward", lambda self, x, c: forward(self, x - 0.1 * x.mean(0, keepdim=True), c))
+    assert broken_laws(Gated) in ("alone", "packed")
+
+
+def test_message_wakes_a_closed_branch(monkeypatch):
+    monkeypatch.setattr(BaseFusion, "_silent", lambda self, features: features)
+    assert broken_laws(Gated) == "pruned"
+
+
+def test_closed_branch_keeps_its_share(monkeypatch):
+    monkeypatch.setattr(
+        SigmoidGate, "closed", property(lambda self: frozenset(), lambda self, value: None), raising=False
+    )
+    assert broken_laws(Sigmoid) == "pruned"

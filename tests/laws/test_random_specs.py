@@ -1,0 +1,55 @@
+"""The laws hold for 200 random specs, and 500 random plans prune them exactly."""
+
+import random
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from random_specs import specs
+
+from fusiontree.core.cost import costs
+from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify, verify
+from fusiontree.testing import check_spec
+from fusiontree.testing.subject import Subject, far
+
+torch.set_num_threads(1)
+QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+PLANS = 5
+
+
+@given(spec=specs())
+@settings(**QUIET, max_examples=200)
+def test_laws(spec):
+    check_spec(spec)
+
+
+@given(spec=specs())
+@settings(**QUIET, max_examples=100, phases=[Phase.generate])
+def test_random_plans_prune_exactly(spec):
+    choose = random.Random(spec.digest())
+    for _ in range(PLANS):
+        plan = random_plan(spec, choose)
+        model = Subject(spec).model
+        pruned = apply(model, plan).eval()
+        verify(model, pruned, plan, length=12)  # float64 1e-10 and float32 1e-5, prefill and decode
+        assert costs(pruned.spec, length=8)[0].parameters == sum(p.numel() for p in pruned.state_dict().values())
+        assert names_of(pruned.spec) == set(pruned.spec.encodings)
+        simple, _ = simplify(pruned)
+        tokens = Subject(spec).tokens(2, 9)
+        assert not far(simple.eval()(tokens), pruned(tokens), 1e-10)
+
+
+def random_plan(spec, choose):
+    """A plan of random paths; those that may not go together with the others are left out."""
+    drops = []
+    for path in choose.sample(droppable(spec), k=len(droppable(spec))):
+        if choose.random() < 0.4:
+            try:
+                plan_by_hand(spec, [*drops, path])
+            except PruneError:
+                continue
+            drops.append(path)
+    return plan_by_hand(spec, drops)
+
+
+def names_of(spec):
+    return {name for _, node in spec.nodes() for name in getattr(node, "encodings", ())}
