@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.core import axes
-from fusiontree.core.contracts import Gate
+from fusiontree.core.contracts import Gate, NodeSpec
 from fusiontree.core.cost import costs
 from fusiontree.core.model import build
 from fusiontree.core.model_spec import ModelSpec
@@ -104,11 +104,21 @@ def _tables(subject: Subject) -> str | None:
 
 def _axis_tables(spec: ModelSpec) -> dict[str, tuple]:
     scope = spec.scope
-    tables = {path: (node.axes(), node.sizes(scope), node.rigid) for path, node in spec.nodes()}
+    tables = {path: (node.axes(), node.sizes(scope), _rigid(node)) for path, node in spec.nodes()}
     for name, encoding in spec.encodings.items():
         rigid = frozenset({"width", "max_length"})
         tables[f"encodings.{name}"] = (encoding.axes(), encoding.sizes(spec.width), rigid)
     return tables
+
+
+def _rigid(node: NodeSpec) -> frozenset[str]:
+    """The axes that may not be turned around here; inner features are tied to what the fusion does with them."""
+    inner = getattr(node, "project", True) is False
+    return (
+        frozenset(name for dimensions in node.axes().values() for name in axes.names(dimensions))
+        if inner
+        else node.rigid
+    )
 
 
 def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> str | None:

@@ -1,0 +1,40 @@
+"""How fast a model writes, and what its memory of a sequence takes."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fusiontree.core.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Measured step by step, greedily.
+
+    Attributes:
+        tokens_per_second: new tokens of all rows in a second, the median step.
+        cache_bytes: what the rows' cache takes at the end.
+    """
+
+    tokens_per_second: float
+    cache_bytes: int
+
+
+@torch.no_grad()
+def measure_decode(model: LanguageModel, *, prompt: int = 256, steps: int = 128, rows: int = 1) -> Decode:
+    """Decode after a random prompt; the first eighth of the steps warms up and is not counted."""
+    model.eval()
+    device = model.embedding.weight.device
+    tokens = torch.randint(0, model.spec.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(rows, prompt + steps)
+    logits = model(tokens.to(device), cache=cache)
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        logits = model(logits[:, -1:].argmax(-1), cache=cache)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    counted = sorted(seconds[steps // 8 :])
+    return Decode(rows / counted[len(counted) // 2], cache.nbytes)
