@@ -63,7 +63,7 @@ def train() -> None:
 def compare() -> None:
     """Held-out bits per byte beside models that cost nothing."""
     data = RunSpec.from_file(RUN).text
-    baselines = byte_models(data.documents("train"), data.documents("held_out"))
+    baselines = byte_models(data.corpus("train"), data.corpus("held_out"))
     lines = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     ours = [line["validation_bits_per_byte"] for line in lines if "validation_bits_per_byte" in line][-1]
     others = {name.replace("_", " "): value for name, value in vars(baselines).items()}

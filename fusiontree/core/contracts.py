@@ -23,7 +23,8 @@ Hook = Literal["input", "rotate", "bias"]
 Problems = Iterator[tuple[str, str]]
 """Pairs of a path inside the node and what is wrong there."""
 State = dict[str, Tensor]
-"""A branch's memory of the tokens before: named tensors, batch first, updated in place where shapes allow."""
+"""A branch's memory of the tokens before: named tensors, batch first. A branch writes it in place, detached; what it
+reads for its own computation it clones first where the gradient still needs it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class NodeSpec(Spec, ABC):
     @abstractmethod
     def flops(self, scope: Scope, length: int) -> float:
         """Forward FLOPs per token, children left out: matrix products only (2 per multiply-add), the mean
-        over the positions of a sequence of `length` tokens; scans count their recurrence."""
+        over the positions of a sequence of `length` tokens; a scan counts the products of its recurrence."""
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence's cache of `length` tokens takes, children left out."""

@@ -3,15 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from fusiontree.core import paths, yaml
 from fusiontree.core.contracts import AnyEncoding, NodeSpec, Scope
 from fusiontree.core.modules import Norm
-from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid
+from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
 from fusiontree.errors import SpecError, suggest
 
@@ -50,6 +51,14 @@ class ModelSpec(Spec):
     norm: Norm = Norm()
     head: HeadSpec = HeadSpec()
     lineage: tuple[Lineage, ...] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _expand_paths(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise relocated(error, lambda place: _expanded_place(place, data)) from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -165,6 +174,27 @@ class ModelSpec(Spec):
             return cls.parse(yaml.read_file(path))
         except SpecError as error:
             raise SpecError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _expanded_place(place: Place, data: Any) -> Place:
+    """A place in a spec as written, as a place in its expanded form (where a repeat first says it)."""
+    match place:
+        case ("layers", int(index), "layers", int(inner), *rest):
+            return ("layers", _layers_before(data, index) + inner, *rest)
+        case ("layers", int(index), *rest):
+            return ("layers", _layers_before(data, index), *rest)
+    return place
+
+
+def _layers_before(data: Any, index: int) -> int:
+    """How many layers stand before an entry, counting one for an entry that is itself wrong."""
+    return sum(_length(entry) for entry in paths.get(data, ("layers",))[:index])
+
+
+def _length(entry: Any) -> int:
+    with suppress(ValueError):
+        return len(expand([Repeat.model_validate(entry)]))
+    return 1
 
 
 def plain(value: Any) -> Any:

@@ -64,13 +64,13 @@ class Family(ABC, Generic[S]):
             return handler(reference)
         self._writing = True
         try:
-            kinds = {kind: spec.__pydantic_core_schema__ for kind, spec in self._usable()}
+            kinds = {kind: spec.__pydantic_core_schema__ for kind, spec in self.usable()}
             union = cs.tagged_union_schema(dict(kinds), discriminator="kind", ref=f"{self.name}:family")
             return handler(cs.definitions_schema(reference, [union]))
         finally:
             self._writing = False
 
-    def _usable(self) -> Iterator[tuple[str, type[S]]]:
+    def usable(self) -> Iterator[tuple[str, type[S]]]:
         """The kinds and classes that can be loaded; a broken plugin only fails whoever names its kind."""
         for kind in self.names():
             with suppress(SpecError):
@@ -120,11 +120,16 @@ class Registry(Family[S]):
 
     def get(self, kind: str) -> type[S]:
         """The spec class of a kind; the plugin that offers it is imported when needed."""
-        if kind not in self._kinds and kind in self.plugins:
-            self._load(self.plugins[kind])
+        point = self.plugins.get(kind)
+        if point and kind not in self._kinds:
+            self._load(point)
         if kind not in self._kinds:
             raise SpecError(f"no {self.name} is called {kind!r}{suggest(kind, self.names())}")
-        return self._kinds[kind]
+        spec = self._kinds[kind]
+        if point and point.module.split(".")[0] != spec.__module__.split(".")[0]:
+            both = f"{spec.__module__}.{spec.__qualname__} and {point.value}"
+            raise SpecError(f"two {self.name} kinds are called {kind!r}: {both}")
+        return spec
 
     def _load(self, point: EntryPoint) -> None:
         rivals = entry_points(group=point.group, name=point.name)

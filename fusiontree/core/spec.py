@@ -1,9 +1,9 @@
 """What every part of a spec is: a frozen, strict description; equal specs build equal things."""
 
 import re
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_core import core_schema as cs
+from pydantic_core.core_schema import ErrorType
 from torch import nn
 
 from fusiontree.errors import SpecError, suggest
@@ -115,6 +116,17 @@ def invalid(problems: Mapping[Place, str]) -> ValidationError:
         InitErrorDetails(type=PydanticCustomError("invalid", "{text}", {"text": text}), loc=loc, input=None)
         for loc, text in problems.items()
     ]
+    return ValidationError.from_exception_data("spec", lines)
+
+
+def relocated(error: ValidationError, move: Callable[[Place], Place]) -> ValidationError:
+    """The same problems at other places."""
+    lines = []
+    for details in error.errors(include_url=False):
+        known, kind = details["type"] in get_args(ErrorType), cast(Any, details["type"])
+        found = kind if known else PydanticCustomError(kind, "{text}", {"text": details["msg"]})
+        rest = {"ctx": details["ctx"]} if known and "ctx" in details else {}
+        lines.append(InitErrorDetails(type=found, loc=move(details["loc"]), input=details["input"], **rest))
     return ValidationError.from_exception_data("spec", lines)
 
 

@@ -112,14 +112,15 @@ class BaseFusionSpec(FusionSpec):
         if self.align:
             axes |= {f"align.inputs.{name}.weight": ("align_hidden", f"{name}_width") for name in names}
             axes |= {"align.bias": ("align_hidden",), "align.out.weight": ("width", "align_hidden")}
-        return axes | self._gate_axes() | self._projection_axes()
+        return axes | self._gate_axes() | self.projection_axes()
 
     def _gate_axes(self) -> dict[str, tuple[str, ...]]:
         gate = self.gate_spec
         own = gate.axes(tuple(self.branches)) if gate else {}
         return {f"gate.{name}": tuple(_AXIS.sub(r"gate_\g<0>", d) for d in dims) for name, dims in own.items()}
 
-    def _projection_axes(self) -> dict[str, tuple[str, ...]]:
+    def projection_axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of the projection."""
         bias = {"projection.bias": ("width",)} if self.projection and self.projection.bias else {}
         return bias | ({"projection.weight": ("width", "fused_width")} if self.projection else {})
 
@@ -144,26 +145,26 @@ class BaseFusionSpec(FusionSpec):
         if not left:
             raise SpecError(f"{branch!r} is the last branch; drop the fusion itself")
         data: dict[str, Any] = self.data() | {"branches": {name: node.data() for name, node in left.items()}}
-        data |= self._edit_rule(branch, len(left))
+        data |= self.edit_rule(branch, len(left))
         if len(left) == 1:
             data["exchange"] = None
         gate = data.get("gate")
         reads = gate is not None and self.gate_spec is not None and self.gate_spec.reads_features
         if not (self.mlp or reads):
             data["align"] = None
-        return type(self).model_validate(data)
+        return type(self).parse(data)
 
     def sole(self) -> str | None:
         """The branch, if it is the only one and there is no part and no rule that changes it."""
         parts = (self.branch_norm, self.exchange, self.align, self.projection, self.mlp)
-        alone = len(self.branches) == 1 and not any(parts) and self._passes(next(iter(self.branches)))
+        alone = len(self.branches) == 1 and not any(parts) and self.passes(next(iter(self.branches)))
         return next(iter(self.branches)) if alone else None
 
-    def _passes(self, branch: str) -> bool:
+    def passes(self, branch: str) -> bool:
         """Whether the rule leaves a single branch as it is."""
         return True
 
-    def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
         return {}
 
@@ -173,9 +174,8 @@ class BaseFusionSpec(FusionSpec):
 
 
 def example_branches(width: int) -> NamedMap[NodeSpec]:
-    """The first two kinds of branch that there are, for examples that hold any."""
-    kinds = contracts.branches.names()[:2]
-    return NamedMap({kind: contracts.branches.get(kind).example(width) for kind in kinds})
+    """Two branches of different kinds, for examples that hold any."""
+    return NamedMap({kind: contracts.branches.get(kind).example(width) for kind in ("attention", "mamba2")})
 
 
 class BaseFusion(Fusion):

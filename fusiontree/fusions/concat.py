@@ -38,7 +38,8 @@ class Concat(BaseFusionSpec):
         """The module."""
         return ConcatFusion(self, scope)
 
-    def _projection_axes(self) -> dict[str, tuple[str, ...]]:
+    def projection_axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of the projection."""
         axes = {f"projection.inputs.{name}.weight": ("width", f"{name}_width") for name in self.branches}
         return axes | ({"projection.bias": ("width",)} if self.projection and self.projection.bias else {})
 

@@ -57,7 +57,8 @@ class Gated(BaseFusionSpec):
         """The module."""
         return GatedFusion(self, scope)
 
-    def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+        """The fields of the rule that change as a branch leaves."""
         return {"gate": self.gate.without(branch).data() if self.gate and left > 1 else None}
 
 

@@ -21,8 +21,8 @@ class Mean(BaseFusionSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """Two normed branches."""
-        return cls.model_validate({"branches": example_branches(width), "branch_norm": {}})
+        """Two branches."""
+        return cls(branches=example_branches(width))
 
     @property
     def divisor(self) -> int:
@@ -33,10 +33,12 @@ class Mean(BaseFusionSpec):
         """The module."""
         return MeanFusion(self, scope)
 
-    def _passes(self, branch: str) -> bool:
+    def passes(self, branch: str) -> bool:
+        """Whether the rule leaves a single branch as it is."""
         return self.divisor == 1
 
-    def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+        """The fields of the rule that change as a branch leaves."""
         return {"over": self.divisor}
 
 

@@ -27,7 +27,7 @@ def check(component: type[Spec], *, laws: tuple[Law, ...] = LAWS) -> list[str]:
     """Run every law on a component and return the names of those that hold.
 
     Args:
-        component: the spec class of a branch, a fusion, a gate or an encoding, registered or not.
+        component: the registered spec class of a branch, a fusion, a gate or an encoding.
         laws: which ones.
 
     Raises:
@@ -75,16 +75,16 @@ def _model(mixer: NodeSpec, named: dict[str, EncodingSpec] | None = None) -> Mod
 def _around_branch(branch: BranchSpec) -> Iterator[ModelSpec]:
     """Plain, and with every encoding that it has a hook for."""
     yield _model(branch)
-    for kind in encodings.names():
-        encoding = encodings.get(kind).example(WIDTH)
+    for _, kind in encodings.usable():
+        encoding = kind.example(WIDTH)
         if encoding.hooks & branch.hooks:
             yield _model(branch.model_copy(update={"encodings": ("time",)}), {"time": encoding})
 
 
 def _around_encoding(encoding: EncodingSpec) -> Iterator[ModelSpec]:
     """Shared by every kind of branch that has a hook for it."""
-    for kind in branches.names():
-        branch = branches.get(kind).example(WIDTH)
+    for _, kind in branches.usable():
+        branch = kind.example(WIDTH)
         if encoding.hooks & branch.hooks:
             yield _model(branch.model_copy(update={"encodings": ("time",)}), {"time": encoding})
 

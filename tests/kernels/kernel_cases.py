@@ -44,10 +44,15 @@ class Draw:
         return starts.long().cumsum(0) * (1 + self.integer(2))
 
 
+def segments_from(starts: Sequence[int], time: int, rows: int) -> Tensor:
+    """The same documents in each row, a new one at each of `starts`."""
+    begins = torch.zeros(time, dtype=torch.long)
+    begins[list(starts)] = 1
+    return begins.cumsum(0).expand(rows, -1)
+
+
 def leaves(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    return [
-        tensor.to(dtype, copy=True).requires_grad_() for tensor, dtype in zip(tensors, dtypes, strict=True)
-    ]
+    return [tensor.to(dtype, copy=True).requires_grad_() for tensor, dtype in zip(tensors, dtypes, strict=True)]
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

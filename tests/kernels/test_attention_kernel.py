@@ -12,6 +12,7 @@ from kernel_cases import (
     gradients,
     leaves,
     saved_elements,
+    segments_from,
     serving,
 )
 from torch import Tensor
@@ -172,6 +173,19 @@ def test_packed_documents_are_the_documents_alone(window: int | None) -> None:
                 assert_close(y[one, span], alone, what=f"{backend}, row {row}, document {number}")
 
 
+@pytest.mark.parametrize("window", [40, 128, None])
+@pytest.mark.parametrize("starts", [(128,), (256,), (300,), (127, 128, 129, 384, 500)])
+def test_documents_may_start_at_the_edges_of_blocks(window: int | None, starts: tuple[int, ...]) -> None:
+    draws, segments = [tensor[:1] for tensor in draw_inputs(520)], segments_from(starts, 520, 1)
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, window=window, scale=SCALE, segments=segments, backend="reference")
+    want_grads = gradients((want,), exact)
+    for backend in serves(exact, window=window, segments=segments):
+        got = attention(*exact, window=window, scale=SCALE, segments=segments, backend=backend)
+        assert_close(got, want, what=backend)
+        assert_all_close(gradients((got,), exact), want_grads, torch.float64, f"gradients of {backend}")
+
+
 def cache_at(k: Tensor, v: Tensor, segments: Tensor, cut: int) -> Past:
     """The keys before `cut` in a shuffled cache with an empty slot, each row holding its last document's."""
     before = segments[:, :cut]
@@ -179,9 +193,7 @@ def cache_at(k: Tensor, v: Tensor, segments: Tensor, cut: int) -> Past:
     age = torch.where(mine, torch.arange(cut, 0, -1), 0)
     order = torch.randperm(cut + 1, generator=torch.Generator().manual_seed(cut))
     age = torch.cat([age, torch.zeros_like(age[:, :1])], 1)[:, order]
-    keys, values = (
-        torch.cat([one[:, :cut], 1e3 * torch.ones_like(one[:, :1])], 1)[:, order] for one in (k, v)
-    )
+    keys, values = (torch.cat([one[:, :cut], 1e3 * torch.ones_like(one[:, :1])], 1)[:, order] for one in (k, v))
     return Past(keys, values, age)
 
 
@@ -217,9 +229,7 @@ def test_one_query_of_a_cache(dtype: torch.dtype, softcap: float | None) -> None
         for backend in backends:
             got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
             assert torch.isfinite(got).all()
-            assert_close(
-                at_real(got, segments), at_real(want, segments), dtype, f"{backend}, window {window}"
-            )
+            assert_close(at_real(got, segments), at_real(want, segments), dtype, f"{backend}, window {window}")
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])

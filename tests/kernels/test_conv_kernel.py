@@ -47,9 +47,7 @@ def test_is_torch_conv1d(backend: str, taps: int) -> None:
     y, final = run([x, weight, bias, state], None, backend)
     assert_close(y, want)
     assert torch.equal(final, extended[:, 7:])
-    assert_close(
-        causal_conv1d(x, weight, initial_state=state, backend=backend)[0], want - bias, what="no bias"
-    )
+    assert_close(causal_conv1d(x, weight, initial_state=state, backend=backend)[0], want - bias, what="no bias")
     assert_close(causal_conv1d(x, weight, bias, backend=backend)[0][:, taps - 1 :], want[:, taps - 1 :])
 
 
@@ -89,9 +87,7 @@ def test_packed_documents_are_the_documents_alone(backend: str, taps: int) -> No
         last = state[row]
         for number, span in documents(segments[row]):
             start = state[row : row + 1] if number == 0 else None
-            alone, after = causal_conv1d(
-                x[row : row + 1, span], weight, bias, initial_state=start, backend=backend
-            )
+            alone, after = causal_conv1d(x[row : row + 1, span], weight, bias, initial_state=start, backend=backend)
             assert_close(y[row, span], alone[0], what=f"row {row}, document {number}")
             last = after[0]
         assert torch.equal(final[row], last), f"final state of row {row}"
@@ -102,9 +98,7 @@ def test_packed_documents_are_the_documents_alone(backend: str, taps: int) -> No
 def test_a_split_sequence_is_the_whole(backend: str, cuts: tuple[int, ...]) -> None:
     x, weight, bias, state = draw_inputs(33, 4)
     segments = Draw(2).segments(33)
-    whole, whole_state = causal_conv1d(
-        x, weight, bias, initial_state=state, segments=segments, backend=backend
-    )
+    whole, whole_state = causal_conv1d(x, weight, bias, initial_state=state, segments=segments, backend=backend)
     parts = []
     for start, stop in zip((0, *cuts), (*cuts, 33), strict=True):
         own = continued(segments, start)[:, : stop - start] if start else segments[:, :stop]
@@ -132,9 +126,7 @@ def test_infinities_do_not_cross_documents(backend: str) -> None:
     x, weight, bias, state = draw_inputs(9, 4)
     x[:, 4] = torch.inf
     segments = torch.tensor([[0] * 5 + [1] * 4]).expand(ROWS, -1)
-    assert torch.isfinite(
-        run([x, weight, bias, state], segments, backend)[0].reshape(ROWS, 9, -1)[:, 5:]
-    ).all()
+    assert torch.isfinite(run([x, weight, bias, state], segments, backend)[0].reshape(ROWS, 9, -1)[:, 5:]).all()
 
 
 def test_reference_flops_are_the_closed_form() -> None:

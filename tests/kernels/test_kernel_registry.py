@@ -61,9 +61,7 @@ def test_a_named_backend_serves_or_raises(op: Op[Call]) -> None:
     add(op, "slow", 1)
     add(op, "fast", 2, refusal="not on Mondays")
     assert op(Call(), "slow") == "slow"
-    with pytest.raises(
-        UnsupportedError, match="test_op backend 'fast' cannot serve this call: not on Mondays"
-    ):
+    with pytest.raises(UnsupportedError, match="test_op backend 'fast' cannot serve this call: not on Mondays"):
         op(Call(), "fast")
     with pytest.raises(
         UnsupportedError, match=r"test_op backend: unknown 'slo', did you mean 'slow'\? \(known: fast, slow\)"

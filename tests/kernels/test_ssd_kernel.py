@@ -12,6 +12,7 @@ from kernel_cases import (
     gradients,
     leaves,
     saved_elements,
+    segments_from,
     serving,
 )
 from torch import Tensor
@@ -110,6 +111,13 @@ def test_packed_documents_are_the_documents_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("starts", [(64,), (256,), (128, 192), (255, 256, 257), (1, 63, 127, 320)])
+def test_documents_may_start_at_the_edges_of_chunks(backend: str, starts: tuple[int, ...]) -> None:
+    inputs, segments = draw_inputs(330), segments_from(starts, 330, ROWS)
+    assert_all_close(run(inputs, segments, backend), run(inputs, segments, "reference"), torch.float64, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cuts", [(1,), (64,), (7, 70, 71), (129,)])
 def test_a_split_sequence_is_the_whole(backend: str, cuts: tuple[int, ...]) -> None:
     inputs, segments = draw_inputs(130), Draw(3).segments(130)
@@ -137,9 +145,7 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
         disturbed = list(draws)
         disturbed[place] = draws[place].clone()
         disturbed[place][segments < 0] = 9.0
-        assert_all_close(
-            run(disturbed, segments, backend), (at_real(y, segments), final), torch.float64, backend
-        )
+        assert_all_close(run(disturbed, segments, backend), (at_real(y, segments), final), torch.float64, backend)
 
 
 def test_step_by_step_is_the_whole_and_updates_in_place() -> None:

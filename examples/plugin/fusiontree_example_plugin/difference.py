@@ -47,10 +47,10 @@ class Difference(BaseFusionSpec):
         """The parts' axes, and one value for each fused channel."""
         return {**super().axes(), **({"scale": ("fused_width",)} if self.minus else {})}
 
-    def _passes(self, branch: str) -> bool:
+    def passes(self, branch: str) -> bool:
         return branch != self.minus
 
-    def _edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
         return {"minus": None} if branch == self.minus else {}
 
 

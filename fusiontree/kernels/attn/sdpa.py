@@ -24,6 +24,4 @@ def sdpa(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]
     """One call of the fused causal kernel."""
     q, k, v = (tensor.transpose(1, 2) for tensor in inputs[:3])
     gqa = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=inputs.scale, enable_gqa=gqa
-    ).transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs.scale, enable_gqa=gqa).transpose(1, 2)

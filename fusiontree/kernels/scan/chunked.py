@@ -66,9 +66,7 @@ def _decays(log_decay: Float[Tensor, "b c g r chunk"], step: Step) -> Decays:
 
 def chunked_step(
     step: Step, A: Float[Tensor, "heads"], state: Float[Tensor, "batch groups state r*head_dim"], chunk: int
-) -> tuple[
-    Float[Tensor, "batch chunks*chunk heads head_dim"], Float[Tensor, "batch groups state r*head_dim"]
-]:
+) -> tuple[Float[Tensor, "batch chunks*chunk heads head_dim"], Float[Tensor, "batch groups state r*head_dim"]]:
     """Some chunks at once: the outputs, and the state after them. Matrix products are in x's dtype."""
     groups, dtype = step.B.shape[2], step.x.dtype
     B = rearrange(step.B, "b (c q) g n -> b c g q n", q=chunk)
