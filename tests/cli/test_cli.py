@@ -1,0 +1,145 @@
+"""The command line: every verb, its exit codes, and one line for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusiontree as ft
+from fusiontree.core.observation import Observation
+from fusiontree.pruning import Evidence
+
+SMALL = """
+vocab_size: 257
+width: 16
+layers:
+  - repeat: 2
+    layers:
+      - mixer:
+          kind: gated
+          branches:
+            a: {kind: mlp, hidden: 8}
+            b: {kind: attention, heads: 2, kv_heads: 1, head_dim: 8, window: 4}
+          gate: {kind: sigmoid, granularity: channel}
+"""
+
+
+def fusiontree(*arguments, stdin=""):
+    """Run the command line as a user does."""
+    command = [sys.executable, "-m", "fusiontree.cli", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A spec file, a saved model and gate statistics."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "small.yaml").write_text(SMALL)
+    model = ft.build(ft.load_spec(folder / "small.yaml"))
+    ft.save(model, folder / "model")
+    with model.observe() as observation:
+        model(torch.randint(0, 256, (1, 9)))
+    assert isinstance(observation, Observation)
+    evidence = Evidence.from_observation(observation, model.spec, steps_seen=600)
+    (folder / "gates.json").write_text(json.dumps(evidence.data()))
+    return folder
+
+
+def test_show_counts_what_is_built(folder):
+    done = fusiontree("show", folder / "small.yaml", "layers.*.mixer.gate.granularity=token", "--length", 9, "--json")
+    data = json.loads(done.stdout)
+    spec = ft.load_spec(folder / "small.yaml").replace({"layers.*.mixer.gate.granularity": "token"})
+    assert data["digest"] == spec.digest()
+    assert data["nodes"][0]["parameters"] == sum(p.numel() for p in ft.build(spec, device="meta").parameters())
+    text = fusiontree("show", folder / "small.yaml").stdout
+    assert "layers.0 to 1" in text
+    assert "attention" in text
+
+
+def test_kinds_schema_validate_doctor(folder):
+    kinds = json.loads(fusiontree("kinds", "--json").stdout)
+    assert {"family": "branch", "kind": "mamba2"}.items() <= next(k for k in kinds if k["kind"] == "mamba2").items()
+    assert "mamba2" in fusiontree("schema").stdout
+    assert ft.load_spec(folder / "small.yaml").digest() in fusiontree("validate", folder / "small.yaml").stdout
+    report = json.loads(fusiontree("doctor", "--json").stdout)
+    assert {row["op"] for row in report["kernels"]} == {"ssd", "causal_conv1d", "attention"}
+    assert all(row["picked"] for row in report["kernels"])
+
+
+def test_generate_equals_the_library(folder):
+    words = ["generate", str(folder / "model"), "ab", "--max-new-tokens", "5", "--temperature", "0"]
+    done = subprocess.run([sys.executable, "-m", "fusiontree.cli", *words], capture_output=True, check=True)
+    rows = ft.load(folder / "model").generate([list(b"ab")], max_new_tokens=5, stop=[256])
+    assert done.stdout == bytes(token for token in rows[0] if token != 256) + b"\n"
+
+
+def test_prune_end_to_end(folder):
+    plan, pruned = folder / "plan.json", folder / "pruned"
+    done = fusiontree(
+        "prune", "plan", folder / "model", plan, "drop=1", "--gates", folder / "gates.json", "--policy", "topk"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(plan.read_text())["drops"]) == 1
+    changes = json.loads(fusiontree("prune", "diff", folder / "model", plan, "--json").stdout)
+    assert changes["saved"]["parameters"][1] < changes["saved"]["parameters"][0]
+    assert fusiontree("prune", "apply", folder / "model", plan, pruned).returncode == 0
+    assert "pruned equals dropped" in fusiontree("prune", "verify", folder / "model", pruned, plan).stdout
+    assert fusiontree("prune", "simplify", pruned, folder / "simple").returncode == 0
+    x = torch.randint(0, 256, (1, 9))
+    assert torch.allclose(ft.load(pruned)(x), ft.load(folder / "simple")(x), atol=1e-6)
+    assert json.loads((folder / "simple" / "paths.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["validate", "quickstrat"], "did you mean 'quickstart'"),
+        (
+            ["validate", "quickstart", "layers.0.mixer.branches.mamba.stat=3"],
+            "the nearest is 'layers.0.mixer.branches.mamba.state'",
+        ),
+        (
+            ["validate", "quickstart", "layers.0.mixer.branches.attention.window=0"],
+            "layers.0.mixer.branches.attention.window",
+        ),
+        (["validate", "quickstart", "width"], "an override is path=value"),
+        (["shw", "quickstart"], "Did you mean 'show'"),
+        (["show"], "model"),
+        (["show", "no/such.yaml"], "no/such.yaml"),
+        (["generate", "no/such", "x"], "not a model of ours"),
+        (["prune", "plan", "{folder}/model", "{folder}/p.json"], "--gates"),
+        (
+            ["prune", "plan", "{folder}/model", "{folder}/p.json", "--drop", "layers.0.mixer.branches.z"],
+            "nothing there can be dropped",
+        ),
+        (
+            [
+                "prune",
+                "plan",
+                "{folder}/model",
+                "{folder}/p.json",
+                "--gates",
+                "{folder}/gates.json",
+                "--policy",
+                "treshold",
+            ],
+            "did you mean 'threshold'",
+        ),
+        (
+            ["prune", "plan", "{folder}/model", "{folder}/p.json", "hihg=1", "--gates", "{folder}/gates.json"],
+            "did you mean 'high'",
+        ),
+        (["prune", "apply", "{folder}/model", "{folder}/gates.json", "{folder}/out"], "gates.json"),
+        (["train", "no/such.yaml"], "no/such.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(folder, arguments, said):
+    done = fusiontree(*[argument.format(folder=folder) for argument in arguments])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert not (folder / "p.json").exists()
+    assert not (folder / "out").exists()
