@@ -3,13 +3,13 @@
 `gates.json` holds
 
     {"format": 1, "steps_seen": 1500, "spec": "<digest>",
-     "gates": {path: {branch: {"mean", "std", "histogram", "entropy", "saturated", "count"}}},
-     "overall": the same, of the whole run}
+     "gates": {path: {branch: {"mean", "std", "histogram", "entropy", "saturated", "count"}}}}
 
-`gates` describes the most recent window, the last 10 times that statistics were taken (every `monitor.every`
-steps, on all rows of the step), because early gates say little about a trained model; `overall` describes every
-time since the run began. `steps_seen` is how many optimiser steps the run has made. The values are those of
-training, with the noise of gates that have some. Fields are those of `fusiontree.core.observation`.
+`gates` pools the most recent window: the last 10 times that statistics were taken, every `monitor.every` steps
+on all rows of the step, because early gates say little about a trained model. The means and deviations of every
+time since the run began stay in `metrics.jsonl`. `steps_seen` is how many optimiser steps the run has made. The
+values are those of training, with the noise of gates that have some. Fields are those of
+`fusiontree.core.observation`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,13 +31,12 @@ Gates = dict[str, dict[str, Statistics]]
 
 
 class GateMonitor:
-    """Statistics of the last observations and of all of them, as plain data that JSON keeps to the last bit."""
+    """Statistics of the last observations, as plain data that JSON keeps to the last bit."""
 
     def __init__(self, every: int, steps: int) -> None:
         """Take statistics every so many of a run's steps, and at its last."""
         self.every, self.steps = every, steps
         self.recent: list[Gates] = []
-        self.overall: Gates = {}
 
     def due(self, step: int) -> bool:
         """Whether a step is to be observed."""
@@ -49,13 +48,11 @@ class GateMonitor:
             dist.all_reduce(tensor)
         gates = observation.data()
         self.recent = [*self.recent, gates][-WINDOW:]
-        self.overall = merged([self.overall, gates])
         return gates
 
     def document(self, step: int, digest: str) -> dict[str, Any]:
         """What `gates.json` says after a step of a model with this digest."""
-        head = {"format": FORMAT, "steps_seen": step, "spec": digest}
-        return head | {"gates": merged(self.recent), "overall": self.overall}
+        return {"format": FORMAT, "steps_seen": step, "spec": digest, "gates": pooled(self.recent)}
 
     def write(self, path: Path, step: int, digest: str) -> None:
         """Write `gates.json`, all or nothing."""
@@ -63,14 +60,14 @@ class GateMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"recent": self.recent, "overall": self.overall}
+        return {"recent": self.recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from plain data."""
-        self.recent, self.overall = list(state["recent"]), dict(state["overall"])
+        self.recent = list(state["recent"])
 
 
-def merged(parts: Iterable[Gates]) -> Gates:
+def pooled(parts: Iterable[Gates]) -> Gates:
     """The statistics of several observations as one."""
     found: dict[str, dict[str, list[Statistics]]] = {}
     for part in parts:
