@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -166,14 +165,6 @@ class ModelSpec(Spec):
     def to_yaml(self) -> str:
         """Write the spec as it stands, defaults left out; `from_yaml` gives it back."""
         return yaml.write({"format": self.format} | self.data(short=True))
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Read a YAML (or JSON) file; errors begin with its name."""
-        try:
-            return cls.parse(yaml.read_file(path))
-        except SpecError as error:
-            raise SpecError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _expanded_place(place: Place, data: Any) -> Place:

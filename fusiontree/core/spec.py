@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast, get_args
 
 from pydantic import (
@@ -22,6 +23,7 @@ from pydantic_core import core_schema as cs
 from pydantic_core.core_schema import ErrorType
 from torch import nn
 
+from fusiontree.core import yaml
 from fusiontree.errors import SpecError, suggest
 
 LARGEST = 2**31 - 1
@@ -108,6 +110,19 @@ class Spec(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise SpecError(one_line(error)) from None
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> Self:
+        """Read a YAML or JSON file.
+
+        Raises:
+            SpecError: no such file, not YAML, or not a valid spec; one line that begins with the file's name.
+        """
+        data = yaml.read_file(Path(path))
+        try:
+            return cls.parse(data)
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from None
 
 
 def invalid(problems: Mapping[Place, str]) -> ValidationError:

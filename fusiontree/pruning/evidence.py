@@ -1,15 +1,13 @@
 """What a training run says about its gates: the file `gates.json` that the gate monitor writes."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from fusiontree.core import yaml
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.observation import Observation
 from fusiontree.core.spec import Natural, OrderedMap, Spec
-from fusiontree.errors import FusionTreeError, SpecError, suggest
+from fusiontree.errors import FusionTreeError, suggest
 
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6, allow_inf_nan=False)]
 
@@ -36,14 +34,6 @@ class Evidence(Spec):
     steps_seen: Natural
     spec: str
     gates: OrderedMap[OrderedMap[BranchEvidence]]
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Read `gates.json`; errors begin with the file's name."""
-        try:
-            return cls.parse(yaml.read_file(path))
-        except SpecError as error:
-            raise PruneError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
     @classmethod
     def from_observation(cls, observation: Observation, spec: ModelSpec, *, steps_seen: int) -> Self:

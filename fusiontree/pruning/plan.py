@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from fusiontree.core import yaml
 from fusiontree.core.model import LanguageModel
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.spec import Spec
-from fusiontree.errors import SpecError
 from fusiontree.pruning.evidence import Evidence, PruneError
 from fusiontree.pruning.policies import Decision, Policy, PolicySpec
 from fusiontree.pruning.surgery import carry, drop_from_spec, with_weights
@@ -23,14 +20,6 @@ class Plan(Spec):
     drops: tuple[str, ...]
     policy: Policy | None = None
     decisions: tuple[Decision, ...] = ()
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Read a plan; errors begin with the file's name."""
-        try:
-            return cls.parse(yaml.read_file(path))
-        except SpecError as error:
-            raise PruneError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
     def to_json(self) -> str:
         """The plan as indented JSON."""

@@ -75,9 +75,7 @@ def test_probabilities_sum_to_one() -> None:
     train = corpus_of([b"abc abd abc", b"ab", b"b"])
     everything = [b"ab" + bytes([byte]) for byte in range(256)] + [b"ab"]
     ends = np.cumsum([len(text) for text in everything])
-    third = np.append(
-        ends[:-1] - 2, ends[-1] - 1
-    )  # where the third token's probability stands, of each document
+    third = np.append(ends[:-1] - 2, ends[-1] - 1)  # where the third token's probability stands, of each document
     for probability in _probabilities(train, corpus_of(everything)):
         assert probability[third].sum() == pytest.approx(1, rel=1e-12)
 

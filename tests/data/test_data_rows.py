@@ -102,9 +102,7 @@ def test_every_epoch_holds_every_document_once(texts: list[bytes], rows: int, le
 
 
 @given(texts, small, small, st.integers(0, 9))
-def test_labels_positions_and_documents_by_walking(
-    texts: list[bytes], rows: int, length: int, step: int
-) -> None:
+def test_labels_positions_and_documents_by_walking(texts: list[bytes], rows: int, length: int, step: int) -> None:
     batches = Batches(corpus_of(texts), rows=rows, length=length, seed=1)
     batch = batches.batch(step)
     stream = inputs(batches, (step + 1) * rows * length + 1)[step * rows * length :]
@@ -148,9 +146,7 @@ def test_the_order_is_pinned() -> None:
 
 def test_shuffles_differ_by_seed_and_epoch() -> None:
     corpus = corpus_of([bytes([number]) for number in range(50)])
-    epochs = [
-        Batches(corpus, rows=1, length=100, seed=seed).batch(step) for seed in (0, 1) for step in (0, 1)
-    ]
+    epochs = [Batches(corpus, rows=1, length=100, seed=seed).batch(step) for seed in (0, 1) for step in (0, 1)]
     assert len({tuple(batch["tokens"].flatten().tolist()) for batch in epochs}) == 4
 
 
@@ -167,9 +163,7 @@ def test_held_out_rows_hold_every_byte_once_in_order(texts: list[bytes], length:
 
 
 @given(texts, small, small)
-def test_guessing_costs_the_same_bits_per_byte_at_any_length(
-    texts: list[bytes], length: int, rows: int
-) -> None:
+def test_guessing_costs_the_same_bits_per_byte_at_any_length(texts: list[bytes], length: int, rows: int) -> None:
     nats, size = 0.0, 0
     for batch in HeldOut(corpus_of(texts), length).batches(rows):
         labels: Tensor = batch["labels"]

@@ -72,9 +72,7 @@ def test_an_empty_library_is_an_error_that_names_it(library: Path) -> None:
 
 def test_splits_are_pinned() -> None:
     """The hash is part of the data's definition: held-out text must stay held out in every version."""
-    held_out = [
-        name for name in map("doc.jsonl:{}".format, range(1, 101)) if split_of(name, 0.05) == "held_out"
-    ]
+    held_out = [name for name in map("doc.jsonl:{}".format, range(1, 101)) if split_of(name, 0.05) == "held_out"]
     assert held_out == ["doc.jsonl:3", "doc.jsonl:32"]
 
 

@@ -7,6 +7,7 @@ import torch
 
 import fusiontree as ft
 from fusiontree.core.observation import BranchStatistics
+from fusiontree.errors import SpecError
 from fusiontree.pruning import (
     Evidence,
     Plan,
@@ -119,7 +120,7 @@ def test_a_plan_is_a_file_for_one_model(spec, tmp_path):
 def test_broken_plan_files_name_what_is_wrong(tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"format": 1, "spec": "x", "drop": []}))
-    with pytest.raises(PruneError, match=r"plan\.json: drop: unknown key, did you mean 'drops'"):
+    with pytest.raises(SpecError, match=r"plan\.json: drop: unknown key, did you mean 'drops'"):
         Plan.from_file(file)
 
 

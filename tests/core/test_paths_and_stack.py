@@ -1,0 +1,143 @@
+"""Paths into the expanded form, repeats, what varies over them, and folding back."""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+import pytest
+from core_cases import MIXER, MLP, complaint, data, spec
+
+from fusiontree import LayerSpec, Repeat, build
+from fusiontree.core import paths
+from fusiontree.core.spec import OrderedMap
+from fusiontree.core.stack import expand, fold
+
+TREE = {"a": [{"x": 1, "y": {}}, {"x": 2}], "b": "text"}
+LAYERS = {letter: LayerSpec.parse({"ffn": MLP | {"hidden": 8 + index}}) for index, letter in enumerate("ABC")}
+LAYERS["."] = LayerSpec()
+
+
+def layers(word: str) -> list[LayerSpec]:
+    return [LAYERS[letter] for letter in word]
+
+
+class TestPaths:
+    @pytest.mark.parametrize(
+        ("pattern", "found"),
+        [
+            ("a.0.x", [("a", "0", "x")]),
+            ("a.*.x", [("a", "0", "x"), ("a", "1", "x")]),
+            ("*.1", [("a", "1")]),
+            ("*", [("a",), ("b",)]),
+            ("a.*.y", [("a", "0", "y")]),
+        ],
+    )
+    def test_find(self, pattern: str, found: list[tuple[str, ...]]) -> None:
+        assert paths.find(TREE, pattern) == found
+
+    @pytest.mark.parametrize("pattern", ["", "c", "a.2", "a.-1", "a.0.x.0", "b.0", "a.*.z", "a..x"])
+    def test_nothing_found(self, pattern: str) -> None:
+        complaint(lambda: paths.find(TREE, pattern), pattern, "matches nothing")
+
+    @pytest.mark.parametrize("pattern", ["c.0.z", "a.9.x", "a.0.y.z", "*.*.z", "b.0", "A.1.X"])
+    def test_the_nearest_is_a_path_that_there_is(self, pattern: str) -> None:
+        text = complaint(lambda: paths.find(TREE, pattern), "the nearest is ")
+        assert paths.find(TREE, text.rsplit("'", 2)[1])
+
+    def test_every_place_is_found_by_its_own_path(self) -> None:
+        whole = spec().expand().data()
+        for path, value in paths.walk(whole):
+            assert paths.find(whole, ".".join(path)) == [path]
+            assert paths.get(whole, path) is value
+
+    def test_put_changes_one_place(self) -> None:
+        changed = {"a": [{"x": 1}, {"x": 2}]}
+        paths.put(changed, ("a", "1", "x"), 5)
+        assert changed == {"a": [{"x": 1}, {"x": 5}]}
+
+
+class TestRepeat:
+    def test_it_expands_period_by_period(self) -> None:
+        entry = Repeat(repeat=3, layers=tuple(layers("AB")))
+        assert list(expand([LAYERS["C"], entry, LAYERS["."]])) == layers("CABABAB.")
+        assert entry.size == 6
+
+    def test_vary_gives_each_time_its_value(self) -> None:
+        entry = {"repeat": 3, "layers": [{"mixer": MIXER}], "vary": {"0.mixer.branches.*.heads": [2, 4, 8]}}
+        found = spec(layers=[entry])
+        heads = [
+            found.node(f"layers.{i}.mixer.branches.{b}").data()["heads"]
+            for i in range(3)
+            for b in ("mamba", "attention")
+        ]
+        assert heads == [2, 2, 4, 4, 8, 8]
+
+    def test_vary_takes_nodes_and_null(self) -> None:
+        found = spec(layers=[{"repeat": 3, "layers": [{"ffn": MLP}], "vary": {"0.ffn": [None, MLP, MIXER]}}])
+        kinds = [getattr(layer.ffn, "kind", None) for layer in found.expanded_layers()]
+        assert kinds == [None, "mlp", "gated"]
+
+    def test_it_reads_back_as_written(self) -> None:
+        entry = {"repeat": 2, "layers": [{"ffn": MLP}, {}], "vary": {"0.ffn.hidden": [3, 4]}}
+        written = spec(layers=[entry, {"ffn": MLP}])
+        assert isinstance(written.layers[0], Repeat)
+        assert dict(written.layers[0].vary) == {"0.ffn.hidden": (3, 4)}
+        assert "repeat: 2" in written.to_yaml()
+        assert len(written.expanded_layers()) == 5
+
+
+class TestFold:
+    @pytest.mark.parametrize(
+        ("word", "shape"),
+        [
+            ("AAAA", [(4, "A")]),
+            ("ABABAB", [(3, "AB")]),
+            ("AABAABAAB", [(3, "AAB")]),
+            ("A", [(1, "A")]),
+            ("ABC", [(1, "A"), (1, "B"), (1, "C")]),
+            ("AAAB", [(3, "A"), (1, "B")]),
+            ("ABABC", [(2, "AB"), (1, "C")]),
+            ("....", [(4, ".")]),
+            ("", []),
+        ],
+    )
+    def test_runs_and_periods(self, word: str, shape: list[tuple[int, str]]) -> None:
+        entries = fold(layers(word))
+        found = [(entry.repeat, list(entry.layers)) if isinstance(entry, Repeat) else (1, [entry]) for entry in entries]
+        assert found == [(times, layers(period)) for times, period in shape]
+
+    @pytest.mark.parametrize("word", ["".join(word) for word in product("AB.", repeat=5)])
+    def test_expanding_undoes_it(self, word: str) -> None:
+        assert list(expand(fold(layers(word)))) == layers(word)
+        assert len(fold(layers(word))) <= 5
+
+
+class TestOnePath:
+    def test_spec_module_and_state_dict_share_their_paths(self) -> None:
+        written = spec(layers=[{"repeat": 2, "layers": [{"mixer": MIXER}, {"ffn": MLP}]}])
+        built = build(written, device="meta")
+        nodes = dict(written.nodes())
+        assert list(nodes) == [path for path, _ in built.nodes()]
+        assert nodes["layers.2.mixer.branches.mamba"].data()["kind"] == "mamba2"
+        for path, node in nodes.items():
+            assert built.get_submodule(path).path == path
+            for name in node.axes():
+                assert f"{path}.{name}" in built.state_dict()
+            assert paths.get(written.expand().data(), paths.split(path)) == node.data()
+
+    def test_a_node_that_is_not_there(self) -> None:
+        complaint(lambda: spec().node("layers.0.mixer.branches.mambo"), "mambo", "'layers.0.mixer.branches.mamba'")
+
+    def test_an_empty_layer_is_the_identity(self) -> None:
+        assert spec(layers=[{}, *data()["layers"]]).expanded_layers()[0] == LayerSpec()
+
+
+class TestOrderedMap:
+    @pytest.mark.parametrize("other", [OrderedMap(b=2, a=1), {"b": 2, "a": 1}, OrderedMap(a=1), 3])
+    def test_unequal(self, other: Any) -> None:
+        assert OrderedMap(a=1, b=2) != other
+
+    def test_equal_and_hashed_alike(self) -> None:
+        assert OrderedMap(a=1, b=2) == OrderedMap({"a": 1, "b": 2}) == {"a": 1, "b": 2}
+        assert hash(OrderedMap(a=1, b=2)) == hash(OrderedMap({"a": 1}, b=2))
+        assert isinstance(OrderedMap(a=1), Mapping)

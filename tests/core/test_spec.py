@@ -1,0 +1,224 @@
+"""A spec is data: round trips, equality, digests, edits, differences, and a JSON Schema."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from core_cases import ATTENTION, ENCODINGS, MAMBA, MIXER, MLP, complaint, data, edited, spec
+
+from fusiontree import ModelSpec, load_spec, presets
+from fusiontree.branches import SwiGLU
+
+VARIED = {
+    "repeat": 3,
+    "layers": [{"mixer": MIXER}, {"ffn": MLP}],
+    "vary": {"0.mixer.branches.attention.window": [2, 4, 8]},
+}
+RICH: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "repeat": {"layers": [{"repeat": 3, "layers": [{"mixer": MIXER}, {}]}, {"ffn": MLP}]},
+    "varied": {"layers": [VARIED]},
+    "nulls and tiny numbers": {
+        "layers": [
+            {
+                "mixer": MAMBA | {"norm": None, "dt_limit": [1e-7, None]},
+                "placement": "sandwich",
+                "norm": {"eps": 1e-12},
+            },
+            {
+                "ffn": {"kind": "mean", "branches": {"no": MLP, "e1": MAMBA}},
+                "residual": {"from": "normed", "keep": 0.5},
+            },
+        ],
+        "lineage": [{"parent": "1e5", "edit": "no: 'x'\n- #y"}, {"parent": "0123", "edit": "2020-01-01"}],
+    },
+}
+
+
+def every_spec() -> dict[str, ModelSpec]:
+    return {name: spec(**edits) for name, edits in RICH.items()} | {name: load_spec(name) for name in presets()}
+
+
+@pytest.mark.parametrize("name", every_spec())
+class TestRoundTrip:
+    def test_yaml_as_written(self, name: str) -> None:
+        written = every_spec()[name]
+        again = ModelSpec.from_yaml(written.to_yaml())
+        assert again.data() == written.data()
+        assert again.to_yaml() == written.to_yaml()
+
+    def test_yaml_expanded(self, name: str) -> None:
+        expanded = every_spec()[name].expand()
+        assert ModelSpec.from_yaml(expanded.to_yaml()).data() == expanded.data()
+
+    def test_json_as_written_and_expanded(self, name: str) -> None:
+        for written in (every_spec()[name], every_spec()[name].expand()):
+            text = json.dumps(written.data(), allow_nan=False)
+            assert ModelSpec.parse(json.loads(text)).data() == written.data()
+            assert ModelSpec.from_yaml(text) == written
+
+    def test_forms_are_equal(self, name: str) -> None:
+        written = every_spec()[name]
+        for form in (written.expand(), written.fold(), written.expand().fold()):
+            assert form == written
+            assert hash(form) == hash(written)
+            assert form.digest() == written.digest()
+
+    def test_the_schema_accepts_it(self, name: str) -> None:
+        written = every_spec()[name]
+        validator = jsonschema.Draft202012Validator(ModelSpec.model_json_schema())
+        for form in (written.data(), written.data(short=True), written.expand().data()):
+            validator.validate(json.loads(json.dumps(form)))
+
+
+def test_a_digest_is_12_hex_digits_and_stays() -> None:
+    assert len(spec().digest()) == 12
+    assert int(spec().digest(), 16) >= 0
+    assert spec().digest() == ModelSpec.from_yaml(spec().to_yaml()).digest()
+
+
+@pytest.mark.parametrize("place", ["layers.0.mixer.branches", "encodings"])
+def test_order_of_names_counts(place: str) -> None:
+    original = {"layers.0.mixer.branches": MIXER["branches"], "encodings": ENCODINGS}[place]
+    swapped = ModelSpec.parse(edited(place, dict(reversed(original.items()))))
+    assert swapped != spec()
+    assert swapped.digest() != spec().digest()
+    assert hash(swapped) != hash(spec())
+    assert swapped.expand().layers[0] == spec().expand().layers[0] or place != "encodings"
+
+
+def test_order_of_keys_that_are_not_names_does_not_count() -> None:
+    assert ModelSpec.parse(dict(reversed(data().items()))).digest() == spec().digest()
+
+
+def test_values_count_in_equality_whatever_their_depth() -> None:
+    assert ModelSpec.parse(edited("layers.0.mixer.gate.rank", 5)) != spec()
+    assert ModelSpec.parse(edited("layers.0.mixer.branches.mamba.conv", 4)).digest() != spec().digest()
+
+
+def test_lineage_takes_no_part_in_equality_but_is_kept() -> None:
+    child = spec(lineage=[{"parent": "abc", "edit": "drop layers.1"}])
+    assert child == spec()
+    assert hash(child) == hash(spec())
+    assert child.digest() == spec().digest()
+    assert child.diff(spec()) == {}
+    assert ModelSpec.from_yaml(child.to_yaml()).lineage == child.lineage
+    assert child.replace({"width": 32}).lineage == child.lineage
+
+
+def test_specs_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        spec().width = 3
+    with pytest.raises(TypeError):
+        spec().encodings["more"] = None  # type: ignore[index]
+
+
+class TestReplace:
+    def test_one_value(self) -> None:
+        changed = spec().replace({"layers.0.mixer.gate.rank": 2})
+        assert changed == ModelSpec.parse(edited("layers.0.mixer.gate.rank", 2))
+        assert spec() == ModelSpec.parse(data()), "the original is as it was"
+
+    def test_a_star_reaches_every_layer_of_a_repeat(self) -> None:
+        wide = spec(layers=[{"repeat": 3, "layers": [{"mixer": MIXER}]}])
+        changed = wide.replace({"layers.*.mixer.branches.attention.window": 2, "layers.1.mixer.gate.rank": 1})
+        nodes = [layer.mixer.data() for layer in changed.expanded_layers() if layer.mixer]
+        assert [node["branches"]["attention"]["window"] for node in nodes] == [2, 2, 2]
+        assert [node["gate"]["rank"] for node in nodes] == [4, 1, 4]
+
+    def test_a_new_branch_an_old_one_gone_and_another_gate_at_once(self) -> None:
+        changed = spec().replace(
+            {
+                "layers.0.mixer.branches.feed": SwiGLU(hidden=8),
+                "layers.0.mixer.branches.mamba": None,
+                "layers.0.mixer.gate": {"kind": "softmax", "granularity": "token"},
+            }
+        )
+        node = changed.expanded_layers()[0].data()["mixer"]
+        assert list(node["branches"]) == ["attention", "feed"]
+        assert node["branches"]["feed"]["kind"] == "swiglu"
+        assert node["gate"]["kind"] == "softmax"
+
+    def test_a_new_encoding_and_an_old_one_gone(self) -> None:
+        changed = spec().replace({"encodings.far": {"kind": "rope", "theta": 1e6}, "encodings.turn": None})
+        assert list(changed.encodings) == ["time", "rope", "far"]
+
+    def test_one_of_a_branch_s_encodings(self) -> None:
+        changed = spec().replace({"layers.0.mixer.branches.attention.encodings.0": "rope"})
+        assert changed.node("layers.0.mixer.branches.attention").data()["encodings"] == ["rope"]
+
+    def test_none_is_a_value_outside_branches_and_encodings(self) -> None:
+        changed = spec().replace({"layers.0.mixer.branches.attention.window": None, "layers.1.ffn": None})
+        assert changed.node("layers.0.mixer.branches.attention").data()["window"] is None
+        assert changed.expanded_layers()[1].ffn is None
+
+    @pytest.mark.parametrize(
+        ("path", "value", "nearest"),
+        [
+            ("layers.0.mixer.gate.granularty", "token", "'layers.0.mixer.gate.granularity'"),
+            ("layer.0.mixr.gate.kind", "softmax", "'layers.0.mixer.gate.kind'"),
+            ("layers.9.ffn", None, "'layers.0.ffn'"),
+            ("layers.*.mixer.branches.mamba2.heads", 4, "'layers.*.mixer.branches.mamba.heads'"),
+            ("layers.0.mixer.branches.mambo", None, "'layers.0.mixer.branches.mamba'"),
+            ("encodings.tiem", None, "'encodings.time'"),
+            ("width.more", 3, "'width'"),
+            ("layers.0.mixer.branches.attention.encodings.7", "rope", "encodings.0'"),
+            ("", 3, "''"),
+        ],
+    )
+    def test_a_path_that_matches_nothing(self, path: str, value: Any, nearest: str) -> None:
+        complaint(lambda: spec().replace({path: value}), path, "matches nothing", nearest)
+
+    def test_what_results_is_validated(self) -> None:
+        complaint(lambda: spec().replace({"layers.0.mixer.branches.mamba": None}), "layers.0.mixer.gate", "single")
+        complaint(lambda: spec().replace({"encodings.time": None}), "attention.encodings", "'time'")
+
+
+class TestDiff:
+    def test_values_by_path_here_and_there(self) -> None:
+        other = spec().replace({"layers.0.mixer.gate.rank": 2, "layers.1.ffn": None})
+        found = spec().diff(other)
+        assert found["layers.0.mixer.gate.rank"] == (4, 2)
+        assert found["layers.1.ffn.hidden"] == (8, None)
+        assert all(path.startswith(("layers.0.mixer.gate.rank", "layers.1.ffn")) for path in found)
+
+    def test_backwards_it_is_the_other_way_round(self) -> None:
+        other = spec().replace({"layers.0.mixer.gate.rank": 2})
+        assert other.diff(spec()) == {path: (b, a) for path, (a, b) in spec().diff(other).items()}
+
+    def test_equal_specs_do_not_differ_in_whatever_form(self) -> None:
+        varied = spec(layers=[VARIED])
+        assert varied.diff(varied.expand()) == {}
+
+    def test_another_order_is_a_difference(self) -> None:
+        swapped = ModelSpec.parse(edited("layers.0.mixer.branches", {"attention": ATTENTION, "mamba": MAMBA}))
+        expected = (["mamba", "attention"], ["attention", "mamba"])
+        assert spec().diff(swapped) == {"layers.0.mixer.branches": expected}
+
+
+class TestSchema:
+    def test_it_is_draft_2020_12(self) -> None:
+        jsonschema.Draft202012Validator.check_schema(ModelSpec.model_json_schema())
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            ("widht", 3),
+            ("width", 0),
+            ("width", "16"),
+            ("layers.0.mixr", MIXER),
+            ("layers.0.mixer.gates", None),
+            ("layers.0.mixer.kind", "gaeted"),
+            ("layers.0.mixer.gate.granularity", "chanel"),
+            ("layers.0.mixer.branches.mamba.headz", 3),
+            ("layers.0.mixer.branches.attention.window", 0),
+            ("layers.1", {"repeat": 0, "layers": [{}]}),
+            ("layers.1", {"repeat": 2, "layers": [{}], "vry": {}}),
+            ("encodings.time.kind", "srte"),
+        ],
+    )
+    def test_it_rejects_typos(self, path: str, value: Any) -> None:
+        validator = jsonschema.Draft202012Validator(ModelSpec.model_json_schema())
+        assert validator.is_valid(data())
+        assert not validator.is_valid(edited(path, value))
