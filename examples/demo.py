@@ -23,7 +23,7 @@ from fusiontree.pruning import Evidence, PruneError, Threshold, plan
 from fusiontree.training import RunSpec
 
 OUT = Path("outputs/quickstart")
-RUN = Path(ft.__file__).parent / "recipes" / "quickstart.yaml"
+RUN = "quickstart"
 PROMPT = "def test_"
 DROPS = 2
 console = Console(highlight=False, markup=False)

@@ -1,5 +1,6 @@
 """Gate statistics: what the values were while somebody watched, by path and branch name."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -121,4 +122,4 @@ def _real(value: Tensor, context: Context) -> Tensor:
 def _entropy(values: list[Tensor]) -> Tensor:
     stacked = torch.stack(values)
     nats = -torch.special.xlogy(stacked, stacked).sum(0)
-    return (nats / torch.log(torch.tensor(float(len(values))))).mean() if stacked.numel() else stacked.sum()
+    return (nats / math.log(len(values))).mean() if stacked.numel() else stacked.sum()

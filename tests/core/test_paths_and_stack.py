@@ -106,10 +106,9 @@ class TestFold:
         found = [(entry.repeat, list(entry.layers)) if isinstance(entry, Repeat) else (1, [entry]) for entry in entries]
         assert found == [(times, layers(period)) for times, period in shape]
 
-    @pytest.mark.parametrize("word", ["".join(word) for word in product("AB.", repeat=5)])
-    def test_expanding_undoes_it(self, word: str) -> None:
-        assert list(expand(fold(layers(word)))) == layers(word)
-        assert len(fold(layers(word))) <= 5
+    def test_expanding_undoes_it(self) -> None:
+        for word in product("AB.", repeat=5):
+            assert list(expand(fold(layers("".join(word))))) == layers("".join(word))
 
 
 class TestOnePath:

@@ -88,7 +88,7 @@ BOMBS = {
     ),
     "lists by aliases": (laughs(12, "a0: &a0 [x, y]\n", "a{i}: &a{i} [{below}]\n"), [str(yaml.MAX_NODES)]),
     "mappings by merge keys": (
-        laughs(12, "a0: &a0 {{x: 1}}\n".format(), "a{i}: &a{i} {{<<: [{below}]}}\n"),
+        laughs(12, "a0: &a0 {x: 1}\n", "a{i}: &a{i} {{<<: [{below}]}}\n"),
         [str(yaml.MAX_NODES)],
     ),
     "keys by aliases": (laughs(12, "a0: &a0 [x, y]\n", "a{i}: &a{i} {{? [{below}] : 1}}\n"), []),

@@ -1,0 +1,115 @@
+"""What a model refuses to look at, and what a cache is after it has refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from core_cases import VOCABULARY, complaint, model, tokens
+from torch import Tensor
+
+from fusiontree import LanguageModel
+
+LEARNED: dict[str, Any] = {"encodings": {"time": {"kind": "srte_learned", "max_length": 8}}}
+
+
+@pytest.fixture(scope="module")
+def built() -> LanguageModel:
+    return model(**LEARNED).requires_grad_(False)
+
+
+def ids(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ({"tokens": ids([1, VOCABULARY])}, ["tokens: ", f"found {VOCABULARY}", f"0..{VOCABULARY - 1}"]),
+        ({"tokens": ids([1, -1])}, ["tokens: ", "found -1"]),
+        ({"tokens": torch.tensor([1, 2])}, ["tokens: ", "[2]"]),
+        ({"tokens": torch.tensor([[1.0]])}, ["tokens: ", "integer", "float32"]),
+        ({"tokens": torch.tensor([[True]])}, ["tokens: ", "integer", "bool"]),
+        ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, ["tokens: ", "[1, 0]"]),
+        ({"tokens": [[1, 2]]}, ["tokens: ", "list"]),
+        ({"tokens": tokens(1, 9)}, ["encodings.time: ", "position 8", "8 positions"]),
+        ({"tokens": ids([1]), "positions": ids([8])}, ["encodings.time: ", "position 8"]),
+        ({"tokens": ids([1]), "positions": ids([-1])}, ["encodings.time: ", "position -1"]),
+        ({"tokens": ids([1, 2]), "positions": ids([0, 1, 2])}, ["positions: ", "[1, 2]", "[1, 3]"]),
+        ({"tokens": ids([1]), "positions": torch.tensor([[0.0]])}, ["positions: ", "float32"]),
+        ({"tokens": ids([1, 2]), "documents": ids([0])}, ["documents: ", "[1, 2]", "[1, 1]"]),
+        ({"tokens": ids([1, 2]), "documents": ids([0, 0], [0, 0])}, ["documents: ", "[2, 2]"]),
+    ],
+)
+def test_bad_input_is_named(built: LanguageModel, inputs: dict[str, Any], parts: list[str]) -> None:
+    complaint(lambda: built(**inputs), *parts)
+
+
+def test_a_cache_of_other_rows_is_refused(built: LanguageModel) -> None:
+    complaint(lambda: built(tokens(3, 2), cache=built.new_cache(2)), "cache: ", "2 rows", "3")
+    complaint(lambda: built(tokens(2, 2), cache=built.new_cache(1)), "cache: ", "1 rows", "2")
+
+
+def test_a_full_cache_says_so(built: LanguageModel) -> None:
+    cache = built.new_cache(1, 5)
+    built(tokens(1, 4), cache=cache)
+    complaint(lambda: built(tokens(1, 2), cache=cache), "cache: ", "4 tokens and 2 more", "5")
+
+
+@pytest.mark.parametrize("bad", [ids([VOCABULARY]), tokens(1, 5), tokens(1, 7)], ids=["token", "position", "room"])
+def test_a_refusal_leaves_the_cache_as_it_was(built: LanguageModel, bad: Tensor) -> None:
+    whole = tokens(1, 6)
+    cache = built.new_cache(1, 10)
+    built(whole[:, :4], cache=cache)
+    complaint(lambda: built(bad, cache=cache))
+    torch.testing.assert_close(built(whole[:, 4:], cache=cache), built(whole)[:, 4:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("what_stands_there", [-7, VOCABULARY + 5])
+def test_padding_is_not_looked_at(built: LanguageModel, what_stands_there: int) -> None:
+    documents = ids([-1, 0, 0, -1, 0, 0, -1, -1])
+    given = tokens(1, 8).masked_fill(documents < 0, what_stands_there)
+    found = built(given, documents=documents)[documents >= 0]
+    torch.testing.assert_close(found, built(given[documents >= 0][None])[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("what_stands_there", [-1, 1000])
+def test_positions_of_padding_are_not_looked_at(built: LanguageModel, what_stands_there: int) -> None:
+    documents = ids([0, 0, 0, -1, -1])
+    positions = ids([0, 1, 2, what_stands_there, what_stands_there])
+    found = built(tokens(1, 5), documents=documents, positions=positions)[:, :3]
+    torch.testing.assert_close(found, built(tokens(1, 5)[:, :3]), rtol=0, atol=1e-9)
+
+
+def test_padding_may_reach_beyond_an_encoding(built: LanguageModel) -> None:
+    documents = torch.tensor([[0] * 8 + [-1] * 4])
+    found = built(tokens(1, 12), documents=documents)[:, :8]
+    torch.testing.assert_close(found, built(tokens(1, 12)[:, :8]), rtol=0, atol=1e-9)
+
+
+def test_positions_restart_in_each_document(built: LanguageModel) -> None:
+    documents = torch.tensor([[4] * 7 + [2] * 8])
+    whole = tokens(1, 15)
+    apart = [built(whole[:, :7]), built(whole[:, 7:])]
+    torch.testing.assert_close(built(whole, documents=documents), torch.cat(apart, 1), rtol=0, atol=1e-9)
+
+
+def test_the_cache_s_documents_restart_positions_too(built: LanguageModel) -> None:
+    whole, cache = tokens(1, 12), built.new_cache(1)
+    built(whole[:, :6], documents=torch.full((1, 6), 3), cache=cache)
+    found = built(whole[:, 6:], documents=torch.full((1, 6), 4), cache=cache)
+    torch.testing.assert_close(found, built(whole[:, 6:]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_may_be_any_integers(built: LanguageModel, dtype: torch.dtype) -> None:
+    given = tokens(2, 5)
+    documents = ids([0, 0, 1, 1, -1], [0, 0, 0, 0, 0])
+    assert torch.equal(built(given.to(dtype), documents=documents), built(given, documents=documents))
+
+
+def test_a_cache_s_bytes_are_those_of_its_states(built: LanguageModel) -> None:
+    cache = built.new_cache(2, 8)
+    states = [tensor for state in cache.states.values() for tensor in state.values()]
+    assert cache.nbytes == sum(t.numel() * t.element_size() for t in states) > 0
+    formula = sum(node.cache_bytes(built.spec.scope, 8, torch.float64) for _, node in built.spec.nodes())
+    assert cache.nbytes == 2 * formula
