@@ -66,7 +66,7 @@ class Family(ABC, Generic[S]):
         try:
             kinds = {kind: spec.__pydantic_core_schema__ for kind, spec in self.usable()}
             union = cs.tagged_union_schema(dict(kinds), discriminator="kind", ref=f"{self.name}:family")
-            return handler(cs.definitions_schema(reference, [union]))
+            return _with_kinds(handler(cs.definitions_schema(reference, [union])), handler)
         finally:
             self._writing = False
 
@@ -75,6 +75,14 @@ class Family(ABC, Generic[S]):
         for kind in self.names():
             with suppress(SpecError):
                 yield kind, self.get(kind)
+
+
+def _with_kinds(schema: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    """The schema of a family, each kind with a `kind` that has to be there, as `Family.parse` wants it."""
+    for choice in handler.resolve_ref_schema(schema).get("oneOf", []):
+        model = handler.resolve_ref_schema(choice)
+        model["required"] = ["kind", *(key for key in model.get("required", []) if key != "kind")]
+    return schema
 
 
 class Registry(Family[S]):

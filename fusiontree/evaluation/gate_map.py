@@ -89,7 +89,7 @@ def _image(axes: Any, values: Float[Tensor, "gates columns"]) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     colors = LinearSegmentedColormap.from_list("branches", ["#c2500b", "#eaa46a", "#f7f4ef", "#6fb0bd", "#0f5f74"])
-    image = axes.imshow(values, cmap=colors, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values.numpy(), cmap=colors, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
     for row in range(1, len(values)):
         axes.axhline(row - 0.5, color="white", linewidth=2.5)
     return image

@@ -11,6 +11,8 @@ from fusiontree import LanguageModel, ModelSpec, build
 from fusiontree.core.paths import put, split
 from fusiontree.errors import FusionTreeError
 
+torch.set_num_threads(1)
+
 VOCABULARY = 13
 ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 4, "window": 6, "encodings": ["time"]}
 MAMBA = {"kind": "mamba2", "heads": 4, "head_dim": 4, "state": 4, "conv": 3}

@@ -93,6 +93,7 @@ class TestFold:
             ("AAAA", [(4, "A")]),
             ("ABABAB", [(3, "AB")]),
             ("AABAABAAB", [(3, "AAB")]),
+            ("AABAAB", [(2, "AAB")]),
             ("A", [(1, "A")]),
             ("ABC", [(1, "A"), (1, "B"), (1, "C")]),
             ("AAAB", [(3, "A"), (1, "B")]),

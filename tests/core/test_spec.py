@@ -117,6 +117,8 @@ class TestReplace:
     def test_one_value(self) -> None:
         changed = spec().replace({"layers.0.mixer.gate.rank": 2})
         assert changed == ModelSpec.parse(edited("layers.0.mixer.gate.rank", 2))
+        repeated = spec(layers=[{"repeat": 4, "layers": [{"ffn": MLP}]}])
+        assert len(repeated.replace({"layers.*.ffn.hidden": 4}).layers) == 1, "it is written as shortly as before"
         assert spec() == ModelSpec.parse(data()), "the original is as it was"
 
     def test_a_star_reaches_every_layer_of_a_repeat(self) -> None:
@@ -215,6 +217,9 @@ class TestSchema:
             ("layers.1", {"repeat": 0, "layers": [{}]}),
             ("layers.1", {"repeat": 2, "layers": [{}], "vry": {}}),
             ("encodings.time.kind", "srte"),
+            ("encodings.time", {}),
+            ("layers.1.ffn", {"hidden": 8}),
+            ("layers.0.mixer.gate", {"granularity": "token"}),
         ],
     )
     def test_it_rejects_typos(self, path: str, value: Any) -> None:

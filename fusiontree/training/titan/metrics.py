@@ -44,7 +44,6 @@ class StepMetrics(MetricsProcessor):
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         rates = [value for key, value in (extra_metrics or {}).items() if key.startswith("lr/")]
         self.record = {
-            "loss": global_avg_loss,
             "tokens_per_second": self.ntokens_since_last_log * self.parallel_dims.world_size / seconds,
             "memory": round(memory * GIBIBYTE),
             "learning_rate": max(rates),

@@ -90,14 +90,15 @@ class FusionTrainer(Trainer):
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
-        """One micro-batch; returns the cross entropy alone, which is what torchtitan reports as the loss."""
+        """One micro-batch. torchtitan is told the cross entropy alone, and that it is finite: it would stop this
+        process and not the others, `_check_loss` stops all."""
         inputs, labels, places = self.post_dataloading_process(input_dict, labels)
         with self.train_context(), captured(self.gates) as gates:
             parts = terms(self.model(inputs, **places), labels, global_valid_tokens, gates)
             parts.total(self.run.losses).backward()
         found = torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
         self.sums += found.to("cpu", torch.float64)
-        return parts.cross_entropy.detach()
+        return parts.cross_entropy.detach().nan_to_num()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
@@ -135,7 +136,7 @@ class FusionTrainer(Trainer):
         weights = self.run.losses
         extra = {"balance": (weights.balance, self.sums[1]), "entropy": (weights.entropy, self.sums[2])}
         asked = {name: float(value) for name, (weight, value) in extra.items() if weight}
-        loss = found["loss"]
+        loss = float(self.sums[0])
         return {"loss": loss, "bits_per_byte": loss / math.log(2), **asked, "tokens": self._tokens()} | found
 
     def _gate_record(self, observation: Observation | None) -> Record:
