@@ -101,6 +101,8 @@ class BranchSpec(NodeSpec, ABC):
         rotations = [name for name in self.encodings if _has_hook(scope, name, "rotate")]
         if len(rotations) > 1:
             yield "encodings", f"two rotations on one branch: {', '.join(rotations)}"
+        if len(set(self.encodings)) < len(self.encodings):
+            yield "encodings", f"each name once, found {', '.join(self.encodings)}"
         for name in self.encodings:
             if name not in scope.encodings:
                 yield "encodings", f"no encoding is called {name!r}{suggest(name, scope.encodings)}"

@@ -31,9 +31,7 @@ class Batches:
             DataError: rows or length below 1, or a seed that is not an unsigned 64-bit number.
         """
         if rows < 1 or length < 1 or not 0 <= seed < 2**64:
-            raise DataError(
-                f"rows and length must be 1 or more and 0 <= seed < 2**64, found {rows}, {length}, {seed}"
-            )
+            raise DataError(f"rows and length must be 1 or more and 0 <= seed < 2**64, found {rows}, {length}, {seed}")
         self.corpus, self.rows, self.length, self.seed = corpus, rows, length, seed
         self._last = (0, self._shuffle(0))
 

@@ -29,9 +29,7 @@ class Batch(TypedDict):
     documents: Int64[Tensor, "rows length"]
 
 
-def pack(
-    tokens: Int64[np.ndarray, "rows length+1"], within: Int64[np.ndarray, "rows length+1"], *, end: int
-) -> Batch:
+def pack(tokens: Int64[np.ndarray, "rows length+1"], within: Int64[np.ndarray, "rows length+1"], *, end: int) -> Batch:
     """Make rows of consecutive tokens, each with one token more than the row is long, for the last label.
 
     An end token is the target of its document's last byte and has no target itself, so no target lies across

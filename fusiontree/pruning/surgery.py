@@ -72,9 +72,9 @@ def _drop_sublayer(data: dict[str, Any], path: str) -> None:
 
 def droppable(spec: ModelSpec) -> list[str]:
     """Every path that a plan may drop: branches, sub-layers and layers."""
-    found = [path for path, _ in spec.nodes() if ".branches." in path or path.count(".") == 2]
+    found = [path for path, _ in spec.nodes() if path.split(".")[-2] == "branches" or path.count(".") == 2]
     layers = [f"layers.{index}" for index, layer in enumerate(spec.expanded_layers()) if layer.mixer or layer.ffn]
-    return [path for path in [*layers, *found] if not path.endswith(".mlp")]
+    return [*layers, *found]
 
 
 def _drop_unnamed_encodings(data: dict[str, Any]) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from fusiontree.training.errors import RunError, TrainingFailed
@@ -56,7 +58,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
         if dist.get_rank() == 0:
             write_json(partial / STATE, {"format": FORMAT, "run": self.run, "step": step, "state": state})
             partial.rename(self.path(step))
@@ -74,8 +76,8 @@ class Checkpoints:
         if document["format"] != FORMAT or document["run"] != self.run:
             raise RunError(f"{path}: is a checkpoint of run {document['run']}, this is run {self.run}")
         try:
-            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)))
-        except dcp.CheckpointException as error:
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)))
+        except CheckpointException as error:
             raise RunError(f"{path}: cannot be read: {' '.join(str(error).split()):.200}") from None
         return document["state"]
 

@@ -1,18 +1,17 @@
 """The directory of a run's results, which belongs to one run.
 
-    run.yaml         the resolved run; running it again here goes on, or says that the run is finished
-    metrics.jsonl    see `fusiontree.training.metrics`
-    gates.json       see `fusiontree.training.monitor`
-    checkpoints/     see `fusiontree.training.checkpoint`
-    tensorboard/     if asked for
-    train.log        what libraries had to say
-    model/           spec.yaml and model.safetensors, once the run is finished
+run.yaml         the resolved run; running it again here goes on, or says that the run is finished
+metrics.jsonl    see `fusiontree.training.metrics`
+gates.json       see `fusiontree.training.monitor`
+checkpoints/     see `fusiontree.training.checkpoint`
+tensorboard/     if asked for
+train.log        what libraries had to say
+model/           spec.yaml and model.safetensors, once the run is finished
 """
 
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from fusiontree.core.weights import SPEC_FILE
 from fusiontree.errors import SpecError

@@ -77,7 +77,7 @@ def world() -> Iterator[tuple[int, int]]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = dist.HashStore() if alone else None
+    store = dist.HashStore() if alone else None  # pyright: ignore[reportPrivateImportUsage]
     place = {"store": store, "rank": 0, "world_size": 1} if alone else {}
     dist.init_process_group(backend, timeout=TIMEOUT, **place)
     try:

@@ -32,5 +32,5 @@ class TrainResult:
         """Take the figures from what the run wrote."""
         records = metrics.read(directory / "metrics.jsonl")
         steps = records[-1]["step"] if records else 0
-        found = [metrics.latest(records, key) for key in ("loss", "validation_bits_per_byte")]
-        return cls(status, steps, directory, *found, exit_code)
+        loss, bits = (metrics.latest(records, key) for key in ("loss", "validation_bits_per_byte"))
+        return cls(status, steps, directory, loss, bits, exit_code)

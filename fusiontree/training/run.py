@@ -115,10 +115,7 @@ class RunSpec(Spec):
                 for place in paths.find(data, path):
                     paths.put(data, place, value)
         run = self.parse(data).relative_to(Path.cwd())
-        try:
-            return self.parse(run.data() | {"model": run.model.replace(inside)}) if inside else run
-        except SpecError as error:
-            raise SpecError(f"model: {error}") from None
+        return self.parse(run.data() | {"model": _replaced(run.model, inside)}) if inside else run
 
     @property
     def directory(self) -> Path:
@@ -159,6 +156,13 @@ class RunSpec(Spec):
 def _located(model: Any, folder: Path) -> Any:
     """The name or path of a model with a path that exists in the folder made absolute."""
     return str(folder / model) if isinstance(model, str) and (folder / model).exists() else model
+
+
+def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
+    try:
+        return model.replace(edits)
+    except SpecError as error:
+        raise SpecError(f"model: {error}") from None
 
 
 def _edit(text: str) -> tuple[str, Any]:

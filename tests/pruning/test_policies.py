@@ -178,3 +178,17 @@ def test_apply_leaves_the_original_alone(spec):
         for parameter in pruned.parameters():
             parameter.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_branch_may_be_called_mlp_but_a_fusions_mlp_is_no_branch():
+    parts = {"kind": "sum", "branches": {"mlp": BRANCH, "other": BRANCH}, "mlp": BRANCH}
+    spec = ft.ModelSpec.model_validate({"vocab_size": 11, "width": 16, "layers": [{"mixer": parts}]})
+    assert droppable(spec) == [
+        "layers.0",
+        "layers.0.mixer",
+        "layers.0.mixer.branches.mlp",
+        "layers.0.mixer.branches.other",
+    ]
+    assert "layers.0.mixer.branches.mlp" not in dict(
+        plan_by_hand(spec, ["layers.0.mixer.branches.mlp"]).edit(spec).nodes()
+    )

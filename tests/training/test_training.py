@@ -225,7 +225,6 @@ def test_a_loss_that_is_no_number_fails_the_job_and_is_not_saved(data, tmp_path,
 def test_rows_that_cannot_be_dealt_out_are_one_line(data, tmp_path, capsys):
     file = runs.write_run(tmp_path / "run.json", data)
     assert main([str(file), "training.microbatch_rows=3", f"output={tmp_path / 'out'}"]) == 2
-    assert capsys.readouterr().err == (
-        "error: training.microbatch_rows: has to divide the 4 rows of a step, found 3\n"
-    )
+    message = "error: training.microbatch_rows: has to divide the 4 rows of a step, found 3\n"
+    assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()

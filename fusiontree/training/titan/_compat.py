@@ -42,13 +42,13 @@ def _set_timeout() -> None:
     if not hasattr(dist, "set_timeout"):
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
-        vars(dist)["set_timeout"] = lambda timeout, group=None: _set_pg_timeout(timeout, group)
+        dist.__dict__["set_timeout"] = lambda timeout, group=None: _set_pg_timeout(timeout, group)
 
 
 def _mesh_dims() -> None:
     """torch 2.12 has it; torchtitan imports it for a back end that is not used here."""
     if not hasattr(fsdp, "DataParallelMeshDims"):
-        vars(fsdp)["DataParallelMeshDims"] = _DataParallelMeshDims
+        fsdp.__dict__["DataParallelMeshDims"] = _DataParallelMeshDims
 
 
 @dataclass
@@ -62,7 +62,7 @@ def _no_triton() -> None:
     if importlib.util.find_spec("triton") is not None or _EXPERT_PARALLEL in sys.modules:
         return
     package, api = types.ModuleType(_EXPERT_PARALLEL), types.ModuleType(f"{_EXPERT_PARALLEL}.api")
-    names = {name: _needs_triton for name in ("combine_op", "dispatch_op", "init_buffer")}
+    names: dict[str, Any] = {name: _needs_triton for name in ("combine_op", "dispatch_op", "init_buffer")}
     names["maybe_update_minimal_async_ep_config"] = lambda *args, **options: None
     names["MinimalAsyncEPDispatchMetadata"] = type("MinimalAsyncEPDispatchMetadata", (), {})
     for module in (package, api):

@@ -24,7 +24,9 @@ class TitanLoader(BaseDataLoader):
         rows: int
         seed: int
 
-    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any) -> None:
+    def __init__(
+        self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any
+    ) -> None:
         self.batches: Batches = config.text.batches(rows=config.rows, seed=config.seed)
         self.processes, self.rank, self.part = dp_world_size, dp_rank, local_batch_size
         self.step = 0

@@ -51,5 +51,3 @@ def parallelize(
     """Shard over the processes, several copies where `parallelism.shard` is fewer than there are."""
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     return shard(model, parallel_dims.get_mesh(names), precision=training.mixed_precision_param)
-
-
