@@ -24,7 +24,7 @@ app = typer.Typer(
 prune_app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 app.add_typer(prune_app, name="prune")
 console = Console(highlight=False, markup=False)
-UsageError = typer.BadParameter.__bases__[0]  # typer carries its own copy of click since 0.20
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer carries its own copy of click since 0.20
 
 Model = Annotated[str, typer.Argument(help="A preset's name, a YAML or JSON file, or a saved model's directory.")]
 Overrides = Annotated[

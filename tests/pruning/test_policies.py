@@ -15,6 +15,7 @@ from fusiontree.pruning import (
     Threshold,
     TopK,
     apply,
+    droppable,
     plan,
     plan_by_hand,
     simplify_spec,
