@@ -20,7 +20,7 @@ from fusiontree.evaluation.byte_models import byte_models
 from fusiontree.evaluation.decode import measure_decode
 from fusiontree.evaluation.gate_map import draw, gate_maps
 from fusiontree.pruning import Evidence, PruneError, Threshold, plan
-from fusiontree.training import RunSpec
+from fusiontree.recipes.train import load_run
 
 OUT = Path("outputs/quickstart")
 RUN = "quickstart"
@@ -57,12 +57,12 @@ def describe() -> None:
 
 def train() -> None:
     """Train on the standard library; the same command again resumes."""
-    command("train", str(RUN), f"output={OUT}")
+    command("train", RUN, f"output={OUT}")
 
 
 def compare() -> None:
     """Held-out bits per byte beside models that cost nothing."""
-    data = RunSpec.from_file(RUN).text
+    data = load_run(RUN).text
     baselines = byte_models(data.corpus("train"), data.corpus("held_out"))
     lines = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     ours = [line["validation_bits_per_byte"] for line in lines if "validation_bits_per_byte" in line][-1]
@@ -102,7 +102,7 @@ def spark(histogram: tuple[float, ...]) -> str:
 
 def held_out_text(length: int) -> str:
     """The beginning of the first function of a held-out file, in ASCII."""
-    for document in RunSpec.from_file(RUN).text.documents("held_out"):
+    for document in load_run(RUN).text.documents("held_out"):
         start = document.text.find(b"\ndef ") + 1
         text = document.text[start : start + length]
         if start and len(text) == length and text.isascii():
