@@ -42,7 +42,7 @@ def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec
     return RunSpec.from_file(_folder() / f"{name_or_path}.yaml", overrides)
 
 
-def run(run: RunSpec, listener: Listener | None = None) -> TrainResult:
+def run(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
     """Train, unless the run is finished already: that is found out before anything heavy is imported.
 
     Raises:
@@ -52,7 +52,7 @@ def run(run: RunSpec, listener: Listener | None = None) -> TrainResult:
     output = Output(run)
     output.check()
     if output.finished:
-        return TrainResult.read("already finished", output.root, 0)
+        return TrainResult.read("already finished", output.root, steps=run.training.steps)
     from fusiontree.training.titan import train
 
     return train(run, listener=listener)

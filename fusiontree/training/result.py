@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from fusiontree.training import metrics
 
+Status = Literal["finished", "already finished", "stopped"]
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -20,7 +22,7 @@ class TrainResult:
         exit_code: 0, or 128 + the number of the signal (130 for SIGINT, 143 for SIGTERM).
     """
 
-    status: Literal["finished", "already finished", "stopped"]
+    status: Status
     steps: int
     directory: Path
     loss: float | None
@@ -28,9 +30,8 @@ class TrainResult:
     exit_code: int
 
     @classmethod
-    def read(cls, status: Literal["finished", "already finished", "stopped"], directory: Path, exit_code: int) -> Self:
+    def read(cls, status: Status, directory: Path, *, steps: int, exit_code: int = 0) -> Self:
         """Take the figures from what the run wrote."""
         records = metrics.read(directory / "metrics.jsonl")
-        steps = records[-1]["step"] if records else 0
         loss, bits = (metrics.latest(records, key) for key in ("loss", "validation_bits_per_byte"))
         return cls(status, steps, directory, loss, bits, exit_code)

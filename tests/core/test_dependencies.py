@@ -18,7 +18,7 @@ MAY_USE: dict[str, set[str]] = {
     "errors": set(),
     "kernels": {"errors"},
     "core": {"errors"},
-    **{name: {"core", "kernels", "errors"} for name in COMPONENTS},
+    **{name: {"core", "kernels", "errors"} for name in sorted(COMPONENTS)},
     "data": {"core", "errors"},
     "zoo": {"core", "errors", "data"} | COMPONENTS,
     "evaluation": {"core", "kernels", "errors", "data", "zoo"} | COMPONENTS,

@@ -153,7 +153,7 @@ def test_another_number_of_processes_can_go_on(two, data, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_that_goes_on_as_if_nothing_had_been(one, data, tmp_path, number, code):
     listener = Interrupter(5, number)
-    stopped = run(runs.spec(data, tmp_path / "out"), listener)
+    stopped = run(runs.spec(data, tmp_path / "out"), listener=listener)
     assert (stopped.status, stopped.steps, stopped.exit_code) == ("stopped", 5, code)
     assert os.listdir(tmp_path / "out" / "checkpoints") == ["step-00000005"]
     assert "run the same command again" in listener.messages[-1]

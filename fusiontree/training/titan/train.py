@@ -55,19 +55,23 @@ def _train(config: FusionTrainer.Config, listener: Listener, stop: Stop) -> Trai
     finally:
         trainer.close()
         gc.enable()  # torchtitan turns it off
-    if stop.signal and trainer.step < config.run.training.steps:
-        return _stopped(trainer)
-    _write_model(trainer)
+    stopped = bool(stop.signal) and trainer.step < config.run.training.steps
+    if not stopped:
+        _write_model(trainer)
     dist.barrier()
-    listener.message(f"finished: {trainer.output.model}")
-    return TrainResult.read("finished", trainer.output.root, 0)
+    return _stopped(trainer) if stopped else _finished(trainer)
+
+
+def _finished(trainer: FusionTrainer) -> TrainResult:
+    trainer.listener.message(f"finished: {trainer.output.model}")
+    return TrainResult.read("finished", trainer.output.root, steps=trainer.step)
 
 
 def _stopped(trainer: FusionTrainer) -> TrainResult:
     number = trainer.stop.signal
     text = f"stopped by {signal.Signals(number).name} after step {trainer.step}; run the same command again to go on"
     trainer.listener.message(text)
-    return TrainResult.read("stopped", trainer.output.root, 128 + number)
+    return TrainResult.read("stopped", trainer.output.root, steps=trainer.step, exit_code=128 + number)
 
 
 def _write_model(trainer: FusionTrainer) -> None:

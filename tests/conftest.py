@@ -1,0 +1,12 @@
+"""Tests of one folder that share runs stay on one worker."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Training runs are made once a worker, so all that look at them go to the same one."""
+    for item in items:
+        if Path(item.path).parent.name == "training":
+            item.add_marker(pytest.mark.xdist_group("training"))
