@@ -86,5 +86,12 @@ def _folder() -> Path:
     return Path(str(files("fusiontree.recipes")))
 
 
+def _exit(code: int) -> None:
+    """End the process at once: gloo's threads can abort one of several that unwinds after all its work is done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())
