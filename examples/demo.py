@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def compare() -> None:
     baselines = byte_models(data.corpus("train"), data.corpus("held_out"))
     lines = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     ours = [line["validation_bits_per_byte"] for line in lines if "validation_bits_per_byte" in line][-1]
-    others = {name.replace("_", " "): value for name, value in vars(baselines).items()}
+    others = {name.replace("_", " "): value for name, value in asdict(baselines).items()}
     table = Table("held-out standard library", "bits per byte", box=None, pad_edge=False)
     for name, value in [*others.items(), ("quickstart", ours)]:
         table.add_row(name, f"{value:.3f}", style="bold green" if name == "quickstart" else None)
