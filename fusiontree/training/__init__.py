@@ -4,6 +4,7 @@ from fusiontree.training.console import Console, Silent
 from fusiontree.training.errors import RunError, TrainingFailed
 from fusiontree.training.metrics import Listener, Record
 from fusiontree.training.monitor import GateMonitor
+from fusiontree.training.result import TrainResult
 from fusiontree.training.run import RunSpec
 from fusiontree.training.sections import (
     CheckpointSpec,
@@ -28,6 +29,7 @@ __all__ = [
     "RunError",
     "RunSpec",
     "Silent",
+    "TrainResult",
     "TrainingFailed",
     "TrainingSpec",
     "ValidationSpec",
