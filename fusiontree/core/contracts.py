@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusiontree.core.context import Context
 from fusiontree.core.modules import Module
@@ -246,9 +246,11 @@ class GateSpec(Spec, ABC):
 
 
 class Gate(Module, ABC):
-    """The module of a gate. `closed` branches have the value 0, and the others share theirs."""
+    """The module of a gate. `closed` branches have the value 0, and the others share theirs; `forced` are the
+    values that `LanguageModel.force` puts in the place of what the gate returns."""
 
     closed: frozenset[str] = frozenset()
+    forced: Mapping[str, float] | None = None
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "batch time features"], context: Context) -> Weights:
@@ -260,6 +262,7 @@ class Fusion(Node, ABC):
     """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
 
     closed: frozenset[str] = frozenset()
+    branches: nn.ModuleDict
     gate: Gate | None
 
 

@@ -36,22 +36,26 @@ def force(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> Iterat
     Raises:
         SpecError: no such gate or branch, or values that cannot sum to 1.
     """
-    known = gates(model)
+    fusions = {f"{path}.gate": m for path, m in model.named_modules() if isinstance(m, Fusion) and m.gate is not None}
     with ExitStack() as stack:
         for path, given in values.items():
-            gate = known.get(path) or known.get(f"{path}.gate")
-            if gate is None:
-                raise SpecError(f"{path}: no gate is there{suggest(path, known)}")
-            stack.callback(gate.register_forward_hook(_constant(path, given)).remove)
+            fusion = fusions.get(path) or fusions.get(f"{path}.gate")
+            if fusion is None or fusion.gate is None:
+                raise SpecError(f"{path}: no gate is there{suggest(path, fusions)}")
+            _take_over(fusion.gate, complete(path, given, list(fusion.branches)), stack)
         yield
 
 
-def _constant(path: str, given: Mapping[str, float]):  # noqa: ANN202
-    def replace(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> Weights:
-        shares = complete(path, given, list(output))
-        return {branch: torch.full_like(value, shares[branch]) for branch, value in output.items()}
+def _take_over(gate: Gate, shares: dict[str, float], stack: ExitStack) -> None:
+    """Of several takings-over the innermost holds; all hooks go first, so that whoever watches sees what holds."""
+    stack.callback(setattr, gate, "forced", gate.forced)
+    gate.forced = shares
+    stack.callback(gate.register_forward_hook(_replace, prepend=True).remove)
 
-    return replace
+
+def _replace(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> Weights:
+    assert gate.forced is not None
+    return {branch: torch.full_like(value, gate.forced[branch]) for branch, value in output.items()}
 
 
 def complete(path: str, given: Mapping[str, float], branches: list[str]) -> dict[str, float]:

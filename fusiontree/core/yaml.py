@@ -3,7 +3,7 @@
 JSON is YAML, so files of either kind are read here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def _is_small(data: Any) -> bool:
     return not any(isinstance(item, Mapping) for item in inside)
 
 
-def assignments(texts: Sequence[str]) -> dict[str, Any]:
+def assignments(texts: Iterable[str]) -> dict[str, Any]:
     """What `path=value` arguments say, the values read as YAML.
 
     >>> assignments(["training.steps=20", "layers.*.mixer.gate.granularity=token"])
@@ -145,9 +145,9 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
     """
     pairs = [text.partition("=") for text in texts]
     for path, sign, _ in pairs:
-        if not path or not sign:
-            raise SpecError(f"{path or '='}: an override is path=value")
-    return {path: _value(path, value) for path, _, value in pairs}
+        if not path.strip() or not sign:
+            raise SpecError(f"{path + sign!r}: an override is path=value")
+    return {path.strip(): _value(path, value) for path, _, value in pairs}
 
 
 def _value(path: str, text: str) -> Any:

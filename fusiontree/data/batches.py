@@ -1,5 +1,7 @@
 """Training batches as a pure function of (seed, step): no state to save, no rank to know, any step now."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -8,20 +10,28 @@ from fusiontree.data.rows import Batch, pack
 from fusiontree.data.source import DataError
 
 
-class Batches:
-    """An endless stream of packed training rows.
+class Epoch(NamedTuple):
+    """One reading of a corpus: its documents one after another, cut into rows, and the order of the rows."""
 
-    Each epoch is a permutation of the documents drawn from (seed, epoch). Epochs follow one another with no
-    gap, and row `r` of step `s` is the tokens from `(s * rows + r) * length` on. So an epoch holds every
-    token exactly once, the order of tokens is the same for every `rows` and `length`, and ranks and gradient
-    accumulation are but ways to cut a step. An order that no world size changes is the promise of MosaicML's
-    streaming (github.com/mosaicml/streaming); here it is kept by arithmetic.
+    number: int
+    stream: Stream
+    order: Int64[np.ndarray, " rows"]
+
+
+class Batches:
+    """An endless sequence of packed training rows.
+
+    An epoch lays the documents one after another in an order drawn from (seed, epoch), cuts them into rows, and
+    gives the rows in an order drawn likewise, so that the rows of a step, and of the steps around it, are of
+    different documents. It holds every token once, but that its last row is filled from where it began. An order
+    that no world size changes is the promise of MosaicML's streaming (github.com/mosaicml/streaming); here it is
+    kept by arithmetic: ranks and gradient accumulation are but ways to cut a step.
 
     Attributes:
         corpus: the documents.
         rows: rows in a step, over all ranks.
         length: tokens in a row.
-        seed: decides the order of the documents, and nothing else.
+        seed: decides the order of documents and rows, and nothing else.
     """
 
     def __init__(self, corpus: Corpus, *, rows: int, length: int, seed: int = 0) -> None:
@@ -33,7 +43,7 @@ class Batches:
         if rows < 1 or length < 1 or not 0 <= seed < 2**64:
             raise DataError(f"rows and length must be 1 or more and 0 <= seed < 2**64, found {rows}, {length}, {seed}")
         self.corpus, self.rows, self.length, self.seed = corpus, rows, length, seed
-        self._last = (0, self._shuffle(0))
+        self._last = self._shuffle(0)
 
     def batch(self, step: int) -> Batch:
         """The whole of a step, tensors [rows, length]."""
@@ -42,34 +52,29 @@ class Batches:
     def slice(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop-1 of a step, tensors [stop - start, length]: a rank's part."""
         assert step >= 0 and 0 <= start <= stop <= self.rows, (step, start, stop, self.rows)
-        row = step * self.rows + np.arange(start, stop, dtype=np.int64)
-        index = row[:, None] * self.length + np.arange(self.length + 1)
-        tokens, within = self._read(index)
+        epochs, places = np.divmod(step * self.rows + np.arange(start, stop, dtype=np.int64), self.epoch_rows)
+        shape = (stop - start, self.length + 1)
+        tokens, within = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        for number in np.unique(epochs):
+            here, epoch = epochs == number, self._epoch(int(number))
+            starts = epoch.order[places[here]] * self.length
+            index = starts[:, None] + np.arange(self.length + 1)
+            tokens[here], within[here] = epoch.stream.read(index % len(self.corpus.tokens))
         return pack(tokens, within, end=self.corpus.tokenizer.end)
 
-    def epoch(self, step: int) -> float:
-        """How many times the corpus has been read before a step."""
-        return step * self.rows * self.length / len(self.corpus.tokens)
+    @property
+    def epoch_rows(self) -> int:
+        """How many rows an epoch has."""
+        return -(-len(self.corpus.tokens) // self.length)
 
-    def _read(
-        self, index: Int64[np.ndarray, "rows time"]
-    ) -> tuple[Int64[np.ndarray, "rows time"], Int64[np.ndarray, "rows time"]]:
-        epochs, offset = np.divmod(index, len(self.corpus.tokens))
-        tokens, within = np.empty_like(index), np.empty_like(index)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            tokens[here], within[here] = self._stream(int(epoch)).read(offset[here])
-        return tokens, within
+    def _epoch(self, number: int) -> Epoch:
+        if self._last.number != number:
+            self._last = self._shuffle(number)
+        return self._last
 
-    def _stream(self, epoch: int) -> Stream:
-        known, stream = self._last
-        if known != epoch:
-            stream = self._shuffle(epoch)
-            self._last = (epoch, stream)
-        return stream
-
-    def _shuffle(self, epoch: int) -> Stream:
+    def _shuffle(self, number: int) -> Epoch:
         # numpy promises never to change a bit generator's raw numbers, but not what `permutation` does
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        numbers = np.random.Philox(key=key).random_raw(self.corpus.documents)
-        return Stream(self.corpus, np.argsort(numbers, kind="stable"))
+        numbers = np.random.Philox(key=np.array([self.seed, number], dtype=np.uint64))
+        documents = np.argsort(numbers.random_raw(self.corpus.documents), kind="stable")
+        rows = np.argsort(numbers.random_raw(self.epoch_rows), kind="stable")
+        return Epoch(number, Stream(self.corpus, documents), rows)

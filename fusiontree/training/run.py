@@ -107,7 +107,7 @@ class RunSpec(Spec):
         Raises:
             SpecError: not `path=value`, a path that matches nothing, or a run that is not valid.
         """
-        edits = dict(_edit(text) for text in overrides)
+        edits = yaml.assignments(overrides)
         inside = {path.removeprefix("model."): value for path, value in edits.items() if path.startswith("model.")}
         data = self.data()
         for path, value in edits.items():
@@ -163,13 +163,3 @@ def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
         return model.replace(edits)
     except SpecError as error:
         raise SpecError(f"model: {error}") from None
-
-
-def _edit(text: str) -> tuple[str, Any]:
-    path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise SpecError(f"{text!r}: an override is written path=value")
-    try:
-        return path.strip(), yaml.read(value)
-    except SpecError as error:
-        raise SpecError(f"{text!r}: {error}") from None

@@ -136,10 +136,13 @@ class TestForce:
 
     def test_what_is_forced_is_what_is_then_observed(self) -> None:
         built = gated(GATES["sigmoid channel"])
-        with built.force({GATE: {"mamba": 0.3}}), built.observe() as seen:
+        with built.force({GATE: {"mamba": 0.3}}), built.observe() as within:
             built(tokens(1, 4))
-        assert seen[GATE]["mamba"].mean == pytest.approx(0.3)
-        assert seen[GATE]["attention"].mean == pytest.approx(0.7)
+        with built.observe() as around, built.force({GATE: {"mamba": 0.9}}), built.force({GATE: {"mamba": 0.3}}):
+            built(tokens(1, 4))
+        for seen in (within, around):
+            assert seen[GATE]["mamba"].mean == pytest.approx(0.3)
+            assert seen[GATE]["attention"].mean == pytest.approx(0.7)
 
     @pytest.mark.parametrize(
         ("values", "parts"),
@@ -159,7 +162,7 @@ class TestForce:
 
         def run() -> None:
             with built.force(values):
-                built(tokens(1, 2))
+                pytest.fail("entered")
 
         complaint(run, *parts)
         assert traces(built) == 0

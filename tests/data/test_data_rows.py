@@ -25,14 +25,16 @@ def equal(one: Batch, other: Batch) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def inputs(batches: Batches, tokens: int) -> list[int]:
-    """The first tokens of the stream, a step at a time."""
-    found: list[int] = []
+def rows_of(batches: Batches, count: int) -> list[tuple[list[int], ...]]:
+    """The first rows, a step at a time: each row's tokens, labels, positions and documents."""
+    found: list[tuple[list[int], ...]] = []
     step = 0
-    while len(found) < tokens:
-        found += batches.batch(step)["tokens"].flatten().tolist()
+    while len(found) < count:
+        batch = batches.batch(step)
+        columns = (batch[key].tolist() for key in ("tokens", "labels", "positions", "documents"))
+        found += zip(*columns, strict=True)
         step += 1
-    return found[:tokens]
+    return found[:count]
 
 
 def documents_in(stream: list[int]) -> list[bytes]:
@@ -83,38 +85,61 @@ def test_any_step_can_be_read_first(texts: list[bytes], rows: int, length: int, 
 
 
 @given(texts, small, small, st.integers(0, 9))
-def test_the_order_of_tokens_does_not_depend_on_the_shape_of_a_step(
+def test_the_order_of_rows_does_not_depend_on_how_many_make_a_step(
     texts: list[bytes], rows: int, length: int, seed: int
 ) -> None:
     corpus = corpus_of(texts)
-    tokens = 3 * len(corpus.tokens)
-    one = Batches(corpus, rows=1, length=1, seed=seed)
-    assert inputs(Batches(corpus, rows=rows, length=length, seed=seed), tokens) == inputs(one, tokens)
+    one = Batches(corpus, rows=1, length=length, seed=seed)
+    count = 3 * one.epoch_rows
+    assert rows_of(Batches(corpus, rows=rows, length=length, seed=seed), count) == rows_of(one, count)
 
 
 @given(texts, small, small, st.integers(0, 9))
-def test_every_epoch_holds_every_document_once(texts: list[bytes], rows: int, length: int, seed: int) -> None:
+def test_every_epoch_holds_every_token_once_and_the_rest_of_its_last_row(
+    texts: list[bytes], rows: int, length: int, seed: int
+) -> None:
     corpus = corpus_of(texts)
-    stream = inputs(Batches(corpus, rows=rows, length=length, seed=seed), 3 * len(corpus.tokens))
+    batches = Batches(corpus, rows=rows, length=length, seed=seed)
+    found = rows_of(batches, 3 * batches.epoch_rows)
     for epoch in range(3):
-        part = stream[epoch * len(corpus.tokens) :][: len(corpus.tokens)]
-        assert Counter(documents_in(part)) == Counter(texts)
+        part = found[epoch * batches.epoch_rows :][: batches.epoch_rows]
+        tokens = Counter(token for row, *_ in part for token in row)
+        assert tokens >= Counter(corpus.tokens.tolist())
+        assert tokens.total() - len(corpus.tokens) < length
 
 
 @given(texts, small, small, st.integers(0, 9))
-def test_labels_positions_and_documents_by_walking(texts: list[bytes], rows: int, length: int, step: int) -> None:
-    batches = Batches(corpus_of(texts), rows=rows, length=length, seed=1)
-    batch = batches.batch(step)
-    stream = inputs(batches, (step + 1) * rows * length + 1)[step * rows * length :]
-    for row in range(rows):
-        here = stream[row * length : (row + 1) * length]
-        following = stream[row * length + 1 : (row + 1) * length + 1]
-        positions, documents = positions_and_documents(here)
-        targets = [IGNORED if token == END else after for token, after in zip(here, following, strict=True)]
-        assert batch["tokens"][row].tolist() == here
-        assert batch["labels"][row].tolist() == targets
-        assert batch["positions"][row].tolist() == positions
-        assert batch["documents"][row].tolist() == documents
+def test_a_row_is_a_piece_of_documents_one_after_another(texts: list[bytes], rows: int, length: int, seed: int) -> None:
+    closed = [[*text, END] for text in texts]
+    for tokens, labels, positions, documents in rows_of(
+        Batches(corpus_of(texts), rows=rows, length=length, seed=seed), 20
+    ):
+        assert (positions, documents) == positions_and_documents(tokens)
+        following = [*tokens[1:], labels[-1]]
+        assert labels == [IGNORED if t == END else after for t, after in zip(tokens, following, strict=True)]
+        first, *others = pieces([*tokens, *labels[-1:]] if labels[-1] != IGNORED else tokens)
+        assert any(first == text[start : start + len(first)] for text in closed for start in range(len(text)))
+        assert not others or first[-1] == END
+        assert all(other in closed for other in others[:-1])
+        assert not others or any(others[-1] == text[: len(others[-1])] for text in closed)
+
+
+def pieces(tokens: list[int]) -> list[list[int]]:
+    """Cut after every end token."""
+    found: list[list[int]] = [[]]
+    for token in tokens:
+        found[-1].append(token)
+        if token == END:
+            found.append([])
+    return found if found[-1] else found[:-1]
+
+
+def test_neighbours_in_training_are_of_different_documents() -> None:
+    """Rows of one long file, one after another, teach little and forget the rest: rows are shuffled too."""
+    batches = Batches(corpus_of([bytes([number]) * 1000 for number in range(50)]), rows=1, length=10)
+    seen = [batches.batch(step)["tokens"][0, 0].item() for step in range(1000)]
+    repeats = sum(one == other for one, other in zip(seen, seen[1:], strict=False))
+    assert repeats < 60, "one in 50 by chance"
 
 
 def test_a_row_written_out() -> None:
