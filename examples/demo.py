@@ -81,7 +81,7 @@ def compare() -> None:
 def gates() -> None:
     """What the gates did, as a table and as a figure."""
     evidence = Evidence.from_file(OUT / "gates.json")
-    table = Table("gate", "branch", "mean", "std", "entropy", "saturated", "histogram", box=None, pad_edge=False)
+    table = Table("gate", "branch", "mean", "std", "entropy", "saturated", "0 to 1", box=None, pad_edge=False)
     for path, branches in evidence.gates.items():
         for name, seen in branches.items():
             numbers = [f"{value:.3f}" for value in (seen.mean, seen.std, seen.entropy, seen.saturated)]
@@ -94,11 +94,10 @@ def gates() -> None:
 
 
 def spark(histogram: tuple[float, ...]) -> str:
-    """A histogram as a line of blocks."""
-    top = max(histogram) or 1.0
-    return "".join(
-        "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"[min(int(8 * share / top), 7)] for share in histogram
-    )
+    """A histogram as a line of blocks, two bins a block."""
+    pairs = [sum(pair) for pair in zip(histogram[::2], histogram[1::2], strict=True)]
+    top = max(pairs) or 1.0
+    return "".join("\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"[min(int(8 * share / top), 7)] for share in pairs)
 
 
 def held_out_text(length: int) -> str:

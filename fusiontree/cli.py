@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -290,13 +291,21 @@ def prune_diff(model: Trained, plan: PlanFile, as_json: AsJson = False) -> None:
     if as_json:
         return _print_json({"changes": changes, "saved": saved})
     for path, (here, there) in changes.items():
-        gone = there is None
-        console.print(
-            f"- {path}: {here}" if gone else f"~ {path}: {here} -> {there}", style="red" if gone else "yellow"
-        )
+        if there is None:
+            console.print(f"- {path}: {_brief(here)}", style="red")
+        else:
+            console.print(f"~ {path}: {_brief(here)} -> {_brief(there)}", style="yellow")
     for name, (before, after) in saved.items():
         console.print(f"{name}: {before:,.0f} -> {after:,.0f} ({(after - before) / max(before, 1):+.1%})")
     return None
+
+
+def _brief(value: Any) -> Any:
+    """A part of a spec on one line, without what is switched off."""
+    if not isinstance(value, Mapping):
+        return value
+    said = {name: part for name, part in value.items() if part is not None and part is not False and part != []}
+    return " ".join([str(said.pop("kind", "")), *(f"{name}={_brief(part)}" for name, part in said.items())]).strip()
 
 
 def _savings(spec: ModelSpec, edited: ModelSpec) -> dict[str, tuple[float, float]]:

@@ -149,9 +149,9 @@ class ModelSpec(Spec):
         return type(self).parse(data).fold()
 
     def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
-        """What differs, by path of the expanded forms: (here, there); None where there is nothing. Where names are
-        the same in another order, their lists."""
-        return _differences(self.canonical(), other.canonical())
+        """What differs, by path of the expanded forms: (here, there); None where there is nothing. A part that is
+        only here or only there, or of another kind, is one entry. Where names have another order, their lists."""
+        return dict(_differences(self.canonical(), other.canonical()))
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
@@ -205,16 +205,22 @@ def _below(path: str, node: NodeSpec) -> Iterator[tuple[str, NodeSpec]]:
         yield from _below(f"{path}.{step}", child)
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    here, there = paths.leaves(one), paths.leaves(other)
-    every = dict.fromkeys([*here, *there])
-    found = {path: (here.get(path), there.get(path)) for path in every if here.get(path) != there.get(path)}
-    orders = paths.orders(other)
-    for path, names in paths.orders(one).items():
-        others = orders.get(path, [])
-        if [name for name in names if name in others] != [name for name in others if name in names]:
-            found[path] = (names, others)
-    return found
+def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Outermost places first: a part that is only on one side, or of another kind there, is one difference."""
+    maps, lists = ([isinstance(value, kind) for value in (one, other)] for kind in (Mapping, list))
+    if (all(maps) and one.get("kind") == other.get("kind")) or (all(lists) and _holds_maps(one) and _holds_maps(other)):
+        here, there = dict(paths.steps(one)), dict(paths.steps(other))
+        for step in dict.fromkeys([*here, *there]):
+            yield from _differences(here.get(step), there.get(step), f"{path}.{step}" if path else step)
+        names = [[name for name in side if name in here and name in there] for side in (here, there)]
+        if names[0] != names[1] and "kind" not in here:
+            yield path, (list(here), list(there))
+    elif one != other:
+        yield path, (one, other)
+
+
+def _holds_maps(values: list[Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in values)
 
 
 _OPEN = ("branches", "encodings")

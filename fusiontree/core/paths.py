@@ -34,12 +34,6 @@ def leaves(data: Any) -> dict[str, Any]:
     return {".".join(path): value for path, value in walk(data) if not any(True for _ in steps(value))}
 
 
-def orders(data: Any) -> dict[str, list[str]]:
-    """The names of every mapping that is not a node, in their order, by path."""
-    maps = [(path, value) for path, value in walk(data) if isinstance(value, Mapping)]
-    return {".".join(path): list(value) for path, value in maps if not isinstance(value.get("kind"), str)}
-
-
 def find(data: Any, pattern: str) -> list[Steps]:
     """The places that a pattern matches.
 

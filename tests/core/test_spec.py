@@ -181,7 +181,7 @@ class TestDiff:
         other = spec().replace({"layers.0.mixer.gate.rank": 2, "layers.1.ffn": None})
         found = spec().diff(other)
         assert found["layers.0.mixer.gate.rank"] == (4, 2)
-        assert found["layers.1.ffn.hidden"] == (8, None)
+        assert found["layers.1.ffn"] == (spec().canonical()["layers"][1]["ffn"], None)
         assert all(path.startswith(("layers.0.mixer.gate.rank", "layers.1.ffn")) for path in found)
 
     def test_backwards_it_is_the_other_way_round(self) -> None:
