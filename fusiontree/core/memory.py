@@ -4,7 +4,19 @@ import os
 
 import torch
 
-from fusiontree.errors import WeightsError
+from fusiontree.errors import FusionTreeError, WeightsError
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        FusionTreeError: no such device, or none of its kind on this machine.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise FusionTreeError(f"device: {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -228,9 +228,10 @@ def build(
     """The model of a spec, its parameters drawn from (seed, path); on the meta device, declared only.
 
     Raises:
+        FusionTreeError: there is no such device here.
         WeightsError: the weights are larger than the device's free memory (nothing has been allocated).
     """
-    device = torch.device(device or "cpu")
+    device = memory.usable(device or "cpu")
     with torch.device("meta"):
         model = LanguageModel(spec).to(dtype or torch.float32)
     if device.type != "meta":

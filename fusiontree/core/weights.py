@@ -96,6 +96,7 @@ def load(
     """Read a model.
 
     Raises:
+        FusionTreeError: there is no such device here.
         SpecError: the spec is not valid.
         WeightsError: not a model of ours, a truncated file, a tensor missing, extra, of another shape or not
             finite, or weights larger than the device's free memory.
@@ -105,7 +106,7 @@ def load(
         if not (source / name).is_file():
             raise WeightsError(f"{source}: not a model of ours, it has no {name}")
     model = build(ModelSpec.from_file(source / SPEC_FILE), device="meta")
-    target = torch.device(device or "cpu")
+    target = memory.usable(device or "cpu")
     with _opened(source / WEIGHTS_FILE) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         _check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)

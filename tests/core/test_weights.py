@@ -168,6 +168,12 @@ class TestBadCheckpoints:
         complaint(lambda: load(tmp_path / "none"), "none", "spec.yaml")
 
 
+@pytest.mark.parametrize("device", ["cdua", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(saved: Path, device: str) -> None:
+    complaint(lambda: build(spec(), device=device), "device: ", repr(device), "cannot be used here")
+    complaint(lambda: load(saved, device=device), "device: ", repr(device), "cannot be used here")
+
+
 class TestRoom:
     def test_building_is_refused_before_anything_is_allocated(self, monkeypatch: pytest.MonkeyPatch) -> None:
         needed = 4 * sum(p.numel() for p in build(spec(), device="meta").parameters())
