@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from fusiontree.core import yaml
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.cost import Cost, costs
+from fusiontree.core.files import write_text
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 
@@ -25,7 +27,7 @@ app = typer.Typer(
 prune_app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 app.add_typer(prune_app, name="prune")
 console = Console(highlight=False, markup=False)
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer carries its own copy of click since 0.20
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click since 0.20
 
 Model = Annotated[str, typer.Argument(help="A preset's name, a YAML or JSON file, or a saved model's directory.")]
 Overrides = Annotated[
@@ -41,8 +43,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except (FusionTreeError, UsageError) as error:
+    except FusionTreeError as error:
         code = _fail(str(error))
+    except ClickException as error:
+        code = _fail(error.format_message()) if error.format_message() else 2  # the help has been printed
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -171,7 +175,8 @@ def _runs(spec: ModelSpec) -> dict[int, int]:
     """The first and the last index of every run of equal layers."""
     layers = spec.expanded_layers()
     firsts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
-    return dict(zip(firsts, [*(first - 1 for first in firsts[1:]), len(layers) - 1], strict=True))
+    nexts = [*firsts[1:], len(layers)]
+    return {first: after - 1 for first, after in zip(firsts, nexts, strict=False)}
 
 
 def _label(steps: list[str], runs: dict[int, int]) -> str:
@@ -224,16 +229,18 @@ def generate(
     if loaded.spec.vocab_size != tokenizer.vocab_size:
         found = f"{model}: its vocabulary has {loaded.spec.vocab_size} tokens"
         raise FusionTreeError(f"{found}; only byte vocabularies ({tokenizer.vocab_size}) can be read as text")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = tokenizer.encode(sys.stdin.buffer.read() if prompt == "-" else prompt)
     endings = [(tokenizer.end,), *(tokenizer.encode(ending).tolist() for ending in stop or [])]
-    tokens = [tokenizer.encode(text).tolist() or [tokenizer.end]]
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    sys.stdout.write(text)
-    for (token,) in stream(loaded, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=endings):
-        sys.stdout.flush()
+    tokens, sampling = [text.tolist() or [tokenizer.end]], Sampling(temperature, top_k, top_p, seed)
+    steps = stream(loaded, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=endings)
+    first = next(steps)  # what cannot be done is said before anything is written
+    out = sys.stdout.buffer
+    out.write(tokenizer.decode_bytes(text))
+    for (token,) in chain([first], steps):
         if token is not None and token != tokenizer.end:
-            sys.stdout.buffer.write(bytes([token]))
-    sys.stdout.buffer.write(b"\n")
+            out.write(bytes([token]))
+        out.flush()
+    out.write(b"\n")
 
 
 Trained = Annotated[Path, typer.Argument(help="A saved model's directory.")]
@@ -274,7 +281,7 @@ def prune_plan(
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise FusionTreeError(f"{path}: cannot be written: {error.strerror or error}") from None
 

@@ -64,7 +64,7 @@ class Sampling:
     def _beyond(self, mass: Float[Tensor, "batch vocab"]) -> Tensor:
         """Which of the tokens, most likely first, are cut off; never the first."""
         rank = torch.arange(mass.shape[-1], device=mass.device).expand_as(mass)
-        beyond = rank >= (self.top_k or mass.shape[-1])
+        beyond = rank >= min(self.top_k or mass.shape[-1], mass.shape[-1])
         if self.top_p is not None:
             beyond = beyond | ((mass.cumsum(-1) - mass >= self.top_p) & (rank > 0))
         return beyond
@@ -87,9 +87,15 @@ def stream(
     tokens, documents = pad(prompts, model.embedding.weight.device)
     if max_new_tokens < 0:
         raise FusionTreeError(f"max_new_tokens: found {max_new_tokens}, at least 0 is needed")
+    length = tokens.shape[1] + max_new_tokens
+    if model.spec.longest is not None and length > model.spec.longest:
+        found = f"{tokens.shape[1]} of the prompt and {max_new_tokens} new ones"
+        raise FusionTreeError(f"max_new_tokens: the encodings have {model.spec.longest} positions, found {found}")
     generators = sampling.generators(tokens.shape[0])
+    if not isinstance(stop, Sequence):
+        raise FusionTreeError(f"stop: a list of tokens and of sequences of tokens is needed, found {stop!r:.60}")
     endings = [tuple(s) if isinstance(s, Sequence) else (s,) for s in stop]
-    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+    cache = model.new_cache(tokens.shape[0], length)
     features = model.features(tokens, documents=documents, cache=cache)
     features = _at_last(features, documents)
     written: list[list[int]] = [[] for _ in range(tokens.shape[0])]

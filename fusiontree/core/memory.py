@@ -35,7 +35,7 @@ def free_bytes(device: torch.device) -> int | None:
         return os.sysconf(names[0]) * os.sysconf(names[1]) if known else None
 
 
-def check_room(needed: int, device: torch.device) -> None:
+def check_room(needed: int, device: torch.device, *, what: str = "weights") -> None:
     """Refuse to allocate more than there is.
 
     Raises:
@@ -43,4 +43,4 @@ def check_room(needed: int, device: torch.device) -> None:
     """
     free = free_bytes(device)
     if free is not None and needed > free:
-        raise WeightsError(f"weights: {needed} bytes are needed on {device}, {free} are free")
+        raise WeightsError(f"{what}: {needed} bytes are needed on {device}, {free} are free")

@@ -128,6 +128,9 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
         """An empty cache; `max_length` bounds the tokens of a row (None: rings of global heads grow)."""
         like = self.embedding.weight
+        if max_length is not None:
+            row = sum(node.cache_bytes(self.spec.scope, max_length, like.dtype) for _, node in self.spec.nodes())
+            memory.check_room(batch_size * row, like.device, what=f"a cache of {batch_size} x {max_length} tokens")
         states = {path: node.new_state(batch_size, max_length, like) for path, node in self.nodes()}
         counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return Cache({path: state for path, state in states.items() if state}, counters, max_length)

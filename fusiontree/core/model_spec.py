@@ -148,6 +148,11 @@ class ModelSpec(Spec):
                 _edit(data, path, plain(value))
         return type(self).parse(data).fold()
 
+    @property
+    def longest(self) -> int | None:
+        """The most positions that every encoding has; None: any number."""
+        return min((e.limit for e in self.encodings.values() if e.limit is not None), default=None)
+
     def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
         """What differs, by path of the expanded forms: (here, there); None where there is nothing. A part that is
         only here or only there, or of another kind, is one entry. Where names have another order, their lists."""

@@ -22,8 +22,9 @@ class ByteTokenizer:
     """The token after a document's last byte."""
 
     def encode(self, text: str | bytes) -> UInt16[np.ndarray, " time"]:
-        """The bytes of a text (UTF-8 if it is a str), one token each, with no end token."""
-        data = text.encode() if isinstance(text, str) else text
+        """The bytes of a text (UTF-8 if it is a str), one token each, with no end token. Bytes that Python could
+        not decode, and that a str therefore carries as lone surrogates (PEP 383), come out as they were."""
+        data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
     def decode_bytes(self, tokens: Integer[np.ndarray, " time"]) -> bytes:

@@ -37,6 +37,7 @@ def verify(model: LanguageModel, pruned: LanguageModel, plan: Plan, *, rows: int
     """
     _check_bytes(pruned, plan, model)
     generator = torch.Generator().manual_seed(0)
+    length = min(length, model.spec.longest or length)
     tokens = torch.randint(0, model.spec.vocab_size, (rows, length), generator=generator)
     differences = {
         str(dtype).removeprefix("torch."): _difference(model, pruned, plan, tokens, dtype) for dtype in TOLERANCES
@@ -57,9 +58,10 @@ def _difference(model: LanguageModel, pruned: LanguageModel, plan: Plan, tokens:
 
 
 def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """A prefill of all but the last four tokens, then those one by one."""
+    """A prefill of all but the last four tokens (of a short sequence, all but the first), then those one by one."""
     cache = model.new_cache(tokens.shape[0], tokens.shape[1])
-    first, last = tokens[:, :-4], tokens[:, -4:]
+    prefill = max(tokens.shape[1] - 4, 1)
+    first, last = tokens[:, :prefill], tokens[:, prefill:]
     return torch.cat([model(first, cache=cache), *(model(step, cache=cache) for step in last.split(1, 1))], 1)
 
 

@@ -35,7 +35,7 @@ def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec
         FusionTreeError: neither a file nor a name, or not a valid run.
     """
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+    if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):  # Path.is_file raises at long names
         return RunSpec.from_file(path, overrides)
     if str(name_or_path) not in recipes():
         raise RunError(f"{name_or_path}: neither a run file nor a recipe{suggest(str(name_or_path), recipes())}")
@@ -71,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, 2, first=first)
     except TrainingFailed as error:
         return _failed(error, 1, first=first)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", 1, first=first)
     if result.status == "already finished" and first:
         print(f"{result.directory}: the run is finished ({result.steps} steps); nothing to do")
     return result.exit_code
 
 
-def _failed(error: Exception, code: int, *, first: bool) -> int:
+def _failed(error: Exception | str, code: int, *, first: bool) -> int:
     if first:
         print(f"error: {error}", file=sys.stderr)
     return code

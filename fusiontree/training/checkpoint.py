@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -20,8 +21,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from fusiontree.core.files import read_json, write_json
 from fusiontree.training.errors import RunError, TrainingFailed
-from fusiontree.training.files import read_json, write_json
 
 FORMAT = 1
 STATE = "state.json"
@@ -50,10 +51,19 @@ class Checkpoints:
         """Write a checkpoint, then remove the oldest beyond `keep`.
 
         Raises:
-            TrainingFailed: a tensor holds a value that is not finite; what is on disk stays.
+            TrainingFailed: a tensor holds a value that is not finite, or it cannot be written; what was on disk
+                stays.
         """
         _refuse_broken(step, tensors)
         partial = self.directory / f".{self.path(step).name}.partial"
+        try:
+            self._write(step, partial, tensors, state)
+        except (OSError, CheckpointException) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise TrainingFailed(f"{self.path(step)}: cannot be written: {_cause(error)}") from None
+
+    def _write(self, step: int, partial: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -70,17 +80,21 @@ class Checkpoints:
         """Fill tensors, in place, from a checkpoint; returns the rest of it.
 
         Raises:
-            RunError: the checkpoint is of another run, or its tensors are not these.
+            RunError: the checkpoint is broken, of another run, or its tensors are not these.
         """
-        path = self.path(step)
-        document = read_json(path / STATE)
-        if document["format"] != FORMAT or document["run"] != self.run:
-            raise RunError(f"{path}: is a checkpoint of run {document['run']}, this is run {self.run}")
+        path, advice = self.path(step), "remove that directory to go on from the checkpoint before it"
+        try:
+            document = read_json(path / STATE)
+            found, run, state = document["format"], document["run"], document["state"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path / STATE}: cannot be read ({_cause(error)}); {advice}") from None
+        if found != FORMAT or run != self.run:
+            raise RunError(f"{path}: is a checkpoint of run {run}, this is run {self.run}")
         try:
             load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=_alone())
-        except CheckpointException as error:
-            raise RunError(f"{path}: cannot be read: {' '.join(str(error).split()):.200}") from None
-        return document["state"]
+        except (CheckpointException, OSError, SafetensorError) as error:
+            raise RunError(f"{path}: cannot be read ({_cause(error)}); {advice}") from None
+        return state
 
     def clean(self) -> None:
         """Remove what an interrupted `save` left."""
@@ -92,6 +106,14 @@ class Checkpoints:
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
             shutil.rmtree(self.path(step))
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, in a few words."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split()):.200}"
 
 
 def _alone() -> bool:

@@ -1,5 +1,7 @@
 """A run's progress as plain lines."""
 
+import os
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -16,14 +18,17 @@ class Console:
     def record(self, record: Record, steps: int) -> None:
         """Print what the record says."""
         if "loss" in record:
-            print(self._training(record, steps), flush=True)
+            self.message(self._training(record, steps))
         if "validation_bits_per_byte" in record:
             held_out = f"{record['validation_bits_per_byte']:.4f} bits per byte, held out"
-            print(f"{_place(record['step'], steps)}  {held_out}", flush=True)
+            self.message(f"{_place(record['step'], steps)}  {held_out}")
 
     def message(self, text: str) -> None:
-        """Print a line."""
-        print(text, flush=True)
+        """Print a line; where nobody reads any more, the run goes on without."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def _training(self, record: Record, steps: int) -> str:
         parts = [

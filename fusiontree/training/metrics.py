@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fusiontree.core.files import write_text
 from fusiontree.training.errors import RunError
-from fusiontree.training.files import write_text
 
 Record = dict[str, Any]
 
@@ -82,10 +82,23 @@ def latest(records: list[Record], key: str) -> float | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Record]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield line, json.loads(line)
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            yield line.decode(errors="replace"), _parsed(path, number, line)
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise RunError(f"{path}: line {number} is not a record; found {line.strip()!r:.60}")
+    return record
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

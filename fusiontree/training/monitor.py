@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fusiontree.core.files import write_json
 from fusiontree.core.observation import Observation
-from fusiontree.training.files import write_json
 
 FORMAT = 1
 WINDOW = 10

@@ -11,12 +11,12 @@ model/           spec.yaml and model.safetensors, once the run is finished
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from fusiontree.core.weights import SPEC_FILE
+from fusiontree.core.files import write_text
+from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
-from fusiontree.training.files import write_text
 from fusiontree.training.run import RunSpec
 
 RESULTS = ("metrics.jsonl", "gates.json", "checkpoints", "model")
@@ -37,7 +37,8 @@ class Output:
     @property
     def finished(self) -> bool:
         """Whether the run that owns the directory has ended: its model is the last thing written."""
-        return self.run.exists() and (self.model / SPEC_FILE).exists()
+        parts = [self.model / name for name in (SPEC_FILE, WEIGHTS_FILE)]
+        return self.run.exists() and all(part.is_file() and part.stat().st_size for part in parts)
 
     def check(self) -> None:
         """Refuse a directory that belongs to another run.
@@ -63,7 +64,8 @@ class Output:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Own the directory while a block runs; one process of the run does.
+        """Own the directory while a block runs; one process of the run does. Where the run never began (see
+        `begin`), nothing of it stays.
 
         Raises:
             RunError: a run is going on there, or it cannot be written.
@@ -78,6 +80,19 @@ class Output:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(f"{self.root}: another process is training there") from None
-            if not self.run.exists():
-                write_text(self.run, self.spec.to_yaml())
-            yield
+            try:
+                yield
+            finally:
+                if not self.run.exists():
+                    self._leave()
+
+    def begin(self) -> None:
+        """Mark the directory as this run's, once it is known that the run can start."""
+        if not self.run.exists():
+            write_text(self.run, self.spec.to_yaml())
+
+    def _leave(self) -> None:
+        for path in (self.log, self.root / ".lock"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.root.rmdir()

@@ -57,7 +57,7 @@ class RunSpec(Spec):
     checkpoint: CheckpointSpec = CheckpointSpec()
     tensorboard: Flag = False
     seed: Seed = 0
-    output: str | None = None
+    output: Annotated[str, Field(min_length=1)] | None = None
 
     @field_validator("model", mode="before")
     @classmethod
@@ -91,7 +91,7 @@ class RunSpec(Spec):
             run = cls.parse(data).relative_to(folder)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from None
-        return run.override(overrides)
+        return run.override(overrides).relative_to(folder)
 
     def relative_to(self, folder: Path) -> Self:
         """The same run with relative paths of data taken from a folder, and no output meaning the folder."""
@@ -114,7 +114,8 @@ class RunSpec(Spec):
             if not path.startswith("model."):
                 for place in paths.find(data, path):
                     paths.put(data, place, value)
-        run = self.parse(data).relative_to(Path.cwd())
+        run = self.parse(data)
+        run = run.model_copy(update={"text": run.text.relative_to(Path.cwd())})
         return self.parse(run.data() | {"model": _replaced(run.model, inside)}) if inside else run
 
     @property

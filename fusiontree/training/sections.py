@@ -32,7 +32,7 @@ class TrainingSpec(Spec):
     microbatch_rows: Count | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     clip: Positive = 1.0
-    threads: Count | None = None
+    threads: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
 
     @model_validator(mode="after")
     def _whole_microbatches(self) -> Self:

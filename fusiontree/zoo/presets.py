@@ -1,5 +1,6 @@
 """Specs by name: those that come with the library, and files."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,9 +25,9 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
         SpecError: neither a preset nor a file, or not a valid spec.
     """
     path = Path(name_or_path)
-    if path.is_dir() and (path / "spec.yaml").is_file():
+    if os.path.isfile(path / "spec.yaml"):  # Path.is_file raises where a name is too long
         return ModelSpec.from_file(path / "spec.yaml")
-    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+    if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):
         return ModelSpec.from_file(path)
     if str(name_or_path) not in presets():
         raise SpecError(f"{name_or_path}: neither a file nor a preset{suggest(str(name_or_path), presets())}")

@@ -4,18 +4,22 @@ import gc
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from fusiontree.core import memory
+from fusiontree.core.model import build
 from fusiontree.core.weights import save_weights
+from fusiontree.errors import FusionTreeError
 from fusiontree.training.console import Console, Silent
+from fusiontree.training.errors import RunError
 from fusiontree.training.metrics import Listener
 from fusiontree.training.output import Output
-from fusiontree.training.parallel import world
+from fusiontree.training.parallel import copies, rows_at_a_time, world
 from fusiontree.training.result import TrainResult
 from fusiontree.training.run import RunSpec
 from fusiontree.training.stop import Stop
@@ -42,14 +46,47 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
     with Stop().listening() as stop, world() as (rank, processes):
         told = (listener or Console()) if rank == 0 else Silent()
         config = configuration(run, processes)
-        with output.claimed() if rank == 0 else nullcontext():
-            dist.barrier()
-            with _logged(output.log, rank), _threads(run.training.threads):
-                return _train(config, told, stop)
+        _check_room(run, processes)
+        with _claimed(output, rank), _logged(output.log, rank), _threads(run.training.threads):
+            return _train(config, told, stop)
+
+
+@contextmanager
+def _claimed(output: Output, rank: int) -> Iterator[None]:
+    """Process 0 claims the directory, and all learn whether it could."""
+    with ExitStack() as stack:
+        problem: FusionTreeError | None = None
+        if rank == 0:
+            try:
+                stack.enter_context(output.claimed())
+            except FusionTreeError as error:
+                problem = error
+        refused = torch.tensor(int(problem is not None))
+        dist.all_reduce(refused)
+        if refused:
+            raise problem or RunError(f"{output.root}: process 0 cannot have it")
+        yield
+
+
+def _check_room(run: RunSpec, processes: int) -> None:
+    """Refuse what cannot fit: weights, gradients and two moments, and the least that a micro-batch keeps.
+
+    Raises:
+        WeightsError: with the bytes needed and free.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = sum(p.numel() for p in build(run.model, device="meta").parameters())
+    _, shards = copies(processes, run.parallelism.shard)
+    memory.check_room(16 * parameters // shards, device, what="model: training it")
+    rows = rows_at_a_time(run.training.rows, run.training.microbatch_rows, processes)
+    kept = run.model.width * len(run.model.expanded_layers()) + run.model.vocab_size
+    memory.check_room(4 * rows * run.text.length * kept, device, what=f"training: {rows} x {run.text.length} tokens")
 
 
 def _train(config: FusionTrainer.Config, listener: Listener, stop: Stop) -> TrainResult:
     trainer = config.build(listener=listener, stop=stop)
+    if trainer.first:
+        trainer.output.begin()
     try:
         trainer.train()
     finally:
@@ -88,7 +125,8 @@ def _logged(path: Path, rank: int) -> Iterator[None]:
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {rank} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    before, level = root.handlers[:], root.level
+    before, level, complains = root.handlers[:], root.level, logging.raiseExceptions
+    logging.raiseExceptions = False  # a disk that is full has no room for that either
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -98,7 +136,9 @@ def _logged(path: Path, rank: int) -> Iterator[None]:
         logging.captureWarnings(False)
         root.handlers[:] = before
         root.setLevel(level)
-        handler.close()
+        logging.raiseExceptions = complains
+        with suppress(OSError):
+            handler.close()
 
 
 @contextmanager
