@@ -122,7 +122,7 @@ def prune() -> None:
         console.print(str(error))
     model, file, pruned = str(OUT / "model"), str(OUT / "plan.json"), str(OUT / "pruned")
     gates_file = str(OUT / "gates.json")
-    command("prune", "plan", model, file, f"drop={DROPS}", "--policy", "topk", "--gates", gates_file)
+    command("prune", "plan", model, file, f"count={DROPS}", "--policy", "topk", "--gates", gates_file)
     command("prune", "diff", model, file)
     command("prune", "apply", model, file, pruned)
     command("prune", "verify", model, pruned, file)

@@ -6,16 +6,13 @@
 'gated'
 """
 
-from fusiontree.branches import branches
+from fusiontree import branches, encodings, fusions, gates, pruning, testing
 from fusiontree.core.context import Context
 from fusiontree.core.model import LanguageModel, build
 from fusiontree.core.model_spec import EmbeddingSpec, HeadSpec, ModelSpec
 from fusiontree.core.modules import Norm
 from fusiontree.core.stack import LayerSpec, Repeat, Residual
 from fusiontree.core.weights import load, save
-from fusiontree.encodings import encodings
-from fusiontree.fusions import fusions
-from fusiontree.gates import gates
 from fusiontree.zoo.presets import load_spec, presets
 
 __version__ = "0.1.0"
@@ -38,5 +35,7 @@ __all__ = [
     "load",
     "load_spec",
     "presets",
+    "pruning",
     "save",
+    "testing",
 ]

@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 prune_app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 app.add_typer(prune_app, name="prune")
-console = Console(highlight=False, markup=False)
+# what goes to a file or a pipe is not wrapped to a screen that is not there
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4096)
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click since 0.20
 
 Model = Annotated[str, typer.Argument(help="A preset's name, a YAML or JSON file, or a saved model's directory.")]
@@ -200,7 +201,7 @@ def _short(value: float) -> str:
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Argument(help="A run file.")],
+    run: Annotated[Path, typer.Argument(help="A run file, or a recipe's name: quickstart, v1, v2, v3.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="path=value, any number.")] = None,
 ) -> None:
     """Train what a run file describes; the same command again resumes. For several processes use torchrun."""
@@ -225,13 +226,17 @@ def generate(
     from fusiontree.core.weights import load
     from fusiontree.data import ByteTokenizer
 
-    tokenizer, loaded = ByteTokenizer(), load(model).eval()
+    tokenizer, loaded = ByteTokenizer(), load(model)
     if loaded.spec.vocab_size != tokenizer.vocab_size:
         found = f"{model}: its vocabulary has {loaded.spec.vocab_size} tokens"
         raise FusionTreeError(f"{found}; only byte vocabularies ({tokenizer.vocab_size}) can be read as text")
     text = tokenizer.encode(sys.stdin.buffer.read() if prompt == "-" else prompt)
     endings = [(tokenizer.end,), *(tokenizer.encode(ending).tolist() for ending in stop or [])]
     tokens, sampling = [text.tolist() or [tokenizer.end]], Sampling(temperature, top_k, top_p, seed)
+    longest = loaded.spec.longest
+    if longest is not None and len(tokens[0]) + max_new_tokens > longest:
+        found = f"{len(tokens[0])} of the prompt and {max_new_tokens} new ones"
+        raise FusionTreeError(f"--max-new-tokens: the encodings have {longest} positions, found {found}")
     steps = stream(loaded, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=endings)
     first = next(steps)  # what cannot be done is said before anything is written
     out = sys.stdout.buffer
@@ -254,7 +259,10 @@ def prune_plan(
     out: Annotated[Path, typer.Argument(help="The plan file to write.")],
     options: Annotated[list[str] | None, typer.Argument(help="Options of the policy as name=value.")] = None,
     gates: Annotated[Path | None, typer.Option(help="Gate statistics, gates.json of a training run.")] = None,
-    policy: Annotated[str, typer.Option(help="How statistics become decisions.")] = "threshold",
+    policy: Annotated[
+        str,
+        typer.Option(help="threshold (options high, low, min_steps) or topk (count)."),
+    ] = "threshold",
     drop: Annotated[
         list[str] | None, typer.Option(help="Drop this path; no policy is asked. May be given again.")
     ] = None,
@@ -264,6 +272,8 @@ def prune_plan(
     from fusiontree.zoo.presets import load_spec
 
     spec = load_spec(model)
+    if drop and (gates or options):
+        raise FusionTreeError("prune plan: --drop names the branches itself; leave out --gates and options of policies")
     if drop:
         made = pruning.plan_by_hand(spec, drop)
     elif gates:
@@ -327,6 +337,8 @@ def prune_apply(model: Trained, plan: PlanFile, out: Out) -> None:
     from fusiontree import pruning
     from fusiontree.core.weights import load, save
 
+    if out.resolve() == model.resolve():
+        raise FusionTreeError(f"prune apply: {out} is the original itself; choose another directory")
     original, made = load(model), pruning.Plan.from_file(plan)
     smaller = pruning.apply(original, made)
     console.print(pruning.verify(original, smaller, made).text)

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MANY, FEW = 24, 5
+"""Up to how many names are listed, and how many of those that are more."""
+
 
 class FusionTreeError(ValueError):
     """Bad input. The command line prints it as one line and exits with 2."""
@@ -20,12 +23,16 @@ class WeightsError(FusionTreeError):
 
 
 def suggest(found: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known name, and all of them.
+    """The end of an error message: the nearest known name, and the known ones (of many, the nearest few).
 
     >>> suggest("mamba", ["attention", "mamba2"])
     ", did you mean 'mamba2'? (known: attention, mamba2)"
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = get_close_matches(found, names, n=1, cutoff=0.5)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    return f"{hint} (known: {', '.join(names) or 'none'})"
+    listed = ", ".join(names) or "none"
+    if len(names) > MANY:
+        some = get_close_matches(found, names, n=FEW, cutoff=0.0)
+        listed = f"{', '.join(some)} and {len(names) - len(some)} more"
+    return f"{hint} (known: {listed})"

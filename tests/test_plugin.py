@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import fusiontree
-from fusiontree import ModelSpec, branches, build, fusions, gates
+from fusiontree import ModelSpec, build
+from fusiontree.core.contracts import branches, fusions, gates
 from fusiontree.errors import SpecError
 
 HERE = Path(__file__).parent

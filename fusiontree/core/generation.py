@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusiontree.core import probes
 from fusiontree.errors import FusionTreeError
 
 if TYPE_CHECKING:
@@ -82,22 +83,15 @@ def stream(
     """Yield the next token of every row, step by step; None for a row that has ended.
 
     A row ends with the token that completes a stop sequence. Ends when all rows have, or after
-    `max_new_tokens` steps.
+    `max_new_tokens` steps. Gates make no noise meanwhile: the model is in evaluation mode for each step.
     """
     tokens, documents = pad(prompts, model.embedding.weight.device)
     if max_new_tokens < 0:
         raise FusionTreeError(f"max_new_tokens: found {max_new_tokens}, at least 0 is needed")
-    length = tokens.shape[1] + max_new_tokens
-    if model.spec.longest is not None and length > model.spec.longest:
-        found = f"{tokens.shape[1]} of the prompt and {max_new_tokens} new ones"
-        raise FusionTreeError(f"max_new_tokens: the encodings have {model.spec.longest} positions, found {found}")
-    generators = sampling.generators(tokens.shape[0])
-    if not isinstance(stop, Sequence):
-        raise FusionTreeError(f"stop: a list of tokens and of sequences of tokens is needed, found {stop!r:.60}")
-    endings = [tuple(s) if isinstance(s, Sequence) else (s,) for s in stop]
-    cache = model.new_cache(tokens.shape[0], length)
-    features = model.features(tokens, documents=documents, cache=cache)
-    features = _at_last(features, documents)
+    generators, endings = sampling.generators(tokens.shape[0]), _endings(stop)
+    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+    with probes.evaluating(model):
+        features = _at_last(model.features(tokens, documents=documents, cache=cache), documents)
     written: list[list[int]] = [[] for _ in range(tokens.shape[0])]
     live = [True] * tokens.shape[0]
     for step in range(max_new_tokens):
@@ -112,7 +106,14 @@ def stream(
             return
         alive = None if all(live) else torch.tensor(live, device=chosen.device)
         marks = None if alive is None else torch.where(alive, cache.documents, -1)[:, None]
-        features = model.features(chosen[:, None], documents=marks, cache=cache)[:, 0]
+        with probes.evaluating(model):
+            features = model.features(chosen[:, None], documents=marks, cache=cache)[:, 0]
+
+
+def _endings(stop: Stop) -> list[tuple[int, ...]]:
+    if not isinstance(stop, Sequence):
+        raise FusionTreeError(f"stop: a list of tokens and of sequences of tokens is needed, found {stop!r:.60}")
+    return [tuple(ending) if isinstance(ending, Sequence) else (ending,) for ending in stop]
 
 
 def generate(

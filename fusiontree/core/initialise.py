@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusiontree.core.modules import Module
+from fusiontree.errors import FusionTreeError
 
 
 def generator(seed: int, path: str) -> torch.Generator:
@@ -20,7 +21,9 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Give every parameter its starting value, in place; sharded (DTensor) parameters get their shards of it."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            assert isinstance(module, Module), f"{prefix} has parameters but does not say how they start"
+            if not isinstance(module, Module):
+                found = f"{prefix}: {type(module).__name__} has parameters but does not say how they start"
+                raise FusionTreeError(f"{found}; use fusiontree.core.modules.Linear, or `declare` of its Module")
             path = f"{prefix}.{name}" if prefix else name
             value = torch.empty(parameter.shape, dtype=torch.float32)
             module.initial[name](value, generator(seed, path))

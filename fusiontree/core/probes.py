@@ -18,6 +18,19 @@ def gates(model: nn.Module) -> dict[str, Gate]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while the block runs: gates make no noise."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+@contextmanager
 def observe(model: nn.Module) -> Iterator[Observation]:
     """Collect statistics of every gate while the block runs."""
     observation = Observation()
@@ -77,7 +90,7 @@ def drop(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     """Silence branches, sub-layers or whole layers: their output is 0 before anything reads it (law 8)."""
     modules = dict(model.named_modules())
     with ExitStack() as stack:
-        for path in dict.fromkeys(paths):
+        for path in dict.fromkeys([paths] if isinstance(paths, str) else paths):
             for place, node in _dropped(modules, path):
                 stack.callback(node.register_forward_hook(_zero).remove)
                 _close(modules, place, stack)

@@ -93,7 +93,7 @@ def _exchange(new: Path, target: Path) -> None:
 def load(
     directory: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """Read a model.
+    """Read a model, in evaluation mode: call `train()` to go on training.
 
     Raises:
         FusionTreeError: there is no such device here.
@@ -104,7 +104,8 @@ def load(
     source = Path(directory)
     for name in (SPEC_FILE, WEIGHTS_FILE):
         if not (source / name).is_file():
-            raise WeightsError(f"{source}: not a model of ours, it has no {name}")
+            hint = f"; did you mean {source / 'model'}?" if (source / "model" / name).is_file() else ""
+            raise WeightsError(f"{source}: not a model of ours, it has no {name}{hint}")
     model = build(ModelSpec.from_file(source / SPEC_FILE), device="meta")
     target = memory.usable(device or "cpu")
     with _opened(source / WEIGHTS_FILE) as file:
@@ -113,7 +114,7 @@ def load(
         memory.check_room(_bytes(file, dtype), target)
         tensors = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(True)
+    return model.requires_grad_(True).eval()
 
 
 @contextmanager

@@ -1,7 +1,12 @@
-"""Time bases that branches share by naming them."""
+"""Time bases that branches share by naming them.
 
-from fusiontree.core.contracts import encodings
+The spec classes, and the registry's `register`, `names` and `get`.
+"""
+
+from fusiontree.core.contracts import encodings as _registry
 from fusiontree.encodings.rope import Rope
 from fusiontree.encodings.srte import SrteLearned, SrteSincos
 
-__all__ = ["Rope", "SrteLearned", "SrteSincos", "encodings"]
+register, names, get = _registry.register, _registry.names, _registry.get
+
+__all__ = ["Rope", "SrteLearned", "SrteSincos", "get", "names", "register"]

@@ -1,12 +1,17 @@
-"""How sibling branches meet."""
+"""How sibling branches meet.
 
-from fusiontree.core.contracts import fusions
+The spec classes, and the registry's `register`, `names` and `get`.
+"""
+
+from fusiontree.core.contracts import fusions as _registry
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, example_branches
 from fusiontree.fusions.concat import Concat
 from fusiontree.fusions.gated import Gated
 from fusiontree.fusions.mean import Mean
 from fusiontree.fusions.parts import AlignSpec, ExchangeSpec, Features, ProjectionSpec
 from fusiontree.fusions.sum import Sum
+
+register, names, get = _registry.register, _registry.names, _registry.get
 
 __all__ = [
     "AlignSpec",
@@ -20,5 +25,7 @@ __all__ = [
     "ProjectionSpec",
     "Sum",
     "example_branches",
-    "fusions",
+    "get",
+    "names",
+    "register",
 ]

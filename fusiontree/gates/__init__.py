@@ -1,11 +1,16 @@
-"""How much of each branch."""
+"""How much of each branch.
 
-from fusiontree.core.contracts import gates
+The spec classes, and the registry's `register`, `names` and `get`.
+"""
+
+from fusiontree.core.contracts import gates as _registry
 from fusiontree.gates.base import LearnedGateSpec, Logit
 from fusiontree.gates.constant import Constant
 from fusiontree.gates.hard_concrete import HardConcrete
 from fusiontree.gates.sigmoid import Sigmoid, TwoWayGate, TwoWayGateSpec
 from fusiontree.gates.softmax import Softmax
+
+register, names, get = _registry.register, _registry.names, _registry.get
 
 __all__ = [
     "Constant",
@@ -16,5 +21,7 @@ __all__ = [
     "Softmax",
     "TwoWayGate",
     "TwoWayGateSpec",
-    "gates",
+    "get",
+    "names",
+    "register",
 ]

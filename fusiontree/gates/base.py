@@ -30,13 +30,15 @@ class LearnedGateSpec(GateSpec):
 
     @model_validator(mode="after")
     def _options_agree(self) -> "LearnedGateSpec":
+        here = f"granularity is {self.granularity!r}"
         if (self.granularity == "head") != (self.heads is not None):
-            raise invalid({("heads",): f"needed for granularity 'head' and for no other, found {self.granularity!r}"})
+            text = "the number of groups is missing" if self.heads is None else f"found {self.heads}; leave it out"
+            raise invalid({("heads",): f"{here}, and only 'head' has groups: {text}"})
         if self.static and self.granularity in ("layer", "token"):
-            text = f"granularity {self.granularity!r} is what it is; only head and channel gates may be static"
-            raise invalid({("static",): text})
+            raise invalid({("static",): f"{here}, only 'head' and 'channel' may be static; leave it out"})
         if self.rank is not None and (self.static or self.granularity not in ("head", "channel")):
-            raise invalid({("rank",): "only for head and channel gates that read their input"})
+            text = f"{here}{' and static' if self.static else ''}; found {self.rank}, leave it out or set it to null"
+            raise invalid({("rank",): f"only for 'head' and 'channel' gates that read their input: {text}"})
         return self
 
     @property

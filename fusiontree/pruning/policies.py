@@ -84,23 +84,23 @@ class Threshold(PolicySpec):
 
 @policies.register
 class TopK(PolicySpec):
-    """Drop the `drop` branches with the smallest means; the last branch of a fusion stays."""
+    """Drop the `count` branches with the smallest means; the last branch of a fusion stays."""
 
     kind: Literal["topk"] = "topk"
-    drop: Count
+    count: Count
 
     def decide(self, evidence: Evidence) -> list[Decision]:
         """Ties go to the branch that comes first in the tree."""
         dropped: list[str] = []
         left = {gate: len(values) for gate, values in evidence.gates.items()}
         for gate, path, _ in sorted(branches(evidence), key=lambda item: item[2]):
-            if len(dropped) < self.drop and left[gate] > 1:
+            if len(dropped) < self.count and left[gate] > 1:
                 left[gate] -= 1
                 dropped.append(path)
-        if len(dropped) < self.drop:
-            raise PruneError(f"policy topk: {self.drop} branches to drop, at most {len(dropped)} can go")
+        if len(dropped) < self.count:
+            raise PruneError(f"policy topk: {self.count} branches to drop, at most {len(dropped)} can go")
         return [self._decision(path, mean, path in dropped) for _, path, mean in branches(evidence)]
 
     def _decision(self, path: str, mean: float, drop: bool) -> Decision:
-        reason = f"among the {self.drop} smallest means" if drop else "a larger mean, or the last of its fusion"
+        reason = f"among the {self.count} smallest means" if drop else "a larger mean, or the last of its fusion"
         return Decision(path=path, mean=mean, drop=drop, reason=reason)

@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fusiontree.branches import branches
-from fusiontree.core.contracts import BranchSpec, EncodingSpec, FusionSpec, GateSpec, NodeSpec
+from fusiontree.core.contracts import BranchSpec, EncodingSpec, FusionSpec, GateSpec, NodeSpec, branches, encodings
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.spec import Spec
-from fusiontree.encodings import encodings
 from fusiontree.testing.laws import LAWS, Law
 from fusiontree.testing.subject import Subject
 
@@ -53,6 +51,8 @@ def check_spec(spec: ModelSpec, *, laws: tuple[Law, ...] = LAWS) -> None:
 
 def models(component: type[Spec]) -> Iterator[ModelSpec]:
     """Small models around a component's example, one for each way that it can be used."""
+    if not isinstance(component, type):
+        raise TypeError(f"check takes a spec class, such as fusiontree.branches.Attention; found {component!r:.60}")
     if issubclass(component, BranchSpec):
         yield from _around_branch(component.example(WIDTH))
     elif issubclass(component, FusionSpec):

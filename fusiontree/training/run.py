@@ -25,6 +25,8 @@ from fusiontree.training.sections import (
 )
 from fusiontree.zoo.presets import load_spec
 
+_ASIDE = frozenset({"output", "log", "checkpoint", "tensorboard", "validation"})
+
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
@@ -130,8 +132,9 @@ class RunSpec(Spec):
         return Path(self.output)
 
     def identity(self) -> dict[str, Any]:
-        """Plain data of all that decides the results: everything but the output directory."""
-        data = {key: value for key, value in self.data().items() if key != "output"}
+        """Plain data of all that decides the results: not where they go, and not how often a run says and saves
+        something."""
+        data = {key: value for key, value in self.data().items() if key not in _ASIDE}
         return data | {"model": self.model.canonical()}
 
     def digest(self) -> str:
@@ -144,7 +147,7 @@ class RunSpec(Spec):
         here, there = paths.leaves(self.identity()), paths.leaves(other.identity())
         for path in dict.fromkeys([*here, *there]):
             if here.get(path) != there.get(path):
-                return f"{path} is {here.get(path)!r:.60} here and {there.get(path)!r:.60} there"
+                return f"{path} is {_said(here.get(path))} here and {_said(there.get(path))} there"
         return None
 
     def to_yaml(self) -> str:
@@ -152,6 +155,11 @@ class RunSpec(Spec):
         data = {key: value for key, value in self.data().items() if key != "output"}
         model = {"format": self.model.format} | self.model.data(short=True)
         return yaml.write(data | {"model": model})
+
+
+def _said(value: Any) -> str:
+    """A value as a run file has it."""
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
 
 
 def _located(model: Any, folder: Path) -> Any:

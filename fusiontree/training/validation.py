@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fusiontree.core import probes
 from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
 from fusiontree.training.losses import cross_entropy
 
@@ -45,16 +46,13 @@ def measure(model: nn.Module, held_out: HeldOut, *, rows: int, device: torch.dev
         rows: rows that a process runs at a time.
         device: where the model is.
     """
-    was_training = model.training
-    model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
-    for batch in _share(held_out, rows):
-        logits = model(
-            batch["tokens"].to(device), positions=batch["positions"].to(device), documents=batch["documents"].to(device)
-        )
-        totals[0] += float(cross_entropy(logits, batch["labels"].to(device)))
-        totals[1] += int(batch["bytes"].sum())
-    model.train(was_training)
+    with probes.evaluating(model):
+        for batch in _share(held_out, rows):
+            tokens, *places = (batch[key].to(device) for key in ("tokens", "positions", "documents"))
+            logits = model(tokens, positions=places[0], documents=places[1])
+            totals[0] += float(cross_entropy(logits, batch["labels"].to(device)))
+            totals[1] += int(batch["bytes"].sum())
     dist.all_reduce(totals)
     return Score(float(totals[0]), int(totals[1]))
 

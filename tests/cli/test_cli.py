@@ -78,7 +78,7 @@ def test_generate_equals_the_library(folder):
 def test_prune_end_to_end(folder):
     plan, pruned = folder / "plan.json", folder / "pruned"
     done = fusiontree(
-        "prune", "plan", folder / "model", plan, "drop=1", "--gates", folder / "gates.json", "--policy", "topk"
+        "prune", "plan", folder / "model", plan, "count=1", "--gates", folder / "gates.json", "--policy", "topk"
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(plan.read_text())["drops"]) == 1

@@ -13,9 +13,13 @@ import jsonschema
 import pytest
 from core_cases import MIXER, complaint, data, edited
 
-from fusiontree import ModelSpec, branches, build, encodings, fusions, gates
+from fusiontree import ModelSpec, build
+from fusiontree import branches as branch_package
+from fusiontree import encodings as encoding_package
+from fusiontree import fusions as fusion_package
+from fusiontree import gates as gate_package
 from fusiontree.branches import Mlp
-from fusiontree.core.contracts import nodes
+from fusiontree.core.contracts import branches, encodings, fusions, gates, nodes
 from fusiontree.encodings import Rope
 from fusiontree.fusions import Mean
 from fusiontree.gates import Softmax
@@ -184,3 +188,12 @@ def test_a_kind_is_data_and_never_an_import() -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(job)], capture_output=True, text=True, check=True)
     assert "layers.0.mixer.kind: no node is called 'antigravity:Spec'" in done.stdout
+
+
+@pytest.mark.parametrize("family", REGISTRIES)
+def test_a_package_is_its_registry_s_public_face(family: str) -> None:
+    package = {"branch": branch_package, "fusion": fusion_package, "gate": gate_package, "encoding": encoding_package}
+    assert package[family].names() == REGISTRIES[family].names()
+    for kind in package[family].names():
+        spec = package[family].get(kind)
+        assert getattr(package[family], spec.__name__) is spec

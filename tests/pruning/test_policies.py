@@ -85,7 +85,7 @@ def test_threshold_never_drops_a_whole_fusion(spec):
 
 
 def test_topk_drops_the_smallest_but_never_the_last(spec):
-    made = plan(spec, evidence(spec, MEANS), TopK(drop=4))
+    made = plan(spec, evidence(spec, MEANS), TopK(count=4))
     assert set(made.drops) == {
         "layers.0.mixer.branches.b",
         "layers.2.mixer.branches.a",
@@ -93,7 +93,7 @@ def test_topk_drops_the_smallest_but_never_the_last(spec):
         "layers.2.mixer.branches.b",
     }
     with pytest.raises(PruneError, match=r"6 branches to drop, at most 5 can go"):
-        plan(spec, evidence(spec, MEANS), TopK(drop=6))
+        plan(spec, evidence(spec, MEANS), TopK(count=6))
 
 
 def test_evidence_of_another_model_is_refused(spec):

@@ -44,7 +44,7 @@ def configuration(run: RunSpec, processes: int) -> FusionTrainer.Config:
         parallelism=_parallelism(run, processes),
         checkpoint=_checkpoint(run, output),
         activation_checkpoint=None,
-        metrics=StepMetrics.Config(log_freq=run.log.every, disable_color_printing=True),
+        metrics=StepMetrics.Config(log_freq=run.log.every, disable_color_printing=True, steps=run.training.steps),
         validator=Validator.Config(enable=False),
         comm=CommConfig(init_timeout_seconds=seconds, train_timeout_seconds=seconds, trace_buf_size=0),
         debug=DebugConfig(seed=run.seed, enable_structured_logging=False),

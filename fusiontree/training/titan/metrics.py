@@ -16,10 +16,13 @@ class StepMetrics(MetricsProcessor):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        """torchtitan's."""
+        """torchtitan's, and how many steps there are."""
+
+        steps: int
 
     def __init__(self, config: Config, **parts: Any) -> None:
         super().__init__(config, **parts)
+        self.config: StepMetrics.Config = config
         self.record: Record = {}
         self._seconds, self._began = 0.0, 0.0
 
@@ -30,6 +33,10 @@ class StepMetrics(MetricsProcessor):
     def end_step(self) -> None:
         """The clock stands still until the next step."""
         self._seconds += time.perf_counter() - self._began
+
+    def should_log(self, step: int) -> bool:
+        """The last step too, whatever its number."""
+        return super().should_log(step) or step == self.config.steps
 
     def log(
         self,
