@@ -50,6 +50,7 @@ def run(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
         TrainingFailed: the run cannot go on.
     """
     output = Output(run)
+    run = output.spec
     output.check()
     if output.finished:
         return TrainResult.read("already finished", output.root, steps=run.training.steps)

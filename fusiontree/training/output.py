@@ -12,6 +12,7 @@ model/           spec.yaml and model.safetensors, once the run is finished
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from fusiontree.core.files import write_text
 from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE
@@ -27,7 +28,8 @@ class Output:
 
     def __init__(self, run: RunSpec) -> None:
         """Name the places; nothing is written yet."""
-        self.spec, self.root = run, run.directory
+        self.root = run.directory
+        self.spec = run.relative_to(Path.cwd())
         self.run = self.root / "run.yaml"
         self.gates = self.root / "gates.json"
         self.checkpoints = self.root / "checkpoints"

@@ -124,9 +124,9 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
 
 GOOD = """
     from typing import Literal
-    from fusiontree.branches import Mlp, branches
+    from fusiontree.branches import Mlp, register
 
-    @branches.register
+    @register
     class Thing(Mlp):
         kind: Literal["offered"] = "offered"
 """

@@ -45,8 +45,10 @@ def test_a_directory_has_one_owner_at_a_time(data, tmp_path):
     output, again = (Output(runs.spec(data, tmp_path / "out")) for _ in range(2))
     with output.claimed(), pytest.raises(RunError, match="another process is training there"), again.claimed():
         pass
+    assert not output.root.exists(), "neither run began"
     with again.claimed():
-        assert again.run.exists()
+        again.begin()
+    assert again.run.exists()
 
 
 def test_a_directory_with_results_of_nobody_knows_whom_is_refused(data, tmp_path):
