@@ -39,6 +39,8 @@ def folder(tmp_path_factory):
     (folder / "small.yaml").write_text(SMALL)
     model = ft.build(ft.load_spec(folder / "small.yaml"))
     ft.save(model, folder / "model")
+    learned = model.spec.replace({"encodings.time": {"kind": "srte_learned", "max_length": 8}})
+    ft.save(ft.build(learned), folder / "learned")
     with model.observe() as observation:
         model(torch.randint(0, 256, (1, 9)))
     assert isinstance(observation, Observation)
@@ -143,3 +145,42 @@ def test_bad_input_is_one_line_and_exit_2(folder, arguments, said):
     assert said in done.stderr
     assert not (folder / "p.json").exists()
     assert not (folder / "out").exists()
+
+
+def test_generate_takes_any_bytes(folder):
+    words = [sys.executable, "-m", "fusiontree.cli", "generate", str(folder / "model")]
+    options = ["--max-new-tokens", "1", "--top-k", "99999999999999999999999"]
+    named = subprocess.run([*words, b"a\xff", *options], capture_output=True, check=True).stdout
+    piped = subprocess.run([*words, "-", *options], input=b"a\xff", capture_output=True, check=True).stdout
+    assert named == piped
+    assert named.startswith(b"a\xff")
+
+
+def test_a_model_whose_encoding_is_short_can_be_pruned(folder):
+    plan, pruned = folder / "short.json", folder / "short"
+    drop = ["--drop", "layers.0.mixer.branches.b"]
+    assert fusiontree("prune", "plan", folder / "learned", plan, *drop).returncode == 0
+    done = fusiontree("prune", "apply", folder / "learned", plan, pruned)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_without_layers_is_shown(folder):
+    (folder / "bare.yaml").write_text("{vocab_size: 257, width: 8, layers: []}")
+    done = fusiontree("show", folder / "bare.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "embedding" in done.stdout
+
+
+def test_what_goes_to_a_file_is_not_wrapped(folder):
+    plan = folder / "wide.json"
+    fusiontree("prune", "plan", folder / "model", plan, "--drop", "layers.0.mixer.branches.b")
+    lines = fusiontree("prune", "diff", folder / "model", plan).stdout.splitlines()
+    assert max(map(len, lines)) > 80, lines
+    assert all(line.startswith(("- ", "~ ", "parameters", "FLOPs", "cache")) for line in lines)
+
+
+def test_nothing_at_all_is_the_help():
+    done = fusiontree()
+    assert done.returncode == 2
+    assert "Usage" in done.stdout + done.stderr
+    assert "error:" not in done.stderr

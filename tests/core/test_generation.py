@@ -8,7 +8,7 @@ import torch
 from core_cases import VOCABULARY, complaint, model, tokens
 from torch import Tensor
 
-from fusiontree import LanguageModel
+from fusiontree import LanguageModel, build
 from fusiontree.core.generation import Sampling, stream
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 7]]
@@ -197,3 +197,27 @@ def test_a_row_that_has_ended_at_the_end_of_an_encoding_does_not_stop_the_others
     alone = learned.generate([prompts[1]], max_new_tokens=6, stop=stop)
     assert len(alone[0]) > 4, "the second row has to go on after the first has ended"
     assert learned.generate(prompts, max_new_tokens=6, stop=stop) == [[*prompts[0], *stop], *alone]
+
+
+def test_noise_is_for_training_alone() -> None:
+    gate = {"kind": "hard_concrete", "granularity": "token"}
+    noisy = build(model().spec.replace({"layers.0.mixer.gate": gate}), dtype=torch.float64)
+    tokens = torch.arange(6)[None] % 7
+    assert noisy.training
+    assert not torch.equal(noisy(tokens), noisy(tokens))
+    first = noisy.generate([[1, 2, 3]], max_new_tokens=8)
+    assert (
+        first == noisy.generate([[1, 2, 3]], max_new_tokens=8) == noisy.eval().generate([[1, 2, 3]], max_new_tokens=8)
+    )
+    assert noisy.train().training
+
+
+def test_generating_leaves_the_mode_as_it_was() -> None:
+    built = model().train()
+    built.generate([[1]], max_new_tokens=2)
+    assert built.training
+    assert all(module.training for module in built.modules())
+
+
+def test_a_stop_that_is_no_list() -> None:
+    complaint(lambda: model().generate([[1]], max_new_tokens=2, stop=3), "stop: ", "found 3")

@@ -297,3 +297,21 @@ def break_writing(patch: pytest.MonkeyPatch, broken: str) -> None:
             real(source, target)
 
         patch.setattr(weights.os, "replace", move)
+
+
+def test_a_loaded_model_is_in_evaluation_mode(tmp_path: Path) -> None:
+    built = build(spec())
+    assert built.training
+    save(built, tmp_path / "m")
+    assert not load(tmp_path / "m").training
+
+
+def test_a_directory_with_a_model_inside_names_it(tmp_path: Path) -> None:
+    save(build(spec()), tmp_path / "run" / "model")
+    complaint(lambda: load(tmp_path / "run"), "not a model of ours", f"did you mean {tmp_path / 'run' / 'model'}?")
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_allocated() -> None:
+    everywhere = {"kind": "attention", "heads": 2, "kv_heads": 1, "head_dim": 4}
+    built = build(spec().replace({"layers.1.ffn": everywhere}))
+    complaint(lambda: built.new_cache(1, max_length=10**30), "a cache of 1 x 1000", "bytes are needed", "free")
