@@ -11,18 +11,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import fusiontree
 from fusiontree.core import yaml
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.cost import Cost, costs
 from fusiontree.core.files import write_text
 from fusiontree.core.model_spec import ModelSpec
-from fusiontree.errors import FusionTreeError
+from fusiontree.errors import FusionTreeError, suggest
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Hybrid language models from a spec.",
 )
 prune_app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 app.add_typer(prune_app, name="prune")
@@ -36,6 +36,21 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(fusiontree.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Hybrid language models from a spec."""
 
 
 def main() -> None:
@@ -68,14 +83,35 @@ def _print_json(data: Any) -> None:
 
 
 @app.command()
-def kinds(as_json: AsJson = False) -> None:
-    """List every branch, fusion, gate and encoding, plugins included."""
+def kinds(
+    kind: Annotated[str | None, typer.Argument(help="Show the fields of this kind.")] = None, as_json: AsJson = False
+) -> None:
+    """List every branch, fusion, gate and encoding, plugins included; or the fields of one."""
+    if kind is not None:
+        return _show_kind(kind, as_json)
     rows = [row for family in REGISTRIES for row in _kind_rows(family)]
     if as_json:
         return _print_json([dict(zip(("family", "kind", "from", "what"), row, strict=True)) for row in rows])
     table = Table("family", "kind", "from", "what", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
+    console.print(table)
+    return None
+
+
+def _show_kind(kind: str, as_json: bool) -> None:
+    from fusiontree.reference import fields, summary
+
+    homes = {name: registry for registry in REGISTRIES.values() for name in registry.names()}
+    if kind not in homes:
+        raise FusionTreeError(f"kinds: no kind is called {kind!r}{suggest(kind, homes)}")
+    spec = homes[kind].get(kind)
+    if as_json:
+        return _print_json([vars(field) for field in fields(spec)])
+    console.print(summary(spec) + "\n")
+    table = Table("field", "holds", "default", box=None, pad_edge=False)
+    for field in fields(spec):
+        table.add_row(field.name, field.allowed, "needed" if field.default is None else field.default)
     console.print(table)
     return None
 
@@ -104,9 +140,11 @@ def validate(model: Model, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:
     """Print the JSON Schema of a model spec, plugins included."""
-    _print_json(ModelSpec.model_json_schema())
+    from fusiontree.training import RunSpec
+
+    _print_json((RunSpec if run else ModelSpec).model_json_schema())
 
 
 @app.command()
@@ -367,6 +405,9 @@ def prune_simplify(model: Trained, out: Out) -> None:
     simple, moved = pruning.simplify(load(model))
     save(simple, out)
     _write(out / "paths.json", json.dumps(moved, indent=1) + "\n")
+    kept = pruning.still_needed(simple.spec)
+    if kept:
+        console.print(f"single branches whose fusion still acts on them (norm, projection, rule): {', '.join(kept)}")
     console.print(f"{len(moved)} paths moved (paths.json), written to {out}")
 
 

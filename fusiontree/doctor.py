@@ -18,10 +18,6 @@ PACKAGES = {
     "torchtitan": "training (fusiontree[train])",
     "tensorboard": "training curves (fusiontree[train])",
     "matplotlib": "figures (fusiontree[plot])",
-    "mamba-ssm": "fused SSD (fusiontree[cuda])",
-    "causal-conv1d": "fused convolution (fusiontree[cuda])",
-    "flash-attn": "fused attention (fusiontree[cuda])",
-    "xformers": "fused attention (fusiontree[cuda])",
 }
 
 

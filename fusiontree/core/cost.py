@@ -40,9 +40,10 @@ def costs(spec: ModelSpec, *, length: int, dtype: torch.dtype = torch.float32) -
     model, scope = build(spec, device="meta"), spec.scope
     modules = dict(model.named_modules())
     own = {path: (node.flops(scope, length), node.cache_bytes(scope, length, dtype)) for path, node in spec.nodes()}
-    kinds = {path: str(getattr(node, "kind", "")) for path, node in spec.nodes()}
+    encodings = [(f"encodings.{name}", encoding) for name, encoding in spec.encodings.items()]
+    kinds = {path: str(getattr(part, "kind", "")) for path, part in [*spec.nodes(), *encodings]}
     own["head"] = (2.0 * spec.width * spec.vocab_size, 0)
-    own |= {f"encodings.{name}": (encoding.flops(spec.width), 0) for name, encoding in spec.encodings.items()}
+    own |= {path: (encoding.flops(spec.width), 0) for path, encoding in encodings}
     return [_cost(path, kinds.get(path), modules[path], own) for path in _parts(spec)]
 
 

@@ -145,12 +145,27 @@ def relocated(error: ValidationError, move: Callable[[Place], Place]) -> Validat
     return ValidationError.from_exception_data("spec", lines)
 
 
+_WANTED = {
+    "tuple_type": "a list is needed",
+    "list_type": "a list is needed",
+    "dict_type": "a mapping is needed",
+    "model_type": "a mapping is needed",
+    "string_type": "a text is needed",
+    "int_type": "an integer is needed",
+    "int_from_float": "an integer is needed",
+    "float_type": "a number is needed",
+    "bool_type": "true or false is needed",
+    "missing": "is needed, found nothing",
+}
+"""What pydantic says in Python's words, in those of a file."""
+
+
 def one_line(error: ValidationError) -> str:
     """The first problem as `path: found, allowed`, and how many more there are."""
     details = error.errors(include_url=False)
     first, more = details[0], len(details) - 1
     path = ".".join(str(step) for step in first["loc"] if step != "[key]") or "spec"
-    text = first["msg"].removeprefix("Value error, ")
+    text = _WANTED.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] in ("invalid", "missing", "value_error") else f", found {_brief(first['input'])}"
     return f"{path}: {text}{found}{_nearest(first)}" + (f" (and {more} more)" if more else "")
 

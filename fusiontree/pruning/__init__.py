@@ -3,7 +3,7 @@
 from fusiontree.pruning.evidence import Evidence, PruneError
 from fusiontree.pruning.plan import Plan, apply, plan, plan_by_hand
 from fusiontree.pruning.policies import Policy, Threshold, TopK, policies
-from fusiontree.pruning.simplify import simplify, simplify_spec
+from fusiontree.pruning.simplify import simplify, simplify_spec, still_needed
 from fusiontree.pruning.surgery import carry, drop_from_spec, droppable
 from fusiontree.pruning.verify import Verdict, verify
 
@@ -24,5 +24,6 @@ __all__ = [
     "policies",
     "simplify",
     "simplify_spec",
+    "still_needed",
     "verify",
 ]

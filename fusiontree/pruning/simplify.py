@@ -56,6 +56,13 @@ def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any
     return data
 
 
+def still_needed(spec: ModelSpec) -> list[str]:
+    """The fusions of a single branch that stay, since their norm, projection or rule changes what the branch gives."""
+    fusions = ((path, node) for path, node in spec.nodes() if isinstance(node, FusionSpec))
+    alone = ((path, node) for path, node in fusions if sum(s.startswith("branches.") for s, _ in node.children()) == 1)
+    return [path for path, node in alone if node.sole() is None]
+
+
 def new_path(path: str, moved: PathMap) -> str:
     """Where a path has gone: the longest mapped path that it lies below decides.
 

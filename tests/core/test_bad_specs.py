@@ -20,7 +20,7 @@ CASES: list[tuple[str, str, Any, list[str]]] = [
     ("text for a node", BRANCH, "attention", [f"{BRANCH}: ", "'kind'", "found 'attention'"]),
     ("text for a number", f"{BRANCH}.heads", "4", [f"{BRANCH}.heads: ", "integer", "'4'"]),
     ("yes for a number", f"{BRANCH}.heads", True, [f"{BRANCH}.heads: ", "integer", "True"]),
-    ("1 for yes", f"{BRANCH}.bias", 1, [f"{BRANCH}.bias: ", "boolean", "found 1"]),
+    ("1 for yes", f"{BRANCH}.bias", 1, [f"{BRANCH}.bias: ", "true or false", "found 1"]),
     ("a real head count", f"{BRANCH}.heads", 4.0, [f"{BRANCH}.heads: ", "integer", "4.0"]),
     ("heads that do not divide", f"{BRANCH}.kv_heads", 3, [f"{BRANCH}.kv_heads: ", "4 ", "3 "]),
     ("more global heads than heads", f"{BRANCH}.global_heads", 5, [f"{BRANCH}.global_heads: ", "found 5", "4"]),
@@ -117,7 +117,7 @@ def test_a_spec_is_a_mapping(value: Any) -> None:
 def test_a_missing_key_is_named() -> None:
     whole = data()
     del whole["vocab_size"]
-    complaint(lambda: ModelSpec.parse(whole), "vocab_size: ", "required")
+    complaint(lambda: ModelSpec.parse(whole), "vocab_size: ", "is needed")
 
 
 def test_further_problems_are_counted() -> None:

@@ -92,7 +92,7 @@ def test_every_edit_is_another_run(edit):
     [
         ("training.step=2", "training.step: matches nothing; the nearest is 'training.steps'"),
         ("training.steps=0", "training.steps: Input should be greater than or equal to 1, found 0"),
-        ("training.steps=1e3", "training.steps: Input should be a valid integer, found 1000.0"),
+        ("training.steps=1e3", "training.steps: an integer is needed, found 1000.0"),
         ("training.rows", "'training.rows': an override is path=value"),
         ("training.rows=[", "training.rows: YAML: line 1"),
         ("training.microbatch_rows=3", "training.microbatch_rows: has to divide the 8 rows of a step, found 3"),

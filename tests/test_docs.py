@@ -1,0 +1,66 @@
+"""What README and the documentation tell a reader to type, typed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusiontree.core import yaml
+from fusiontree.recipes.train import load_run
+from fusiontree.zoo.presets import load_spec
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[a-q]*.md")), *sorted((ROOT / "docs").glob("[s-z]*.md"))]
+TEXT = {page.name: page.read_text() for page in PAGES}
+CODE = [code for text in TEXT.values() for code in re.findall(r"`(fusiontree [^`\n]+)`|^(fusiontree .*)$", text, re.M)]
+COMMANDS = sorted({shlex.join(shlex.split(one or other)) for one, other in CODE})
+LOOKS = ("kinds", "show", "schema", "doctor")
+
+
+def commands(*verbs: str) -> list[list[str]]:
+    """The documented commands of these verbs, as words."""
+    words = [shlex.split(command)[1:] for command in COMMANDS]
+    return [line for line in words if line[0] in verbs and line not in (["show"], ["train"])]  # those are only named
+
+
+def test_there_are_some():
+    assert {line[0] for line in commands(*LOOKS, "train", "prune", "generate", "validate")} >= {
+        *LOOKS,
+        "train",
+        "prune",
+    }
+
+
+@pytest.mark.parametrize("line", commands(*LOOKS), ids=" ".join)
+def test_what_only_looks(line):
+    done = subprocess.run([sys.executable, "-m", "fusiontree.cli", *line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", commands("train"), ids=" ".join)
+def test_edits_of_a_run_are_valid(line, tmp_path):
+    file = re.search(r"```yaml\n(format: 1\nmodel: quickstart.*?)```", TEXT["training.md"], re.DOTALL)
+    assert file is not None
+    (tmp_path / "run.yaml").write_text(file[1])
+    name = "quickstart" if line[1] == "quickstart" else tmp_path / "run.yaml"
+    assert load_run(name, [word for word in line[2:] if "DIR" not in word])
+
+
+def test_the_readme_s_model_runs(tmp_path, monkeypatch):
+    spec, code = (re.search(rf"```{kind}\n(.*?)```", TEXT["README.md"], re.DOTALL) for kind in ("yaml", "python"))
+    assert spec is not None and code is not None
+    (tmp_path / "spec.yaml").write_text(spec[1])
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(code[1], found)
+    logits = found["logits"]
+    assert isinstance(logits, torch.Tensor) and logits.shape == (1, 8, 257)
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(format: 1\nvocab.*?)```", TEXT["concepts.md"], re.DOTALL))
+def test_specs_are_valid(text):
+    assert load_spec("quickstart").parse(yaml.read(text)).digest()
