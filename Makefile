@@ -6,16 +6,13 @@ READY := $(VENV)/.ready
 # Threads that wait for each other soon sleep: on busy cores spinning ones are ten times slower.
 export GOMP_SPINCOUNT := 5000
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
-
-test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .
