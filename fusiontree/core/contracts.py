@@ -5,7 +5,7 @@ value_dim, state, groups, branches.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -149,8 +149,8 @@ class EncodingSpec(Spec, ABC):
         return None
 
     @abstractmethod
-    def build(self, width: int) -> "Encoding":
-        """The module."""
+    def build(self, width: int, channels: Sequence[int]) -> "Encoding":
+        """The module; `channels` are the widths that branches let it rotate."""
 
     def problems(self, channels: Iterator[int]) -> Iterator[str]:
         """Why this encoding does not fit a branch that rotates these channels."""

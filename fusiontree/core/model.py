@@ -61,7 +61,9 @@ class LanguageModel(nn.Module):
         self.spec = spec
         scope = spec.scope
         self.embedding = Embedding(spec.vocab_size, spec.width)
-        self.encodings = nn.ModuleDict({name: e.build(spec.width) for name, e in spec.encodings.items()})
+        self.encodings = nn.ModuleDict(
+            {name: e.build(spec.width, spec.rotated_channels(name)) for name, e in spec.encodings.items()}
+        )
         self.layers = nn.ModuleList(Layer(layer, scope) for layer in spec.expanded_layers())
         self.norm = Normalise(spec.norm, spec.width)
         self.head = Head(spec.head, spec.width, spec.vocab_size)

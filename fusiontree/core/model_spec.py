@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from fusiontree.core import paths, yaml
-from fusiontree.core.contracts import AnyEncoding, NodeSpec, Scope
+from fusiontree.core.contracts import AnyEncoding, BranchSpec, NodeSpec, Scope
 from fusiontree.core.modules import Norm
 from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
@@ -97,6 +97,11 @@ class ModelSpec(Spec):
                 node = getattr(layer, slot)
                 if node is not None:
                     yield from _below(f"layers.{index}.{slot}", node)
+
+    def rotated_channels(self, encoding: str) -> tuple[int, ...]:
+        """How many channels branches let this encoding rotate, each number once."""
+        branches = (node for _, node in self.nodes() if isinstance(node, BranchSpec) and encoding in node.encodings)
+        return tuple(sorted({count for branch in branches for count in branch.channels()}))
 
     def node(self, path: str) -> NodeSpec:
         """The branch or fusion at a path.

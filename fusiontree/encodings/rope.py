@@ -3,7 +3,7 @@
 Named by attention and by Mamba-2 it is one rotary time base for both: queries and keys, C and B.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -36,9 +36,9 @@ class Rope(EncodingSpec):
         """The defaults."""
         return cls()
 
-    def build(self, width: int) -> "Rotary":
+    def build(self, width: int, channels: Sequence[int]) -> "Rotary":
         """The module."""
-        return Rotary(self)
+        return Rotary(self, channels)
 
     def problems(self, channels: Iterator[int]) -> Iterator[str]:
         """Odd channel counts, and fewer channels than turn."""
@@ -52,35 +52,31 @@ class Rope(EncodingSpec):
 class Rotary(Encoding):
     """Holds no parameters."""
 
-    def __init__(self, spec: Rope) -> None:
+    def __init__(self, spec: Rope, channels: Sequence[int]) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.dims = spec, sorted({spec.dim or count for count in channels})
 
     def forward(self, positions: Ids) -> "Rotation":
         """The rotation at these positions."""
-        return Rotation(self.spec, positions)
+        return Rotation(self.spec, {dim: self._angles(dim, positions) for dim in self.dims})
+
+    def _angles(self, dim: int, positions: Ids) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [batch, time, 1, dim / 2], from float64 angles so that far positions stay exact."""
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+        angles = positions[..., None, None] * self.spec.theta**-exponents
+        return angles.cos(), angles.sin()
 
 
 class Rotation(Table):
-    """Angles are worked out once for each number of channels and precision."""
+    """Cosines and sines for each number of channels that turn."""
 
-    def __init__(self, spec: Rope, positions: Ids) -> None:
-        self.spec, self.positions = spec, positions
-        self._known: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+    def __init__(self, spec: Rope, angles: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        self.spec, self.angles = spec, angles
 
     def rotate(self, x: Heads) -> Heads:
         """Turn the first `dim` channels, in float32 or better."""
-        dim = self.spec.dim or x.shape[-1]
-        precise = wide(x.dtype)
-        if (dim, precise) not in self._known:
-            self._known[dim, precise] = self._angles(dim, precise)
-        cos, sin = self._known[dim, precise]
+        dim, precise = self.spec.dim or x.shape[-1], wide(x.dtype)
+        cos, sin = (values.to(precise) for values in self.angles[dim])
         first, second, rest = x.to(precise).split([dim // 2, dim // 2, x.shape[-1] - dim], -1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
         return turned.to(x.dtype)
-
-    def _angles(self, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [batch, time, 1, dim / 2], from float64 angles so that far positions stay exact."""
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=self.positions.device) / dim
-        angles = self.positions[..., None, None] * self.spec.theta**-exponents
-        return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -2,7 +2,7 @@
 every branch that names it. A learned table (also low-rank), or sines and cosines (arXiv 1706.03762, section 3.5).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -51,7 +51,7 @@ class SrteLearned(EncodingSpec):
         """How many positions there are."""
         return self.max_length
 
-    def build(self, width: int) -> "LearnedTime":
+    def build(self, width: int, channels: Sequence[int]) -> "LearnedTime":
         """The module."""
         return LearnedTime(self, width)
 
@@ -101,7 +101,7 @@ class SrteSincos(EncodingSpec):
         """The defaults."""
         return cls()
 
-    def build(self, width: int) -> "SincosTime":
+    def build(self, width: int, channels: Sequence[int]) -> "SincosTime":
         """The module."""
         return SincosTime(self, width)
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
 
 from fusiontree.errors import FusionTreeError, suggest
 
@@ -48,7 +48,8 @@ class Choice(NamedTuple):
 
 
 OPS: dict[str, "Op[Any]"] = {}
-_overrides: ContextVar[Mapping[str, str]] = ContextVar("kernel_backends", default=MappingProxyType({}))
+_overrides: dict[str, str] = {}
+"""A plain dictionary, and no context variable: `torch.compile` watches it, so that a compiled model follows it."""
 
 
 def _named(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -94,7 +95,7 @@ class Op(Generic[InputsT]):
     def __call__(self, inputs: InputsT, backend: str = "auto") -> Any:
         """Run the named backend, or with "auto" the best one (what `use_backend` says comes first)."""
         if backend == "auto":
-            backend = _overrides.get().get(self.name, "auto")
+            backend = _overrides.get(self.name, "auto")
         return self.pick(inputs.request, backend).run(inputs)
 
     def pick(self, request: Hashable, backend: str = "auto") -> Backend:
@@ -105,6 +106,8 @@ class Op(Generic[InputsT]):
         """
         if backend != "auto":
             return self._explicit(request, backend)
+        if torch.compiler.is_compiling():  # a dictionary that changes would be a guard that fails
+            return self._best(request)
         if request not in self._picked:
             self._picked[request] = self._best(request)
         return self._picked[request]
@@ -143,8 +146,10 @@ def use_backend(backends: Mapping[str, str]) -> Iterator[None]:
         op = _named("kernel", name, OPS)
         if backend != "auto":
             _named(f"{name} backend", backend, op.backends)
-    token = _overrides.set({**_overrides.get(), **backends})
+    before = dict(_overrides)
+    _overrides.update(backends)
     try:
         yield
     finally:
-        _overrides.reset(token)
+        _overrides.clear()
+        _overrides.update(before)

@@ -5,19 +5,19 @@ through slices would fill a whole gradient for each, which is quadratic again.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel, Saved
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Sight
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Sight, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
+KERNELS = {"product": PRODUCT, "flash_cpu": FLASH_CPU}
 
 
 class Plan(NamedTuple):
@@ -27,6 +27,15 @@ class Plan(NamedTuple):
     kernel: BlockKernel
     scale: float
     softcap: float | None
+    alike: bool
+
+
+def _plan(
+    q: Tensor, segments: Tensor | None, age: Tensor | None, options: tuple[int | None, str, float, float | None]
+) -> Plan:
+    window, kernel, scale, softcap = options
+    seen = sight(q.shape[1], segments, age, window, q.device)
+    return Plan(seen, KERNELS[kernel], scale, softcap, alike=segments is None and age is None)
 
 
 def _fold(queries: Float[Tensor, "b t heads d"], kv_heads: int) -> Float[Tensor, "b kv_heads t*share d"]:
@@ -38,18 +47,15 @@ def _unfold(rows: Float[Tensor, "b kv_heads t*share d"], time: int) -> Float[Ten
 
 
 def _biases(plan: Plan, share: int, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each block's queries, its keys, and their mask (built once where blocks look alike)."""
-    sight, time, memo = plan.sight, like.shape[1], {}
-    alike = sight.key_segments is None
-    for start in range(0, time, QUERIES):
-        queries = slice(start, min(start + QUERIES, time))
-        keys = sight.keys_of(queries)
-        shape = (queries.stop - queries.start, start - keys.start, keys.stop - start)
-        if not alike or shape not in memo:
-            hidden = ~repeat(sight.visible(queries, keys), "b t s -> b 1 (t share) s", share=share)
-            memo = {shape: torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)}
-            memo[shape].masked_fill_(hidden, -torch.inf)
-        yield queries, keys, memo[shape]
+    """Each block's queries, its keys, and their mask (the last one again where the next block looks like it)."""
+    seen, time, known, bias = plan.sight, like.shape[1], None, like
+    for index, place in enumerate(seen.starts(QUERIES)):
+        queries = slice(index * QUERIES, min((index + 1) * QUERIES, time))
+        keys = seen.keys_from(place, queries)
+        shape = (queries.stop - queries.start, queries.start - place, keys.stop - keys.start)
+        if not plan.alike or shape != known:
+            bias, known = seen.bias(queries, keys, share, like.dtype), shape
+        yield queries, keys, bias
 
 
 def _blocks(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, Block]]:
@@ -63,43 +69,88 @@ def _blocks(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice
         yield queries, keys, Block(rows, seen_k, seen_v, bias, plan.scale, plan.softcap)
 
 
-class _Blocked(torch.autograd.Function):
-    """Saves the output and the log of the sum of exponentials; backward recomputes the scores."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y, sums = q.new_empty(*q.shape[:3], v.shape[-1]), []
-        for queries, _, block in _blocks(plan, q, k, v):
-            rows, lse = plan.kernel.forward(block)
-            y[:, queries] = _unfold(rows, queries.stop - queries.start)
-            sums.append(lse)
-        ctx.save_for_backward(q, k, v, y, *sums)
-        ctx.plan = plan
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, y, *sums = ctx.saved_tensors
-        kv_heads, dtype = k.shape[2], wide(k.dtype)
-        grad_q, grad_k, grad_v = (
-            torch.empty_like(q),
-            torch.zeros_like(k, dtype=dtype),
-            torch.zeros_like(v, dtype=dtype),
-        )
-        for lse, (queries, keys, block) in zip(sums, _blocks(ctx.plan, q, k, v), strict=True):
-            saved = Saved(_fold(y[:, queries], kv_heads), lse, _fold(grad[:, queries], kv_heads))
-            rows, part_k, part_v = ctx.plan.kernel.backward(block, saved)
-            grad_q[:, queries] = _unfold(rows, queries.stop - queries.start)
-            grad_k[:, keys] += part_k.transpose(1, 2)
-            grad_v[:, keys] += part_v.transpose(1, 2)
-        return None, grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+@torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None,
+    age: Tensor | None,
+    window: int | None,
+    kernel: str,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
+    y, sums = q.new_empty(*q.shape[:3], v.shape[-1]), []
+    plan = _plan(q, segments, age, (window, kernel, scale, softcap))
+    for queries, _, block in _blocks(plan, q, k, v):
+        rows, lse = plan.kernel.forward(block)
+        y[:, queries] = _unfold(rows, queries.stop - queries.start)
+        sums.append(lse)
+    return y, torch.cat(sums, dim=-1)
 
 
-def _run(inputs: AttentionInputs, kernel: BlockKernel) -> Float[Tensor, "batch time heads value_dim"]:
+@_attend.register_fake
+def _(q, k, v, *options):  # noqa: ANN001, ANN002, ANN202
+    batch, time, heads, _ = q.shape
+    rows = (batch, k.shape[2], time * heads // k.shape[2])
+    return q.new_empty(batch, time, heads, v.shape[-1]), q.new_empty(rows, dtype=wide(q.dtype))
+
+
+@torch.library.custom_op("fusiontree::attention_blocked_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None,
+    age: Tensor | None,
+    window: int | None,
+    kernel: str,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; scores are made again."""
+    kv_heads, share, dtype = k.shape[2], q.shape[2] // k.shape[2], wide(k.dtype)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
+    plan = _plan(q, segments, age, (window, kernel, scale, softcap))
+    for queries, keys, block in _blocks(plan, q, k, v):
+        sums = lse[..., queries.start * share : queries.stop * share]
+        saved = Saved(_fold(y[:, queries], kv_heads), sums, _fold(grad[:, queries], kv_heads))
+        rows, part_k, part_v = plan.kernel.backward(block, saved)
+        grad_q[:, queries] = _unfold(rows, queries.stop - queries.start)
+        grad_k[:, keys] += part_k.transpose(1, 2)
+        grad_v[:, keys] += part_v.transpose(1, 2)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+@_attend_backward.register_fake
+def _(grad, y, lse, q, k, v, *options):  # noqa: ANN001, ANN002, ANN202
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+    q, k, v, segments, age, *ctx.options = inputs
+    ctx.save_for_backward(*output, q, k, v, segments, age)
+
+
+def _propagate(ctx, grad: Tensor, _):  # noqa: ANN001, ANN202
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(6))
+
+
+_attend.register_autograd(_propagate, setup_context=_keep_for_backward)
+
+
+def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
-    plan = Plan(inputs.sight().with_document_starts(), kernel, inputs.scale, inputs.softcap)
-    return silence_padding(_Blocked.apply(plan, inputs.q, keys, values), inputs.segments)
+    age = None if inputs.past is None else inputs.past.age
+    options = (inputs.window, kernel, inputs.scale, inputs.softcap)
+    y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
+    return silence_padding(y, inputs.segments)
 
 
 def flash_refusal(request: AttentionRequest) -> str | None:
@@ -114,10 +165,10 @@ def flash_refusal(request: AttentionRequest) -> str | None:
 @ATTENTION.backend("blocked", priority=10)
 def blocked(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
     """Each block by matrix products with a softmax in the wide dtype: serves everything, everywhere."""
-    return _run(inputs, PRODUCT)
+    return _run(inputs, "product")
 
 
 @ATTENTION.backend("blocked_flash", priority=20, supports=flash_refusal)
 def blocked_flash(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
     """Each block by torch's fused CPU kernel."""
-    return _run(inputs, FLASH_CPU)
+    return _run(inputs, "flash_cpu")

@@ -3,14 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.documents import previous
 from fusiontree.kernels.registry import Op
 
-EMPTY = -2
-"""The segment of an empty cache slot: no query, not even a padded one, has it."""
+BEYOND = 2**40
+"""Farther than any token."""
 
 
 class Past(NamedTuple):
@@ -36,46 +36,47 @@ class AttentionRequest(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What decides who sees whom: places in time (cached keys are before 0) and documents.
+    """Which keys each query sees: those of places from `first` to the query's own.
 
-    A query sees a key of the same segment at its own place or up to window - 1 before it. Padding is
-    segment -1 and so sees padding, which keeps every softmax finite.
+    Attributes:
+        places: where keys stand in time; cached ones are before 0, empty slots behind everything.
+        first: the first place that each query sees. Padding sees padding, which keeps every softmax finite.
+        cached: how many keys are cached ones; those stand in no order.
     """
 
-    key_places: Int[Tensor, "rows keys"]
-    key_segments: Int[Tensor, "batch keys"] | None
-    query_segments: Int[Tensor, "batch time"] | None
-    window: int | None
+    places: Int[Tensor, "#batch keys"]
+    first: Int[Tensor, "#batch time"]
     cached: int
-    document_starts: list[int] | None = None
 
-    def keys_of(self, queries: slice) -> slice:
-        """A slice of the keys (cached ones first) that holds all that `queries` may see."""
-        oldest = -self.cached if self.window is None else queries.start - self.window + 1
-        if self.document_starts is not None:
-            oldest = max(oldest, self.document_starts[queries.start])
+    def starts(self, queries: int) -> list[int]:
+        """For each block of so many queries the first place that any of them sees; reads data back."""
+        return self.first[:, ::queries].amin(0).tolist()
+
+    def keys_from(self, place: int, queries: slice) -> slice:
+        """A slice of the keys that holds all that `queries` see, where `place` is the first of them."""
         # Cached keys are in no order: who reaches one place before the call may need any of them.
-        return slice(0 if oldest < 0 else self.cached + oldest, self.cached + queries.stop)
+        return slice(0 if place < 0 else self.cached + place, self.cached + queries.stop)
 
-    def with_document_starts(self) -> "Sight":
-        """Knowing how far back the documents reach in any row (-1: before the call); reads data back."""
-        if self.query_segments is None:
-            return self
-        segments = self.query_segments
-        places = torch.arange(segments.shape[1], device=segments.device)
-        starts = torch.where(segments != previous(segments), places, -1).cummax(1).values
-        return self._replace(document_starts=starts.amin(0).tolist())
+    def bias(self, queries: slice, keys: slice, share: int, dtype: torch.dtype) -> Float[Tensor, "#batch 1 rows keys"]:
+        """0 where a query sees a key and -inf elsewhere; every query has `share` rows."""
+        places = self.places[:, None, keys]
+        own = torch.arange(queries.start, queries.stop, device=places.device).repeat_interleave(share)[:, None]
+        first = self.first[:, queries].repeat_interleave(share, 1)[:, :, None]
+        seen = (places >= first) & (places <= own)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
-    def visible(self, queries: slice, keys: slice) -> Bool[Tensor, "rows queries keys"]:
-        """Which of `keys` each of `queries` sees; `rows` is 1 where all rows are alike."""
-        places = self.key_places[:, None, keys]
-        distance = torch.arange(queries.start, queries.stop, device=places.device)[:, None] - places
-        seen = distance >= 0
-        if self.window is not None:
-            seen &= distance < self.window
-        if self.key_segments is not None and self.query_segments is not None:
-            seen = seen & (self.query_segments[:, queries, None] == self.key_segments[:, None, keys])
-        return seen
+
+def sight(time: int, segments: Tensor | None, age: Tensor | None, window: int | None, device: torch.device) -> Sight:
+    """What the queries of a call see; see `attention`."""
+    own = torch.arange(time, device=device)[None]
+    first = torch.full_like(own, -BEYOND) if window is None else own - window + 1
+    if segments is not None:
+        starts = torch.where(segments != previous(segments), own, -BEYOND).cummax(1).values
+        first = torch.maximum(first, starts)
+    if age is None:
+        return Sight(own, first.clamp(min=0), 0)
+    places = torch.where(age > 0, -age, BEYOND)
+    return Sight(torch.cat([places, own.to(places.dtype).expand(age.shape[0], -1)], dim=1), first, age.shape[1])
 
 
 class AttentionInputs(NamedTuple):
@@ -115,16 +116,9 @@ class AttentionInputs(NamedTuple):
         return torch.cat([keys, self.k], dim=1), torch.cat([values, self.v], dim=1)
 
     def sight(self) -> Sight:
-        """Places and segments of all keys."""
-        batch, time = self.q.shape[:2]
-        places = torch.arange(time, device=self.q.device)[None]
-        if self.past is None:
-            return Sight(places, self.segments, self.segments, self.window, 0)
-        age, own = self.past.age, self.segments
-        own = torch.zeros(batch, time, dtype=age.dtype, device=age.device) if own is None else own
-        cached = torch.where(age > 0, 0, EMPTY).to(own.dtype)
-        places = torch.cat([-age, places.to(age.dtype).expand(batch, -1)], dim=1)
-        return Sight(places, torch.cat([cached, own], dim=1), own, self.window, age.shape[1])
+        """What the queries see."""
+        age = None if self.past is None else self.past.age
+        return sight(self.q.shape[1], self.segments, age, self.window, self.q.device)
 
 
 ATTENTION: Op[AttentionInputs] = Op("attention")

@@ -2,7 +2,7 @@
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs
@@ -18,13 +18,13 @@ def _one_query(
     q: Float[Tensor, "b heads 1 d"],
     k: Tensor,
     v: Tensor,
-    hidden: Bool[Tensor, "b 1 1 s"],
+    bias: Float[Tensor, "#b 1 1 s"],
     inputs: AttentionInputs,
 ) -> Float[Tensor, "b heads 1 value_dim"]:
     scores = inputs.scale * (q @ k.mT)
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return (scores + bias).softmax(-1) @ v
 
 
 @ATTENTION.backend("reference")
@@ -39,10 +39,10 @@ def reference(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_
     q = rearrange(inputs.q.to(wide(inputs.q.dtype)), "b t h d -> b h t d")
     k, v = _per_query_head(keys, heads), _per_query_head(values, heads)
     outputs = []
-    for t in range(q.shape[2]):
+    for t, place in enumerate(sight.starts(1)):
         one = slice(t, t + 1)
-        reach = sight.keys_of(one)
-        hidden = ~sight.visible(one, reach)[:, None]
-        outputs.append(_one_query(q[:, :, one], k[:, :, reach], v[:, :, reach], hidden, inputs))
+        reach = sight.keys_from(place, one)
+        bias = sight.bias(one, reach, 1, q.dtype)
+        outputs.append(_one_query(q[:, :, one], k[:, :, reach], v[:, :, reach], bias, inputs))
     y = rearrange(torch.cat(outputs, dim=2), "b h t d -> b t h d")
     return silence_padding(y.to(inputs.q.dtype), inputs.segments)

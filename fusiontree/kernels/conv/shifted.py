@@ -76,6 +76,23 @@ def _final_state(
     return torch.where(kept[..., None], inputs, 0.0)
 
 
+def _fusible(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """The same sum without blocks, for a compiler that makes one loop of it."""
+    dtype, time = wide(extended.dtype), extended.shape[1] - weight.shape[1] + 1
+    everything = slice(0, time)
+    parts = [
+        _seen(extended[:, tap : tap + time].to(dtype), mask, tap, everything) * factor
+        for tap, factor in enumerate(weight.mT.to(dtype))
+    ]
+    return sum(parts, start=bias.to(dtype)).to(extended.dtype)
+
+
+def _convolve(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _fusible(extended, weight, bias, mask)
+    return _Shifted.apply(extended, weight, bias, mask)
+
+
 @CONV.backend("shifted", priority=10)
 def shifted(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     """Sum over taps of the inputs so many tokens back, where those belong to the same document."""
@@ -84,8 +101,8 @@ def shifted(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     extended = torch.cat([history, x], dim=1)
     bias = x.new_zeros(x.shape[2]) if bias is None else bias
     if segments is None:
-        return _Shifted.apply(extended, weight, bias, None), extended[:, time:]
+        return _convolve(extended, weight, bias, None), extended[:, time:]
     owners = torch.cat([segments.new_zeros(history.shape[:2]), segments], dim=1)
     mask = torch.stack([owners[:, tap : tap + time] == segments for tap in range(weight.shape[1])])
-    y = _Shifted.apply(extended, weight, bias, mask)
+    y = _convolve(extended, weight, bias, mask)
     return silence_padding(y, segments), _final_state(extended, owners, segments)
