@@ -70,7 +70,9 @@ def _many_documents(order: Ids | None, documents: Ids, positions: Ids | None, ca
         positions = steps - opened + torch.where(segments == 0, first, 0)
     positions = positions.masked_fill(documents < 0, 0)
     rows = _rows(cache, segments, opened, positions, documents) if cache else None
-    return Layout(order, segments if bool((segments != 0).any()) else None, positions, rows)
+    # A decode step without boundaries takes the short way; without a cache a compiled layer has one form only.
+    known = None if cache and not bool((segments != 0).any()) else segments
+    return Layout(order, known, positions, rows)
 
 
 def _starts(documents: Ids, cache: Cache | None) -> Bool[Tensor, "batch time"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from fusiontree.core.model_spec import HeadSpec, ModelSpec
 from fusiontree.core.modules import Module, Normalise, constant, normal
 from fusiontree.core.observation import Observation
 from fusiontree.errors import FusionTreeError
+from fusiontree.kernels.compiled import allow_forms, eagerly
 
 Ids = Int[Tensor, "batch time"]
 Features = Float[Tensor, "batch time width"]
@@ -70,6 +72,17 @@ class LanguageModel(nn.Module):
         for path, node in self.nodes():
             node.path = path
 
+    def compile(self, **options: Any) -> None:
+        """Compile the layers, each as one graph, for calls without a cache; layers of one form and shape share it.
+
+        The first call of each shape takes a minute on a CPU, which needs a C++ compiler; torch keeps what it made
+        on disk. Under `observe`, `force` and `drop` the layers run as plain Python. `options` are those of
+        `torch.compile`.
+        """
+        allow_forms()
+        for layer in self.layers:
+            layer.compile(**{"dynamic": False, "fullgraph": True} | options)
+
     def nodes(self) -> Iterator[tuple[str, Node]]:
         """Every branch and fusion with its path."""
         for path, module in self.named_modules():
@@ -104,8 +117,11 @@ class LanguageModel(nn.Module):
         layout = boundaries.arrange(tokens, documents, positions, cache)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)
-        x = self.stack(tokens, self.context(layout, cache))
-        if cache is not None and layout.rows is not None:
+        if cache is None or layout.rows is None:
+            x = self.stack(tokens, self.context(layout))
+        else:
+            with eagerly():  # a cache's counters change with every token, and so would the compiled form
+                x = self.stack(tokens, self.context(layout, cache))
             cache.advance(layout.rows)
         return x if layout.order is None else _scatter(x, layout.order)
 

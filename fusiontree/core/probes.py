@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusiontree.core.contracts import Fusion, Gate, Node, Weights
 from fusiontree.core.observation import Observation
 from fusiontree.errors import SpecError, suggest
+from fusiontree.kernels.compiled import eagerly
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:
@@ -34,7 +35,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def observe(model: nn.Module) -> Iterator[Observation]:
     """Collect statistics of every gate while the block runs."""
     observation = Observation()
-    with ExitStack() as stack:
+    with eagerly(), ExitStack() as stack:
         for path, gate in gates(model).items():
             stack.callback(gate.register_forward_hook(observation.hook(path)).remove)
         yield observation
@@ -50,7 +51,7 @@ def force(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> Iterat
         SpecError: no such gate or branch, or values that cannot sum to 1.
     """
     fusions = {f"{path}.gate": m for path, m in model.named_modules() if isinstance(m, Fusion) and m.gate is not None}
-    with ExitStack() as stack:
+    with eagerly(), ExitStack() as stack:
         for path, given in values.items():
             fusion = fusions.get(path) or fusions.get(f"{path}.gate")
             if fusion is None or fusion.gate is None:
@@ -89,7 +90,7 @@ def complete(path: str, given: Mapping[str, float], branches: list[str]) -> dict
 def drop(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     """Silence branches, sub-layers or whole layers: their output is 0 before anything reads it (law 8)."""
     modules = dict(model.named_modules())
-    with ExitStack() as stack:
+    with eagerly(), ExitStack() as stack:
         for path in dict.fromkeys([paths] if isinstance(paths, str) else paths):
             for place, node in _dropped(modules, path):
                 stack.callback(node.register_forward_hook(_zero).remove)

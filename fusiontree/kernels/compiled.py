@@ -1,6 +1,7 @@
-"""Functions of fixed shapes, compiled on request: an operator that is opaque to `torch.compile` compiles its own."""
+"""`torch.compile` for functions of fixed shapes, and whether there is a compiler for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -8,12 +9,44 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+FORMS = 64
+"""How many shapes of one function are compiled before the others run as they are; torch's own limit is 8, and
+the layers of a model share their code."""
+
 
 @cache
-def _compiled(function: Function) -> Function:
+def _compiled(function: Callable[..., Any]) -> Any:
+    allow_forms()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def piece(function: Function, compiled: bool) -> Function:
     """The function, or its compiled form: the same numbers but for rounding. Each new shape is compiled anew."""
     return _compiled(function) if compiled else function
+
+
+def allow_forms() -> None:
+    """Let `torch.compile` make more forms of one function than it would by itself."""
+    config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
+    config.recompile_limit = max(config.recompile_limit, FORMS)
+
+
+@cache
+def refusal(device: str) -> str | None:
+    """Why nothing can be compiled for a type of device here, or None; it tries, which takes some seconds once."""
+    try:
+        torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + x
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run what is compiled as plain Python while the block runs."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -6,7 +6,7 @@ micro-batches and processes is the value of the whole step, whatever they are, a
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fusiontree.core.contracts import Gate, Weights
 from fusiontree.core.modules import wide
 from fusiontree.data import IGNORED
+from fusiontree.kernels.compiled import eagerly
 from fusiontree.training.sections import LossesSpec
 
 Scalar = Float[Tensor, ""]
@@ -129,7 +130,7 @@ def captured(gates: Mapping[str, Gate]) -> Iterator[list[GateValues]]:
         segments = inputs[1].segments
         found.append(GateValues(dict(output), None if segments is None else segments >= 0))
 
-    with ExitStack() as stack:
+    with eagerly() if gates else nullcontext(), ExitStack() as stack:
         for gate in gates.values():
             stack.callback(gate.register_forward_hook(take).remove)
         yield found

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusiontree.core.spec import Count, Natural, Positive, Spec, invalid
+from fusiontree.core.spec import Count, Flag, Natural, Positive, Spec, invalid
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 """A part of the whole, from nothing to all of it."""
@@ -25,6 +25,8 @@ class TrainingSpec(Spec):
         precision: what layers compute in; weights, gradients' sums and the optimiser stay float32.
         clip: the largest norm of the gradient; longer ones are shortened to it.
         threads: of torch in each process; null: torch's choice.
+        compile: `torch.compile` for the layers: from the second step on they are faster, the first takes a minute.
+            auto: where there is a compiler. Losses on gates, gate statistics and validation run uncompiled.
     """
 
     steps: Count
@@ -33,6 +35,7 @@ class TrainingSpec(Spec):
     precision: Literal["float32", "bfloat16"] = "float32"
     clip: Positive = 1.0
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
+    compile: Flag | Literal["auto"] = False
 
     @model_validator(mode="after")
     def _whole_microbatches(self) -> Self:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fusiontree.core import probes
 from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
+from fusiontree.kernels.compiled import eagerly
 from fusiontree.training.losses import cross_entropy
 
 
@@ -47,7 +48,7 @@ def measure(model: nn.Module, held_out: HeldOut, *, rows: int, device: torch.dev
         device: where the model is.
     """
     totals = torch.zeros(2, dtype=torch.float64)
-    with probes.evaluating(model):
+    with probes.evaluating(model), eagerly():
         for batch in _share(held_out, rows):
             tokens, *places = (batch[key].to(device) for key in ("tokens", "positions", "documents"))
             logits = model(tokens, positions=places[0], documents=places[1])

@@ -5,6 +5,7 @@ through slices would fill a whole gradient for each, which is quadratic again.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,30 +13,21 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel, Saved
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Sight, sight
+from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
 KERNELS = {"product": PRODUCT, "flash_cpu": FLASH_CPU}
 
 
-class Plan(NamedTuple):
-    """What all blocks of a call have in common."""
+class Options(NamedTuple):
+    """What is not a tensor."""
 
-    sight: Sight
-    kernel: BlockKernel
+    window: int | None
+    kernel: str
     scale: float
     softcap: float | None
-    alike: bool
-
-
-def _plan(
-    q: Tensor, segments: Tensor | None, age: Tensor | None, options: tuple[int | None, str, float, float | None]
-) -> Plan:
-    window, kernel, scale, softcap = options
-    seen = sight(q.shape[1], segments, age, window, q.device)
-    return Plan(seen, KERNELS[kernel], scale, softcap, alike=segments is None and age is None)
 
 
 def _fold(queries: Float[Tensor, "b t heads d"], kv_heads: int) -> Float[Tensor, "b kv_heads t*share d"]:
@@ -46,27 +38,28 @@ def _unfold(rows: Float[Tensor, "b kv_heads t*share d"], time: int) -> Float[Ten
     return rearrange(rows, "b hk (t share) d -> b t (hk share) d", t=time)
 
 
-def _biases(plan: Plan, share: int, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each block's queries, its keys, and their mask (the last one again where the next block looks like it)."""
-    seen, time, known, bias = plan.sight, like.shape[1], None, like
-    for index, place in enumerate(seen.starts(QUERIES)):
-        queries = slice(index * QUERIES, min((index + 1) * QUERIES, time))
-        keys = seen.keys_from(place, queries)
-        shape = (queries.stop - queries.start, queries.start - place, keys.stop - keys.start)
-        if not plan.alike or shape != known:
-            bias, known = seen.bias(queries, keys, share, like.dtype), shape
-        yield queries, keys, bias
+@lru_cache(maxsize=64)
+def _band(queries: int, keys: int, window: int | None, share: int, like: tuple[torch.dtype, torch.device]) -> Tensor:
+    """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
+    seen = sight(keys, None, None, window, like[1])
+    return seen.bias(slice(keys - queries, keys), slice(0, keys), share, like[0])
 
 
-def _blocks(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, Block]]:
-    kv_heads = k.shape[2]
-    for queries, keys, bias in _biases(plan, q.shape[2] // kv_heads, q):
-        rows, seen_k, seen_v = (
-            _fold(q[:, queries], kv_heads),
-            k[:, keys].transpose(1, 2),
-            v[:, keys].transpose(1, 2),
-        )
-        yield queries, keys, Block(rows, seen_k, seen_v, bias, plan.scale, plan.softcap)
+def _blocks(
+    tensors: tuple[Tensor, Tensor, Tensor], segments: Tensor | None, age: Tensor | None, options: Options
+) -> Iterator[tuple[slice, slice, Block]]:
+    q, k, v = tensors
+    kv_heads, window = k.shape[2], options.window
+    share, seen = q.shape[2] // kv_heads, sight(q.shape[1], segments, age, window, q.device)
+    for queries, keys, plain in seen.blocks(QUERIES):
+        if plain:
+            sizes = queries.stop - queries.start, keys.stop - keys.start
+            bias = _band(*sizes, window, share, (q.dtype, q.device))
+        else:
+            bias = seen.bias(queries, keys, share, q.dtype)
+        rows = _fold(q[:, queries], kv_heads)
+        seen_k, seen_v = k[:, keys].transpose(1, 2), v[:, keys].transpose(1, 2)
+        yield queries, keys, Block(rows, seen_k, seen_v, bias, options.scale, options.softcap)
 
 
 @torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
@@ -83,9 +76,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
     y, sums = q.new_empty(*q.shape[:3], v.shape[-1]), []
-    plan = _plan(q, segments, age, (window, kernel, scale, softcap))
-    for queries, _, block in _blocks(plan, q, k, v):
-        rows, lse = plan.kernel.forward(block)
+    options = Options(window, kernel, scale, softcap)
+    for queries, _, block in _blocks((q, k, v), segments, age, options):
+        rows, lse = KERNELS[kernel].forward(block)
         y[:, queries] = _unfold(rows, queries.stop - queries.start)
         sums.append(lse)
     return y, torch.cat(sums, dim=-1)
@@ -117,11 +110,11 @@ def _attend_backward(
     kv_heads, share, dtype = k.shape[2], q.shape[2] // k.shape[2], wide(k.dtype)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
-    plan = _plan(q, segments, age, (window, kernel, scale, softcap))
-    for queries, keys, block in _blocks(plan, q, k, v):
+    options = Options(window, kernel, scale, softcap)
+    for queries, keys, block in _blocks((q, k, v), segments, age, options):
         sums = lse[..., queries.start * share : queries.stop * share]
         saved = Saved(_fold(y[:, queries], kv_heads), sums, _fold(grad[:, queries], kv_heads))
-        rows, part_k, part_v = plan.kernel.backward(block, saved)
+        rows, part_k, part_v = KERNELS[kernel].backward(block, saved)
         grad_q[:, queries] = _unfold(rows, queries.stop - queries.start)
         grad_k[:, keys] += part_k.transpose(1, 2)
         grad_v[:, keys] += part_v.transpose(1, 2)
@@ -148,7 +141,7 @@ _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
 def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
     age = None if inputs.past is None else inputs.past.age
-    options = (inputs.window, kernel, inputs.scale, inputs.softcap)
+    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
 

@@ -1,5 +1,6 @@
 """The operator `attention`: its arguments, what sees what, and what the choice of a backend depends on."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,21 +42,34 @@ class Sight(NamedTuple):
     Attributes:
         places: where keys stand in time; cached ones are before 0, empty slots behind everything.
         first: the first place that each query sees. Padding sees padding, which keeps every softmax finite.
+        starts: where each query's document starts; None where nobody needs to know.
         cached: how many keys are cached ones; those stand in no order.
     """
 
     places: Int[Tensor, "#batch keys"]
     first: Int[Tensor, "#batch time"]
+    starts: Int[Tensor, "#batch time"] | None
     cached: int
 
-    def starts(self, queries: int) -> list[int]:
-        """For each block of so many queries the first place that any of them sees; reads data back."""
-        return self.first[:, ::queries].amin(0).tolist()
+    def blocks(self, size: int) -> Iterator[tuple[slice, slice, bool]]:
+        """Blocks of `size` queries, the keys that any of them sees, and whether documents hide none of those from
+        those in the window; reads data back."""
+        time = self.first.shape[1]
+        firsts, starts = self._reach(size)
+        for index, (first, start) in enumerate(zip(firsts, starts, strict=True)):
+            queries = slice(index * size, min((index + 1) * size, time))
+            # Cached keys are in no order: who reaches one place before the call may need any of them.
+            keys = slice(0 if first < 0 else self.cached + first, self.cached + queries.stop)
+            yield queries, keys, self.cached == 0 and start <= first
 
-    def keys_from(self, place: int, queries: slice) -> slice:
-        """A slice of the keys that holds all that `queries` see, where `place` is the first of them."""
-        # Cached keys are in no order: who reaches one place before the call may need any of them.
-        return slice(0 if place < 0 else self.cached + place, self.cached + queries.stop)
+    def _reach(self, size: int) -> tuple[list[int], list[int]]:
+        """For each block the first place that its first query sees in any row, and the last document start."""
+        firsts = self.first[:, ::size].amin(0)
+        if self.starts is None:
+            return firsts.tolist(), [-BEYOND] * len(firsts)
+        last = [min(start + size, self.first.shape[1]) - 1 for start in range(0, self.first.shape[1], size)]
+        reach = torch.stack([firsts, self.starts[:, last].amax(0)]).tolist()
+        return reach[0], reach[1]
 
     def bias(self, queries: slice, keys: slice, share: int, dtype: torch.dtype) -> Float[Tensor, "#batch 1 rows keys"]:
         """0 where a query sees a key and -inf elsewhere; every query has `share` rows."""
@@ -70,13 +84,15 @@ def sight(time: int, segments: Tensor | None, age: Tensor | None, window: int | 
     """What the queries of a call see; see `attention`."""
     own = torch.arange(time, device=device)[None]
     first = torch.full_like(own, -BEYOND) if window is None else own - window + 1
+    starts = None
     if segments is not None:
         starts = torch.where(segments != previous(segments), own, -BEYOND).cummax(1).values
         first = torch.maximum(first, starts)
     if age is None:
-        return Sight(own, first.clamp(min=0), 0)
+        return Sight(own, first.clamp(min=0), starts, 0)
     places = torch.where(age > 0, -age, BEYOND)
-    return Sight(torch.cat([places, own.to(places.dtype).expand(age.shape[0], -1)], dim=1), first, age.shape[1])
+    places = torch.cat([places, own.to(places.dtype).expand(age.shape[0], -1)], dim=1)
+    return Sight(places, first, starts, age.shape[1])
 
 
 class AttentionInputs(NamedTuple):

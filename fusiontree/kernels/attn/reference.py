@@ -39,9 +39,7 @@ def reference(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_
     q = rearrange(inputs.q.to(wide(inputs.q.dtype)), "b t h d -> b h t d")
     k, v = _per_query_head(keys, heads), _per_query_head(values, heads)
     outputs = []
-    for t, place in enumerate(sight.starts(1)):
-        one = slice(t, t + 1)
-        reach = sight.keys_from(place, one)
+    for one, reach, _ in sight.blocks(1):
         bias = sight.bias(one, reach, 1, q.dtype)
         outputs.append(_one_query(q[:, :, one], k[:, :, reach], v[:, :, reach], bias, inputs))
     y = rearrange(torch.cat(outputs, dim=2), "b h t d -> b t h d")

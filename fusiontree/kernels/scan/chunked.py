@@ -128,8 +128,8 @@ def chunked(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, state, segments = inputs.prepared()
     assert state is not None
     joined = None if segments is None else padding_joined(segments)
-    state: State = rearrange(state, "b (g r) p n -> b g n (r p)", g=B.shape[2])
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, dt, A, B, C, state))
-    y, state, _ = _scan(x, dt, A, B, C, state, joined, keep, torch.compiler.is_compiling())
-    final = rearrange(state, "b g n (r p) -> b (g r) p n", p=x.shape[-1])
+    grouped: State = rearrange(state, "b (g r) p n -> b g n (r p)", g=B.shape[2])
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, dt, A, B, C, grouped))
+    y, end, _ = _scan(x, dt, A, B, C, grouped, joined, keep, torch.compiler.is_compiling())
+    final = rearrange(end, "b g n (r p) -> b (g r) p n", p=x.shape[-1])
     return silence_padding(y, segments), final

@@ -172,9 +172,7 @@ def _backward_states(
     return torch.stack(after[::-1], dim=1), grad_state
 
 
-def backward(
-    step: Step, A: Float[Tensor, "heads"], state: State, grads: tuple[Tensor, State], chunk: int
-) -> Gradients:
+def backward(step: Step, A: Float[Tensor, "heads"], state: State, grads: tuple[Tensor, State], chunk: int) -> Gradients:
     """The gradients of a step that started from `state`, from those of its outputs and of the state after it."""
     chunks, dtype, groups = _chunks(step, A, chunk), step.x.dtype, step.B.shape[2]
     decays, heads, precise = chunks.decays, chunks.x.shape[3], state.dtype

@@ -8,7 +8,7 @@ from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 from torchtitan.components.validate import Validator
 from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import CommConfig, DebugConfig
+from torchtitan.config.configs import CommConfig, CompileConfig, DebugConfig
 from torchtitan.protocols import ModelSpec as TitanModelSpec
 
 from fusiontree.core.model import build
@@ -41,6 +41,7 @@ def configuration(run: RunSpec, processes: int) -> FusionTrainer.Config:
         optimizer=optimizer(run),
         lr_scheduler=schedule(run),
         training=_training(run, processes),
+        compile=CompileConfig(components=["model"]),
         parallelism=_parallelism(run, processes),
         checkpoint=_checkpoint(run, output),
         activation_checkpoint=None,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtitan.config import TrainingConfig
+from torchtitan.config import CompileConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseModel
 
@@ -46,8 +46,15 @@ class TitanModel(LanguageModel, BaseModel):
 
 
 def parallelize(
-    model: TitanModel, *, parallel_dims: ParallelDims, training: TrainingConfig, **unused: Any
+    model: TitanModel,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    compile_config: CompileConfig,
+    **unused: Any,
 ) -> TitanModel:
     """Shard over the processes, several copies where `parallelism.shard` is fewer than there are."""
+    if compile_config.enable:
+        model.compile()
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     return shard(model, parallel_dims.get_mesh(names), precision=training.mixed_precision_param)

@@ -15,6 +15,7 @@ from fusiontree.core import memory
 from fusiontree.core.model import build
 from fusiontree.core.weights import save_weights
 from fusiontree.errors import FusionTreeError
+from fusiontree.kernels.compiled import refusal
 from fusiontree.training.console import Console, Silent
 from fusiontree.training.errors import RunError
 from fusiontree.training.metrics import Listener
@@ -47,6 +48,7 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
         told = (listener or Console()) if rank == 0 else Silent()
         config = configuration(run, processes)
         _check_room(run, processes)
+        config.compile.enable = _compiles(run, told)
         with _claimed(output, rank), _logged(output.log, rank), _threads(run.training.threads):
             return _train(config, told, stop)
 
@@ -81,6 +83,22 @@ def _check_room(run: RunSpec, processes: int) -> None:
     rows = rows_at_a_time(run.training.rows, run.training.microbatch_rows, processes)
     kept = run.model.width * len(run.model.expanded_layers()) + run.model.vocab_size
     memory.check_room(4 * rows * run.text.length * kept, device, what=f"training: {rows} x {run.text.length} tokens")
+
+
+def _compiles(run: RunSpec, listener: Listener) -> bool:
+    """Whether layers are to be compiled.
+
+    Raises:
+        RunError: they are, and nothing can be compiled here.
+    """
+    asked = run.training.compile
+    if asked is False:
+        return False
+    reason = refusal("cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None and asked is True:
+        raise RunError(f"training.compile: found true, nothing can be compiled here ({reason}); use auto or false")
+    listener.message("layers are compiled in the first step" if reason is None else f"not compiled: {reason}")
+    return reason is None
 
 
 def _train(config: FusionTrainer.Config, listener: Listener, stop: Stop) -> TrainResult:
