@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fusiontree.compiling import allow_forms, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
 from fusiontree.core.context import Context
@@ -19,7 +20,6 @@ from fusiontree.core.model_spec import HeadSpec, ModelSpec
 from fusiontree.core.modules import Module, Normalise, constant, normal
 from fusiontree.core.observation import Observation
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels.compiled import allow_forms, eagerly
 
 Ids = Int[Tensor, "batch time"]
 Features = Float[Tensor, "batch time width"]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusiontree.compiling import eagerly
 from fusiontree.core.contracts import Fusion, Gate, Node, Weights
 from fusiontree.core.observation import Observation
 from fusiontree.errors import SpecError, suggest
-from fusiontree.kernels.compiled import eagerly
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:

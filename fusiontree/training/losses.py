@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fusiontree.compiling import eagerly
 from fusiontree.core.contracts import Gate, Weights
 from fusiontree.core.modules import wide
 from fusiontree.data import IGNORED
-from fusiontree.kernels.compiled import eagerly
 from fusiontree.training.sections import LossesSpec
 
 Scalar = Float[Tensor, ""]

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fusiontree.compiling import eagerly
 from fusiontree.core import probes
 from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
-from fusiontree.kernels.compiled import eagerly
 from fusiontree.training.losses import cross_entropy
 
 

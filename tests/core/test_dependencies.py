@@ -16,13 +16,14 @@ COMPONENTS = {"branches", "fusions", "gates", "encodings"}
 ABOVE = {"training", "evaluation", "pruning", "recipes", "zoo", "cli", "doctor", "testing"}
 MAY_USE: dict[str, set[str]] = {
     "errors": set(),
-    "kernels": {"errors"},
-    "core": {"errors"},
+    "compiling": set(),
+    "kernels": {"errors", "compiling"},
+    "core": {"errors", "compiling"},
     **{name: {"core", "kernels", "errors"} for name in sorted(COMPONENTS)},
     "data": {"core", "errors"},
     "zoo": {"core", "errors", "data"} | COMPONENTS,
     "evaluation": {"core", "kernels", "errors", "data", "zoo"} | COMPONENTS,
-    "training": {"core", "kernels", "errors", "data", "zoo", "evaluation"} | COMPONENTS,
+    "training": {"core", "kernels", "errors", "compiling", "data", "zoo", "evaluation"} | COMPONENTS,
     "pruning": {"core", "kernels", "errors", "data", "zoo", "evaluation", "training"} | COMPONENTS,
 }
 ONLY_IN = {

@@ -31,11 +31,15 @@ class Options(NamedTuple):
 
 
 def _fold(queries: Float[Tensor, "b t heads d"], kv_heads: int) -> Float[Tensor, "b kv_heads t*share d"]:
-    return rearrange(queries, "b t (hk share) d -> b hk (t share) d", hk=kv_heads)
+    return rearrange(queries, "b t (hk share) d -> b hk (t share) d", hk=kv_heads).contiguous()
 
 
 def _unfold(rows: Float[Tensor, "b kv_heads t*share d"], time: int) -> Float[Tensor, "b t heads d"]:
-    return rearrange(rows, "b hk (t share) d -> b t (hk share) d", t=time)
+    return rearrange(rows, "b hk (t share) d -> b t (hk share) d", t=time).contiguous()
+
+
+def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_heads d"]:
+    return heads.transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=64)
@@ -45,21 +49,29 @@ def _band(queries: int, keys: int, window: int | None, share: int, like: tuple[t
     return seen.bias(slice(keys - queries, keys), slice(0, keys), share, like[0])
 
 
-def _blocks(
-    tensors: tuple[Tensor, Tensor, Tensor], segments: Tensor | None, age: Tensor | None, options: Options
-) -> Iterator[tuple[slice, slice, Block]]:
-    q, k, v = tensors
-    kv_heads, window = k.shape[2], options.window
-    share, seen = q.shape[2] // kv_heads, sight(q.shape[1], segments, age, window, q.device)
-    for queries, keys, plain in seen.blocks(QUERIES):
-        if plain:
-            sizes = queries.stop - queries.start, keys.stop - keys.start
-            bias = _band(*sizes, window, share, (q.dtype, q.device))
-        else:
-            bias = seen.bias(queries, keys, share, q.dtype)
-        rows = _fold(q[:, queries], kv_heads)
-        seen_k, seen_v = k[:, keys].transpose(1, 2), v[:, keys].transpose(1, 2)
-        yield queries, keys, Block(rows, seen_k, seen_v, bias, options.scale, options.softcap)
+class Blocks:
+    """The queries of a call in blocks, each with the keys that it sees; all tensors with heads before time, queries
+    folded into rows of their kv head."""
+
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], segments: Tensor | None, age: Tensor | None) -> None:
+        q, k, v = tensors
+        self.time, self.kv_heads = q.shape[1], k.shape[2]
+        self.share = q.shape[2] // self.kv_heads
+        self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k), _leading(v)
+        self.segments, self.age = segments, age
+
+    def over(self, options: Options) -> Iterator[tuple[slice, slice, Block]]:
+        """The rows of some queries, the keys that they see, and both with their bias."""
+        seen = sight(self.time, self.segments, self.age, options.window, self.q.device)
+        for queries, keys, plain in seen.blocks(QUERIES):
+            if plain:
+                sizes = queries.stop - queries.start, keys.stop - keys.start
+                bias = _band(*sizes, options.window, self.share, (self.q.dtype, self.q.device))
+            else:
+                bias = seen.bias(queries, keys, self.share, self.q.dtype)
+            rows = slice(queries.start * self.share, queries.stop * self.share)
+            k, v = self.k[:, :, keys], self.v[:, :, keys]
+            yield rows, keys, Block(self.q[:, :, rows], k, v, bias, options.scale, options.softcap)
 
 
 @torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
@@ -75,13 +87,13 @@ def _attend(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
-    y, sums = q.new_empty(*q.shape[:3], v.shape[-1]), []
+    blocks, sums = Blocks((q, k, v), segments, age), []
+    y = blocks.q.new_empty(*blocks.q.shape[:3], v.shape[-1])
     options = Options(window, kernel, scale, softcap)
-    for queries, _, block in _blocks((q, k, v), segments, age, options):
-        rows, lse = KERNELS[kernel].forward(block)
-        y[:, queries] = _unfold(rows, queries.stop - queries.start)
+    for rows, _, block in blocks.over(options):
+        y[:, :, rows], lse = KERNELS[kernel].forward(block)
         sums.append(lse)
-    return y, torch.cat(sums, dim=-1)
+    return _unfold(y, blocks.time), torch.cat(sums, dim=-1)
 
 
 @_attend.register_fake
@@ -107,18 +119,16 @@ def _attend_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
-    kv_heads, share, dtype = k.shape[2], q.shape[2] // k.shape[2], wide(k.dtype)
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
+    blocks, dtype = Blocks((q, k, v), segments, age), wide(k.dtype)
     options = Options(window, kernel, scale, softcap)
-    for queries, keys, block in _blocks((q, k, v), segments, age, options):
-        sums = lse[..., queries.start * share : queries.stop * share]
-        saved = Saved(_fold(y[:, queries], kv_heads), sums, _fold(grad[:, queries], kv_heads))
-        rows, part_k, part_v = KERNELS[kernel].backward(block, saved)
-        grad_q[:, queries] = _unfold(rows, queries.stop - queries.start)
-        grad_k[:, keys] += part_k.transpose(1, 2)
-        grad_v[:, keys] += part_v.transpose(1, 2)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
+    grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
+    for rows, keys, block in blocks.over(options):
+        saved = Saved(y[:, :, rows], lse[..., rows], grad[:, :, rows])
+        for total, part, span in zip(grads, KERNELS[kernel].backward(block, saved), (rows, keys, keys), strict=True):
+            total[:, :, span] += part
+    grad_q, grad_k, grad_v = grads
+    return _unfold(grad_q, blocks.time).to(q.dtype), _leading(grad_k).to(k.dtype), _leading(grad_v).to(v.dtype)
 
 
 @_attend_backward.register_fake

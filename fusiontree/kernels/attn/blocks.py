@@ -60,16 +60,18 @@ def product_forward(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def product_backward(block: Block, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Recomputes the weights from `lse` (Dao et al. 2022, arXiv 2205.14135, algorithm 4)."""
+    """Recomputes the weights from `lse` (Dao et al. 2022, arXiv 2205.14135, algorithm 4); only scores need products
+    in the wide dtype."""
+    dtype = block.q.dtype
     scores = _scores(block)
     weights = torch.exp(scores + block.bias - saved.lse[..., None])
-    grad, y = saved.grad.to(weights.dtype), saved.y.to(weights.dtype)
-    grad_v = weights.mT @ grad
-    grad_scores = (grad @ block.v.to(grad.dtype).mT).sub_((grad * y).sum(-1, keepdim=True)).mul_(weights)
+    grad_v = weights.to(dtype).mT @ saved.grad
+    mean = (saved.grad.to(weights.dtype) * saved.y).sum(-1, keepdim=True)
+    grad_scores = ((saved.grad @ block.v.mT) - mean) * weights * block.scale
     if block.softcap is not None:
-        grad_scores.mul_(1 - (scores / block.softcap) ** 2)
-    grad_scores.mul_(block.scale)
-    return grad_scores @ block.k.to(grad.dtype), grad_scores.mT @ block.q.to(grad.dtype), grad_v
+        grad_scores = grad_scores * (1 - (scores / block.softcap) ** 2)
+    grad_scores = grad_scores.to(dtype)
+    return grad_scores @ block.k, grad_scores.mT @ block.q, grad_v
 
 
 def _flash_options(block: Block) -> dict[str, Any]:

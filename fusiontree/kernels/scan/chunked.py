@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.compiled import piece
+from fusiontree.compiling import piece
 from fusiontree.kernels.documents import padding_joined, silence_padding
 from fusiontree.kernels.scan import step as steps
 from fusiontree.kernels.scan.op import SSD, SSDInputs

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from fusiontree.compiling import refusal
 from fusiontree.core import memory
 from fusiontree.core.model import build
 from fusiontree.core.weights import save_weights
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels.compiled import refusal
 from fusiontree.training.console import Console, Silent
 from fusiontree.training.errors import RunError
 from fusiontree.training.metrics import Listener
