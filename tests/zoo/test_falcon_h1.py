@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 import fusiontree as ft
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import falcon_h1
-
-transformers = pytest.importorskip("transformers")
 
 SMALL = {
     "vocab_size": 97,

@@ -1,0 +1,112 @@
+"""Compiled layers give what plain ones give, and plain ones run where somebody looks inside."""
+
+import pytest
+import torch
+
+import fusiontree as ft
+from fusiontree.kernels.scan import chunked
+
+SPEC = {
+    "vocab_size": 61,
+    "width": 32,
+    "encodings": {"rope": {"kind": "rope"}, "time": {"kind": "srte_sincos"}},
+    "layers": [
+        {
+            "repeat": 2,
+            "layers": [
+                {
+                    "mixer": {
+                        "kind": "gated",
+                        "branches": {
+                            "mamba": {"kind": "mamba2", "heads": 4, "head_dim": 8, "state": 8, "encodings": ["time"]},
+                            "attention": {
+                                "kind": "attention",
+                                "heads": 4,
+                                "kv_heads": 2,
+                                "head_dim": 8,
+                                "window": 9,
+                                "global_heads": 2,
+                                "global_kv_heads": 1,
+                                "encodings": ["rope"],
+                            },
+                        },
+                        "gate": {"kind": "sigmoid"},
+                    },
+                    "ffn": {"kind": "swiglu", "hidden": 48},
+                }
+            ],
+        }
+    ],
+}
+DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
+TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
+
+
+def trained_once(model, documents):
+    loss = torch.nn.functional.cross_entropy(model(TOKENS, documents=documents)[:, :140].flatten(0, 1).float(), TARGETS)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+TARGETS = TOKENS[:, 1:141].flatten()
+
+
+def both(backend):
+    spec = ft.ModelSpec.model_validate(SPEC)
+    plain, compiled = ft.build(spec), ft.build(spec)
+    compiled.compile(backend=backend)
+    return plain, compiled
+
+
+def assert_same_step(backend, documents):
+    torch._dynamo.reset()
+    plain, compiled = both(backend)
+    loss, expected = trained_once(plain, documents)
+    found, gradients = trained_once(compiled, documents)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(gradients[name] / scale, gradient / scale, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "packed"])
+def test_each_layer_is_one_graph_with_the_same_loss_and_gradients(documents, monkeypatch):
+    monkeypatch.setattr(chunked, "piece", lambda function, compiled: function)  # no C++ compiler is needed
+    assert_same_step("aot_eager", documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "packed"])
+def test_compiled_code_gives_the_same_loss_and_gradients(documents):
+    assert_same_step("inductor", documents)
+
+
+def test_equal_layers_and_other_tokens_are_compiled_once(monkeypatch):
+    monkeypatch.setattr(chunked, "piece", lambda function, compiled: function)
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    _, compiled = both(counting)
+    for step in range(3):
+        compiled(TOKENS.roll(step, 1), documents=DOCUMENTS.clamp(min=0) * (step != 1))
+    assert len(graphs) == 1
+
+
+def test_observing_forcing_dropping_and_generating_see_the_plain_layers():
+    def failing(graph, inputs):
+        raise AssertionError("compiled")
+
+    plain, compiled = both(failing)
+    for model in (plain, compiled):
+        model.eval()
+    prompt = TOKENS[:1, :7]
+    assert compiled.generate(prompt, max_new_tokens=3).tolist() == plain.generate(prompt, max_new_tokens=3).tolist()
+    with plain.observe() as expected, compiled.observe() as found:
+        plain(TOKENS), compiled(TOKENS)
+    assert found.data() == expected.data()
+    with compiled.drop(["layers.0.mixer.branches.mamba"]), compiled.force({"layers.1.mixer": {"mamba": 1.0}}):
+        compiled(TOKENS)
