@@ -6,13 +6,18 @@ READY := $(VENV)/.ready
 # Threads that wait for each other soon sleep: on busy cores spinning ones are ten times slower.
 export GOMP_SPINCOUNT := 5000
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test bench lint docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
+
+bench: $(READY)
+	$(BIN)/python benchmarks/peers.py --task forward --tokens 4096
+	$(BIN)/python benchmarks/peers.py --task training --tokens 4096
+	$(BIN)/python benchmarks/peers.py --task forward --tokens 16384 --window 1024
 
 lint: $(READY)
 	$(BIN)/ruff check .

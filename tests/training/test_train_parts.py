@@ -82,6 +82,15 @@ def test_micro_batches_of_all_processes_make_up_a_step(data, tmp_path):
             assert all(loader.state_dict() == {"step": step + 1} for loader in loaders)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own SIGINT, which a shell that started the tests in the background takes away."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_is_noted_and_the_second_counts():
     before = signal.getsignal(signal.SIGINT)
     with Stop().listening() as stop:
