@@ -29,7 +29,7 @@ from fusiontree.zoo import falcon_h1
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("transformers", "fusiontree", "fusiontree compiled")
-LAYOUT = {
+LAYOUT: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 512,
     "num_hidden_layers": 4,
@@ -55,10 +55,12 @@ def peak_megabytes() -> float:
 
 def model(side: str, window: int | None) -> nn.Module:
     """The model of one side, in bfloat16; theirs has no window."""
-    config = transformers.FalconH1Config(**LAYOUT, use_cache=False)
+    options: dict[str, Any] = LAYOUT | {"use_cache": False}
+    config = transformers.FalconH1Config(**options)
     torch.manual_seed(0)
     if side == "transformers":
-        return transformers.FalconH1ForCausalLM(config).to(torch.bfloat16)
+        theirs: Any = transformers.FalconH1ForCausalLM(config)
+        return theirs.to(torch.bfloat16)
     spec = falcon_h1.spec_of(config.to_dict())
     if window is not None:
         spec = spec.replace({"layers.*.mixer.branches.attention.window": window})
