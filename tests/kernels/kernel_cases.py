@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree.kernels import Op
@@ -99,12 +100,17 @@ def continued(segments: Tensor, cut: int) -> Tensor:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation makes."""
+    """Remembers the size of the largest tensor that any operation makes, inside custom operators too."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        custom = OPDEFS.get(func._schema.name)
+        if custom is None:
+            result = func(*args, **(kwargs or {}))
+        else:  # torch would show the whole operator and nothing of what it does
+            with self:
+                result = custom._init_fn(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())

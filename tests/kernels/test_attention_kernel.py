@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from kernel_cases import (
@@ -276,6 +278,21 @@ def test_packed_full_attention_costs_its_documents_only(backend: str) -> None:
     inputs = [torch.ones(1, time, 1, 4) for _ in range(3)]
     y = attention(*inputs, scale=1.0, segments=(torch.arange(time) // 64)[None], backend=backend)
     assert_close(y, torch.ones_like(y), torch.float32)
+
+
+def test_masks_of_a_long_document_are_not_kept_for_other_calls() -> None:
+    """Without a window every block has a mask of its own, and all of them are as large as the square's half."""
+    time = 8192
+    inputs = [torch.ones(1, time, 1, 1) for _ in range(3)]
+    before = alive()
+    attention(*inputs, scale=1.0, segments=torch.zeros(1, time, dtype=torch.long), backend="blocked_flash")
+    assert alive() - before <= 2**24
+
+
+def alive() -> int:
+    """The elements of all tensors that somebody holds."""
+    gc.collect()
+    return sum(tensor.numel() for tensor in gc.get_objects() if type(tensor) is Tensor)
 
 
 def test_refusals_say_why() -> None:

@@ -6,7 +6,7 @@ through slices would fill a whole gradient for each, which is quadratic again.
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,6 +18,8 @@ from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequ
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
+LARGEST_BAND = 2**19
+"""The most elements of a bias that is kept for other calls; without a window biases grow with time."""
 KERNELS = {"product": PRODUCT, "flash_cpu": FLASH_CPU}
 
 
@@ -42,7 +44,7 @@ def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_he
     return heads.transpose(1, 2).contiguous()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _band(queries: int, keys: int, window: int | None, share: int, like: tuple[torch.dtype, torch.device]) -> Tensor:
     """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
     seen = sight(keys, None, None, window, like[1])
@@ -64,8 +66,8 @@ class Blocks:
         """The rows of some queries, the keys that they see, and both with their bias."""
         seen = sight(self.time, self.segments, self.age, options.window, self.q.device)
         for queries, keys, plain in seen.blocks(QUERIES):
-            if plain:
-                sizes = queries.stop - queries.start, keys.stop - keys.start
+            sizes = queries.stop - queries.start, keys.stop - keys.start
+            if plain and sizes[0] * sizes[1] * self.share <= LARGEST_BAND:
                 bias = _band(*sizes, options.window, self.share, (self.q.dtype, self.q.device))
             else:
                 bias = seen.bias(queries, keys, self.share, self.q.dtype)
@@ -97,7 +99,7 @@ def _attend(
 
 
 @_attend.register_fake
-def _(q, k, v, *options):  # noqa: ANN001, ANN002, ANN202
+def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     batch, time, heads, _ = q.shape
     rows = (batch, k.shape[2], time * heads // k.shape[2])
     return q.new_empty(batch, time, heads, v.shape[-1]), q.new_empty(rows, dtype=wide(q.dtype))
@@ -132,16 +134,18 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(grad, y, lse, q, k, v, *options):  # noqa: ANN001, ANN002, ANN202
+def _attend_backward_shapes(
+    grad: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, segments, age, *ctx.options = inputs
     ctx.save_for_backward(*output, q, k, v, segments, age)
 
 
-def _propagate(ctx, grad: Tensor, _):  # noqa: ANN001, ANN202
+def _propagate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(6))
 
 

@@ -6,6 +6,7 @@ is opaque to `torch.compile`: a compiled model calls it as it is, and then its s
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -69,7 +70,8 @@ def _scan(
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, state, segments, keep, compiled):  # noqa: ANN001, ANN202
+def _scan_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, state, _, keep, _ = others
     count = len(list(_spans(x)))
     states = state.new_empty(count, *state.shape) if keep else state.new_empty(0)
     return x.new_empty(x.shape), state.new_empty(state.shape), states
@@ -100,18 +102,20 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(grad_y, grad_state, tokens, A, states, segments, compiled):  # noqa: ANN001, ANN202
+def _scan_backward_shapes(
+    grad_y: Tensor, grad_state: Tensor, tokens: list[Tensor], A: Tensor, states: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
     like = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tokens]
     return torch.empty_like(A), states.new_empty(states.shape[1:]), *like
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, dt, A, B, C, _, segments, _, compiled = inputs
     ctx.save_for_backward(x, dt, B, C, A, output[2], segments)
     ctx.compiled = compiled
 
 
-def _propagate(ctx, grad_y: Tensor, grad_state: Tensor, _):  # noqa: ANN001, ANN202
+def _propagate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tokens, A, states, segments = ctx.saved_tensors
     grad_A, grad_first, x, dt, B, C = _scan_backward(
         grad_y.contiguous(), grad_state, tokens, A, states, segments, ctx.compiled
