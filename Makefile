@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON := build/triton
 # Threads that wait for each other soon sleep: on busy cores spinning ones are ten times slower.
 export GOMP_SPINCOUNT := 5000
 
-.PHONY: demo test bench lint docs clean
+.PHONY: demo test triton bench lint docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
+
+# The adapters to Triton kernels with the real kernels, which Triton's interpreter runs on a CPU, in some minutes.
+triton: $(TRITON)/.ready
+	TRITON_INTERPRET=1 PYTHONPATH=tests/kernels $(TRITON)/bin/python -W ignore tests/interpreted.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/peers.py --task forward --tokens 4096
@@ -35,5 +40,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# Its interpreter wants numpy before 2.4; mamba-ssm without its compiled extension is pure Python.
+$(TRITON)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRITON)
+	grep -v "^numpy" constraints.txt > $(TRITON)/constraints.txt
+	$(TRITON)/bin/pip install --quiet --disable-pip-version-check --constraint $(TRITON)/constraints.txt --editable . "numpy<2.4" setuptools wheel packaging ninja
+	$(TRITON)/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0 fla-core==0.6.0
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(TRITON)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
+	@touch $@
+
 clean:
-	rm -rf $(VENV) outputs docs/_build
+	rm -rf $(VENV) $(TRITON) outputs docs/_build

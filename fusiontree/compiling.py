@@ -31,6 +31,13 @@ def allow_forms() -> None:
     config.recompile_limit = max(config.recompile_limit, FORMS)
 
 
+def any_size(tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Let one form serve all sizes of the dimensions in which a tensor and one for another call differ."""
+    sizes = zip(tensor.shape, like.shape, strict=True)
+    for dimension in (place for place, (size, other) in enumerate(sizes) if size != other):
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)  # pyright: ignore[reportPrivateImportUsage]
+
+
 @cache
 def refusal(device: str) -> str | None:
     """Why nothing can be compiled for a type of device here, or None; it tries, which takes some seconds once."""

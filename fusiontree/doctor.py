@@ -12,7 +12,7 @@ import fusiontree
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.memory import free_bytes
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import OPS, AttentionRequest, ConvRequest, SSDRequest
+from fusiontree.kernels import OPS, AttentionRequest, ConvRequest, SelectiveScanRequest, SSDRequest, StepRequest
 
 PACKAGES = {
     "torchtitan": "training (fusiontree[train])",
@@ -78,11 +78,16 @@ def _kernels() -> Iterator[dict[str, Any]]:
 
 def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
     """What training, packed training and decoding ask of each operator."""
-    kind = torch.float32
-    yield "training", "ssd", SSDRequest(device, kind, segments=False)
-    yield "packed documents", "ssd", SSDRequest(device, kind, segments=True)
-    yield "training", "causal_conv1d", ConvRequest(device, kind, segments=False)
-    yield "packed documents", "causal_conv1d", ConvRequest(device, kind, segments=True)
+    kind = torch.float32 if device == "cpu" else torch.bfloat16
+    scan = SSDRequest(device, kind, segments=False, gradients=True, even=True)
+    yield "training", "ssd", scan
+    yield "packed documents", "ssd", scan._replace(segments=True)
+    selective = SelectiveScanRequest(device, kind, segments=False, state=16)
+    yield "training", "selective_scan", selective
+    yield "packed documents", "selective_scan", selective._replace(segments=True)
+    conv = ConvRequest(device, kind, segments=False, taps=4, eights=True)
+    yield "training", "causal_conv1d", conv
+    yield "packed documents", "causal_conv1d", conv._replace(segments=True)
     plain = AttentionRequest(
         device,
         kind,
@@ -90,11 +95,12 @@ def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
         softcap=False,
         segments=False,
         past=False,
-        one_query=False,
-        equal_widths=True,
+        head_dim=64,
+        value_dim=64,
         gradients=True,
     )
     yield "training, global", "attention", plain
     yield "training, windowed", "attention", plain._replace(windowed=True)
     yield "packed documents, windowed", "attention", plain._replace(windowed=True, segments=True)
-    yield "decoding", "attention", plain._replace(windowed=True, past=True, one_query=True, gradients=False)
+    yield "prefill in chunks", "attention", plain._replace(windowed=True, past=True, gradients=False)
+    yield "decoding", "attention_step", StepRequest(device, kind, softcap=False, equal_widths=True)

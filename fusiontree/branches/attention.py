@@ -16,10 +16,11 @@ from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise
 from fusiontree.core.spec import Count, Flag, Natural, Positive, invalid
-from fusiontree.kernels import Past, attention
+from fusiontree.kernels import Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]
+Ring = Float[Tensor, "batch kv_heads slots channels"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class AttentionBranch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Attend, group by group."""
-        spec, state = self.spec, context.state(self.path)
+        spec, state = self.spec, context.state(self)
         x = context.encode(spec.encodings, x)
         q, k = self._rotated(self.q, self.q_norm, x, context), self._rotated(self.k, self.k_norm, x, context)
         v = rearrange(self.v(x), "b t (h d) -> b t h d", h=spec.kv_heads)
@@ -196,33 +197,54 @@ class AttentionBranch(Node):
 
     def _attend(self, group: Group, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
         q, k, v = qkv
-        past = self._recall(group, context, state, k, v) if state is not None else None
+        past = None
+        if state is not None:
+            rings = self._rings(group, context, state)
+            if q.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
+                return self._step(rings, (q, k, v), context)
+            past = _recall(rings, context, k, v)
         softcap, segments = self.spec.softcap, context.segments
         return attention(q, k, v, window=group.window, scale=self.scale, softcap=softcap, segments=segments, past=past)
 
-    def _recall(self, group: Group, context: Context, state: State, k: Heads, v: Heads) -> Past | None:
-        """What the cache holds before this chunk; the chunk is written into it."""
-        rows, names = context.rows, (f"{group.name}.keys", f"{group.name}.values")
+    def _rings(self, group: Group, context: Context, state: State) -> tuple[Ring, Ring]:
+        """A group's keys and values, with room for the chunk."""
+        assert context.rows is not None
+        names = f"{group.name}.keys", f"{group.name}.values"
+        if group.window is None and context.rows.room is not None:
+            state.update({name: _grown(state[name], context.rows.room) for name in names})
+        return state[names[0]], state[names[1]]
+
+    def _step(self, rings: tuple[Ring, Ring], qkv: tuple[Heads, Heads, Heads], context: Context) -> Heads:
+        """One token a row: its key takes the place of the one that leaves the window, and the ring is all it sees."""
+        (q, k, v), rows = (tensor[:, 0] for tensor in qkv), context.rows
         assert rows is not None
-        if group.window is None:
-            for name in names:
-                state[name] = _grown(state[name], rows.most)
-        keys, values = (state[name].clone() for name in names)
-        for name, new in zip(names, (k, v), strict=True):
-            rows.write(state[name], new)
-        return Past(keys, values, rows.ages(keys.shape[1]))
+        for ring, new in zip(rings, (k, v), strict=True):
+            rows.write_one(ring.transpose(1, 2), new)
+        filled = rows.filled(rings[0].shape[2])
+        return attention_step(q, *rings, filled, scale=self.scale, softcap=self.spec.softcap)[:, None]
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
-        """A ring of keys and one of values for each group."""
+        """A ring of keys and one of values for each group, heads before slots: a step reads a head's in one piece."""
         value_dim = self.spec.value_dim or self.spec.head_dim
         return {
-            f"{group.name}.{name}": like.new_zeros(batch, group.slots(capacity), group.kv_heads, channels)
+            f"{group.name}.{name}": like.new_zeros(batch, group.kv_heads, group.slots(capacity), channels)
             for group in self.spec.groups()
             for name, channels in (("keys", self.spec.head_dim), ("values", value_dim))
         }
 
 
-def _grown(ring: Tensor, tokens: int) -> Tensor:
+def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> Past:
+    """What the cache holds before a chunk; the chunk is written into it."""
+    rows = context.rows
+    assert rows is not None
+    keys, values = (ring.transpose(1, 2) for ring in rings)
+    past = Past(keys.clone(), values.clone(), rows.ages(keys.shape[1]))
+    rows.write(keys, k)
+    rows.write(values, v)
+    return past
+
+
+def _grown(ring: Ring, tokens: int) -> Ring:
     """A ring that never wraps, with room for this many tokens; doubled so that growing stays cheap."""
-    slots = ring.shape[1]
-    return ring if tokens <= slots else F.pad(ring, (0, 0, 0, 0, 0, max(tokens, 2 * slots) - slots))
+    slots = ring.shape[2]
+    return ring if tokens <= slots else F.pad(ring, (0, 0, 0, max(tokens, 2 * slots) - slots))

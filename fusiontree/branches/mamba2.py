@@ -19,7 +19,7 @@ from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Module, Norm, Normalise, constant, fan_in, wide
 from fusiontree.core.spec import Count, Flag, NonNegative, Positive, invalid
-from fusiontree.kernels import causal_conv1d, ssd, ssd_step
+from fusiontree.kernels import causal_conv1d, causal_conv1d_step, ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]
 Inner = Float[Tensor, "batch time inner"]
@@ -147,7 +147,7 @@ class Mamba2Branch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, gate."""
-        spec, state = self.spec, context.state(self.path)
+        spec, state = self.spec, context.state(self)
         x = context.encode(spec.encodings, x)
         z, dt = self.z(x), self._step_sizes(self.dt(x))
         inputs = {"x": self.x(x), "B": self.B(x), "C": self.C(x)}
@@ -168,7 +168,7 @@ class Mamba2Branch(Node):
     def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Tensor:
         u, dt, B, C = inputs
         A = -torch.exp(self.A_log.to(dt.dtype))
-        if state is not None and context.segments is None and u.shape[1] == 1:
+        if state is not None and _is_step(u, context):
             y, _ = ssd_step(state["ssm"], u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
             return y[:, None]
         start = None if state is None else state["ssm"]
@@ -204,10 +204,17 @@ class Convolution(Module):
         """Convolve a chunk; the state `conv.<name>` is read and brought up to date."""
         key = f"conv.{name}"
         start = None if state is None else state[key]
+        if start is not None and _is_step(x, context):
+            return F.silu(causal_conv1d_step(start, x[:, 0], self.weight, self.bias))[:, None]
         y, end = causal_conv1d(x, self.weight, self.bias, initial_state=start, segments=context.segments)
-        if state is not None:
-            state[key].copy_(end.detach())
+        if start is not None:
+            start.copy_(end.detach())
         return F.silu(y)
+
+
+def _is_step(x: Tensor, context: Context) -> bool:
+    """Whether states are brought up to date by one token in every row, and no gradient will ask for what they were."""
+    return x.shape[1] == 1 and context.segments is None and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:

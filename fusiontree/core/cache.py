@@ -21,7 +21,8 @@ class Rows:
         after: tokens of that document once the chunk is in.
         positions: the position that the row's next token has.
         documents: the id of the document that is open at the chunk's end.
-        most: no row's `after` is larger; known without looking at the device.
+        fresh: which rows the chunk brings tokens; None: all of them.
+        room: how many tokens a ring that grows has to hold; None where rings have room for all that may come.
     """
 
     before: Int[Tensor, "batch"]
@@ -30,7 +31,8 @@ class Rows:
     after: Int[Tensor, "batch"]
     positions: Int[Tensor, "batch"]
     documents: Int[Tensor, "batch"]
-    most: int
+    fresh: Bool[Tensor, "batch"] | None
+    room: int | None
 
     def ages(self, slots: int) -> Int[Tensor, "batch slots"]:
         """How many tokens before the chunk the token in each slot of a ring is; 0 for an empty slot."""
@@ -50,19 +52,35 @@ class Rows:
     def write(self, ring: Tensor, values: Tensor) -> None:
         """Bring a ring [batch, slots, ...] up to date with a chunk's values [batch, time, ...], in place."""
         values, slots = values.detach(), ring.shape[1]
-        if values.shape[1] == 1:  # a decode step touches one slot
-            row, slot = torch.arange(ring.shape[0], device=ring.device), (self.after - 1).clamp(min=0) % slots
-            fresh = _over(self.after > self.carried, values[:, 0])
-            ring[row, slot] = torch.where(fresh, values[:, 0], ring[row, slot])
-            return
         index, fresh = self.sources(slots)
         gathered = values.gather(1, _over(index, values).expand(-1, -1, *values.shape[2:]))
         ring.copy_(torch.where(_over(fresh, values), gathered, ring))
+
+    def write_one(self, ring: Tensor, values: Tensor) -> None:
+        """The same for the values [batch, ...] of a chunk of one token, which touches one slot of each row."""
+        row = torch.arange(ring.shape[0], device=ring.device)
+        slot = (self.after - 1).clamp(min=0) % ring.shape[1]
+        if self.fresh is not None:
+            values = torch.where(_over(self.fresh, values), values, ring[row, slot])
+        ring[row, slot] = values.detach()
+
+    def filled(self, slots: int) -> Int[Tensor, "batch"]:
+        """How many slots of a ring hold a token afterwards; 1 in a row that has none, whose slots are zeros."""
+        return self.after.clamp(1, slots)
 
 
 def _over(index: Tensor, values: Tensor) -> Tensor:
     """An index of leading dimensions, shaped to broadcast over values."""
     return index.reshape(*index.shape, *[1] * (values.ndim - index.ndim))
+
+
+def _by_layer(states: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """By the path of a layer, then by the place of a node in it."""
+    layers: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for path, state in states.items():
+        above, layer, place = path.split(".", 2)
+        layers.setdefault(f"{above}.{layer}", {})[place] = state
+    return layers
 
 
 class Cache:
@@ -76,11 +94,12 @@ class Cache:
         self, states: Mapping[str, dict[str, Tensor]], like: Int[Tensor, "batch"], capacity: int | None
     ) -> None:
         self.states = states
+        self.layers = _by_layer(states)
         self.capacity = capacity
         self.seen = torch.zeros_like(like)
         self.positions = torch.zeros_like(like)
         self.documents = torch.zeros_like(like)
-        self._most = 0
+        self._most = 0  # no row has seen more; known without looking at the device
 
     @property
     def batch(self) -> int:
@@ -92,8 +111,8 @@ class Cache:
         """Bytes of all states."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
-    def reserve(self, tokens: int) -> int:
-        """Make sure that `tokens` more fit every row; the most that a row may then hold.
+    def reserve(self, tokens: int) -> int | None:
+        """Make sure that `tokens` more fit every row; see `Rows.room`.
 
         Raises:
             FusionTreeError: they do not.
@@ -103,9 +122,9 @@ class Cache:
             if self._most + tokens > self.capacity:
                 found = f"{self._most} tokens and {tokens} more"
                 raise FusionTreeError(f"cache: {found} do not fit, its max_length is {self.capacity}")
-        return self._most + tokens
+        self._most += tokens
+        return self._most if self.capacity is None else None
 
     def advance(self, rows: Rows) -> None:
         """Take note of a chunk that every node has seen."""
         self.seen, self.positions, self.documents = rows.after, rows.positions, rows.documents
-        self._most = rows.most

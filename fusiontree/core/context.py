@@ -9,7 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fusiontree.core.cache import Rows
-    from fusiontree.core.contracts import State, Table
+    from fusiontree.core.contracts import Node, State, Table
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Context:
     """Where each token stands, and what came before.
 
     `segments` numbers the documents of each row from 0: segment 0 continues what the cache holds, any other
-    starts from nothing, -1 is padding and only ever trails. None means one document and no padding.
+    starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
+    those of one layer, by the place of the node in it, so that equal layers have equal contexts.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -26,9 +27,9 @@ class Context:
     rows: "Rows | None" = None
     states: Mapping[str, "State"] | None = None
 
-    def state(self, path: str) -> "State | None":
-        """What the cache holds for the node at this path; None when there is no cache."""
-        return None if self.states is None else self.states[path]
+    def state(self, node: "Node") -> "State | None":
+        """What the cache holds for this node; None when there is no cache."""
+        return None if self.states is None else self.states[node.place]
 
     def encode(self, names: Sequence[str], x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """A branch's input with the encodings that it names added."""

@@ -119,9 +119,10 @@ def _has_hook(scope: Scope, name: str, hook: Hook) -> bool:
 
 
 class Node(Module, ABC):
-    """The module of a branch or a fusion; `path` is its place in the tree, given by the model."""
+    """The module of a branch or a fusion. The model tells it its `path` in the tree, and its `place` in its layer."""
 
     path: str = ""
+    place: str = ""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time features"]:

@@ -104,10 +104,10 @@ def stream(
         yield new
         if not any(live) or step + 1 == max_new_tokens:
             return
-        alive = None if all(live) else torch.tensor(live, device=chosen.device)
-        marks = None if alive is None else torch.where(alive, cache.documents, -1)[:, None]
+        # Rows that have ended go on unread, at a position that every encoding has.
+        positions = cache.positions * torch.tensor(live, device=chosen.device)
         with probes.evaluating(model):
-            features = model.features(chosen[:, None], documents=marks, cache=cache)[:, 0]
+            features = model.features(chosen[:, None], positions=positions[:, None], cache=cache)[:, 0]
 
 
 def _endings(stop: Stop) -> list[tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """The language model that a spec describes, and how it is built."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fusiontree.compiling import allow_forms, eagerly
+from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
 from fusiontree.core.context import Context
-from fusiontree.core.contracts import Encoding, Node
+from fusiontree.core.contracts import Encoding, Node, State
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
@@ -58,6 +59,8 @@ class Head(Module):
 class LanguageModel(nn.Module):
     """Tokens to logits. Module paths are the paths of the expanded spec."""
 
+    compiled = False
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -70,16 +73,17 @@ class LanguageModel(nn.Module):
         self.norm = Normalise(spec.norm, spec.width)
         self.head = Head(spec.head, spec.width, spec.vocab_size)
         for path, node in self.nodes():
-            node.path = path
+            node.path, node.place = path, path.split(".", 2)[2]
 
     def compile(self, **options: Any) -> None:
-        """Compile the layers, each as one graph, for calls without a cache; layers of one form and shape share it.
+        """Compile the layers, each as one graph; layers of one form and shape share it.
 
         The first call of each shape takes a minute on a CPU, which needs a C++ compiler; torch keeps what it made
-        on disk. Under `observe`, `force` and `drop` the layers run as plain Python. `options` are those of
-        `torch.compile`.
+        on disk. Of calls with a cache only decode steps are compiled, in a cache that has a `max_length`. Under
+        `observe`, `force` and `drop` the layers run as plain Python. `options` are those of `torch.compile`.
         """
         allow_forms()
+        self.compiled = True
         for layer in self.layers:
             layer.compile(**{"dynamic": False, "fullgraph": True} | options)
 
@@ -120,23 +124,23 @@ class LanguageModel(nn.Module):
         if cache is None or layout.rows is None:
             x = self.stack(tokens, self.context(layout))
         else:
-            with eagerly():  # a cache's counters change with every token, and so would the compiled form
-                x = self.stack(tokens, self.context(layout, cache))
+            with nullcontext() if _is_step(layout) else eagerly():  # chunks come in any number of lengths
+                x = self.stack(tokens, self.context(layout), cache)
             cache.advance(layout.rows)
         return x if layout.order is None else _scatter(x, layout.order)
 
-    def context(self, layout: boundaries.Layout, cache: Cache | None = None) -> Context:
+    def context(self, layout: boundaries.Layout) -> Context:
         """What the nodes are told of a chunk: the encodings are evaluated here, once."""
         self._check_positions(layout.positions)
         tables = {name: self._encoding(name)(layout.positions) for name in self.spec.encodings}
-        states = None if cache is None else cache.states
-        return Context(layout.positions, layout.segments, tables, layout.rows, states)
+        return Context(layout.positions, layout.segments, tables, layout.rows)
 
-    def stack(self, tokens: Ids, context: Context) -> Features:
-        """Embed, run the layers, normalise."""
+    def stack(self, tokens: Ids, context: Context, cache: Cache | None = None) -> Features:
+        """Embed, run the layers, each with its own part of the cache, normalise."""
         x = self.embedding(tokens) * self.spec.embedding.multiplier
-        for layer in self.layers:
-            x = layer(x, context)
+        for index, layer in enumerate(self.layers):
+            states = None if cache is None else cache.layers.get(f"layers.{index}", {})
+            x = layer(x, context if states is None else replace(context, states=states))
         return self.norm(x)
 
     def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
@@ -150,8 +154,18 @@ class LanguageModel(nn.Module):
             row = sum(node.cache_bytes(self.spec.scope, max_length, like.dtype) for _, node in self.spec.nodes())
             memory.check_room(batch_size * row, like.device, what=f"a cache of {batch_size} x {max_length} tokens")
         states = {path: node.new_state(batch_size, max_length, like) for path, node in self.nodes()}
+        if self.compiled and max_length is not None:
+            self._allow_other_lengths(states, batch_size, max_length)
         counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return Cache({path: state for path, state in states.items() if state}, counters, max_length)
+
+    def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, max_length: int) -> None:
+        """One compiled form of a step for all capacities."""
+        like = torch.empty(0, device="meta")
+        for path, node in self.nodes():
+            longer = node.new_state(batch_size, max_length + 1, like)
+            for name, tensor in states[path].items():
+                any_size(tensor, longer[name])
 
     def observe(self) -> AbstractContextManager[Observation]:
         """Collect statistics of every gate, by path and branch name, while a `with` block runs."""
@@ -216,6 +230,12 @@ class LanguageModel(nn.Module):
         if low < 0 or high >= limits[name]:
             found = f"position {low if low < 0 else high}"
             raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name]} positions")
+
+
+def _is_step(layout: boundaries.Layout) -> bool:
+    """Whether a chunk is the next token of every row, of documents that go on in rings of one size: one form."""
+    fixed = layout.rows is not None and layout.rows.room is None
+    return fixed and layout.positions.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
 
 
 def _are_ids(value: object) -> bool:

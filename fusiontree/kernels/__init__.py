@@ -6,16 +6,21 @@ Importing nothing of the rest of the library, they can be used alone. `documents
 
 from fusiontree.kernels.attn.attention import attention
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Past
-from fusiontree.kernels.conv.causal_conv1d import causal_conv1d
+from fusiontree.kernels.attn.step import ATTENTION_STEP, StepInputs, StepRequest, attention_step
+from fusiontree.kernels.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
 from fusiontree.kernels.conv.op import CONV, ConvInputs, ConvRequest
 from fusiontree.kernels.registry import OPS, Choice, Op, UnsupportedError, use_backend
 from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest
+from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs, SelectiveScanRequest
+from fusiontree.kernels.scan.selective.selective_scan import selective_scan, selective_scan_step
 from fusiontree.kernels.scan.ssd import ssd, ssd_step
 
 __all__ = [
     "ATTENTION",
+    "ATTENTION_STEP",
     "CONV",
     "OPS",
+    "SELECTIVE_SCAN",
     "SSD",
     "AttentionInputs",
     "AttentionRequest",
@@ -26,9 +31,17 @@ __all__ = [
     "Past",
     "SSDInputs",
     "SSDRequest",
+    "SelectiveScanInputs",
+    "SelectiveScanRequest",
+    "StepInputs",
+    "StepRequest",
     "UnsupportedError",
     "attention",
+    "attention_step",
     "causal_conv1d",
+    "causal_conv1d_step",
+    "selective_scan",
+    "selective_scan_step",
     "ssd",
     "ssd_step",
     "use_backend",

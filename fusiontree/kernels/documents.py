@@ -5,9 +5,13 @@ padding at the end. Segment 0 continues what came before the call (a state, cach
 segment starts from nothing. None is one document that continues, without padding.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 PADDING = -1
 
@@ -40,3 +44,97 @@ def silence_padding(
         return values
     kept = real(segments).reshape(*segments.shape, *(1 for _ in values.shape[2:]))
     return torch.where(kept, values, values.new_zeros(()))
+
+
+class Packed(NamedTuple):
+    """The documents of a batch one after another, as kernels for sequences of many lengths take them.
+
+    Padding is left out, but where a batch is nothing else: no kernel is asked for no token.
+
+    Attributes:
+        bounds: where each document starts, then where the last one ends (what kernels call cu_seqlens), int32.
+        host: the same, where Python can read it without waiting for a device.
+        rows: the row that each document is in.
+        continues: which documents continue what came before the call.
+        last: the last document of each row; -1 in a row of padding.
+        tokens: which of batch * time tokens are kept; None is all of them.
+        longest: the tokens of the longest document.
+        shape: batch and time.
+    """
+
+    bounds: Int[Tensor, "documents+1"]
+    host: Int[Tensor, "documents+1"]
+    rows: Int[Tensor, "documents"]
+    continues: Bool[Tensor, "documents"]
+    last: Int[Tensor, "batch"]
+    tokens: Int[Tensor, "tokens"] | None
+    longest: int
+    shape: tuple[int, int]
+
+    def pack(self, values: Float[Tensor, "batch time *features"]) -> Float[Tensor, "tokens *features"]:
+        """The documents' tokens."""
+        values = values.flatten(0, 1)
+        return values if self.tokens is None else values[self.tokens]
+
+    def unpack(self, values: Float[Tensor, "tokens *features"]) -> Float[Tensor, "batch time *features"]:
+        """The reverse of `pack`, with zeros where padding was left out."""
+        if self.tokens is not None:
+            empty = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+            values = empty.index_copy(0, self.tokens, values)
+        return values.unflatten(0, self.shape)
+
+    def entering(self, state: Float[Tensor, "batch *features"]) -> Float[Tensor, "documents *features"]:
+        """The state that each document starts from: its row's, or zeros."""
+        return torch.where(_over(self.continues, state), state[self.rows], 0.0)
+
+    def leaving(
+        self, states: Float[Tensor, "documents *features"], before: Float[Tensor, "batch *features"]
+    ) -> Float[Tensor, "batch *features"]:
+        """The state after each row's last document; the one before the call in a row of padding."""
+        return torch.where(_over(self.last >= 0, before), states[self.last], before)
+
+
+def _over(mask: Bool[Tensor, "rows"], values: Tensor) -> Tensor:
+    return mask.reshape(-1, *(1 for _ in values.shape[1:]))
+
+
+def packed(segments: Int[Tensor, "batch time"] | None, like: Float[Tensor, "batch time *features"]) -> Packed:
+    """The documents of a batch; waits for the device once for each tensor of segments, which layers share."""
+    if segments is None:
+        return _whole(like.shape[0], like.shape[1], like.device)
+    version = 0 if segments.is_inference() else segments._version
+    known = _packed.get(segments)
+    if known is None or known[0] != version:
+        known = _packed[segments] = (version, _pack(segments.cpu(), segments.device))
+    return known[1]
+
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@lru_cache(maxsize=32)
+def _whole(batch: int, time: int, device: torch.device) -> Packed:
+    return _pack(torch.zeros(batch, time, dtype=torch.long), device)
+
+
+def _pack(segments: Int[Tensor, "batch time"], device: torch.device) -> Packed:
+    kept = real(segments)
+    if not kept.any():
+        segments, kept = torch.zeros_like(segments), torch.ones_like(kept)
+    begins = torch.ones_like(kept)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    tokens = kept.flatten().nonzero()[:, 0]
+    starts = begins.flatten()[tokens].nonzero()[:, 0]
+    rows = tokens[starts] // segments.shape[1]
+    counts = rows.bincount(minlength=len(segments))
+    host = torch.cat([starts, tokens.new_tensor([len(tokens)])]).int()
+    return Packed(
+        bounds=host.to(device),
+        host=host,
+        rows=rows.to(device),
+        continues=(segments.flatten()[tokens[starts]] == 0).to(device),
+        last=torch.where(counts > 0, counts.cumsum(0) - 1, -1).to(device),
+        tokens=None if kept.all() else tokens.to(device),
+        longest=int(host.diff().max()),
+        shape=(segments.shape[0], segments.shape[1]),
+    )

@@ -96,17 +96,50 @@ def test_equal_layers_and_other_tokens_are_compiled_once(monkeypatch):
     assert len(graphs) == 1
 
 
-def test_observing_forcing_dropping_and_generating_see_the_plain_layers():
+def test_observing_forcing_dropping_and_prefill_see_the_plain_layers():
     def failing(graph, inputs):
         raise AssertionError("compiled")
 
     plain, compiled = both(failing)
-    for model in (plain, compiled):
-        model.eval()
     prompt = TOKENS[:1, :7]
-    assert compiled.generate(prompt, max_new_tokens=3).tolist() == plain.generate(prompt, max_new_tokens=3).tolist()
+    for cache in (compiled.new_cache(1), compiled.new_cache(1, 20)):
+        compiled(prompt, cache=cache)
     with plain.observe() as expected, compiled.observe() as found:
         plain(TOKENS), compiled(TOKENS)
     assert found.data() == expected.data()
     with compiled.drop(["layers.0.mixer.branches.mamba"]), compiled.force({"layers.1.mixer": {"mamba": 1.0}}):
         compiled(TOKENS)
+
+
+def assert_same_steps(backend):
+    """Greedy tokens and logits, from prompts of unequal length, beyond the window, in caches of two sizes."""
+    torch._dynamo.reset()
+    plain, compiled = both(backend)
+    for length, new in ((7, 20), (12, 9)):
+        prompts = [TOKENS[0, :length].tolist(), TOKENS[1, : length - 4].tolist()]
+        assert compiled.generate(prompts, max_new_tokens=new) == plain.generate(prompts, max_new_tokens=new)
+        whole, cache = TOKENS[:1, : length + new], compiled.new_cache(1, length + new)
+        with torch.no_grad():
+            chunks = [whole[:, :length], *whole[:, length:].split(1, 1)]
+            found = torch.cat([compiled(chunk, cache=cache) for chunk in chunks], 1)
+            torch.testing.assert_close(found, plain(whole), rtol=0, atol=1e-5)
+
+
+def test_decode_steps_are_compiled_once_for_all_lengths():
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    assert_same_steps(counting)
+    assert len(graphs) == 2  # two rows, and one
+
+
+def test_decode_steps_as_autograd_sees_them():
+    assert_same_steps("aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_decode_steps():
+    assert_same_steps("inductor")

@@ -215,24 +215,6 @@ def test_a_split_sequence_is_the_whole(window: int | None, cuts: tuple[int, ...]
             assert_close(got[real], want[:, start:stop][real], what=f"{backend} at {start}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_one_query_of_a_cache(dtype: torch.dtype, softcap: float | None) -> None:
-    inputs, past = [tensor[:, :1] for tensor in draw_inputs(2, dtype=dtype)], draw_past(300, dtype=dtype)
-    segments = torch.tensor([0, 0, 1, 0, -1, 0])[:, None]
-    rounded = [tensor.to(dtype) for tensor in inputs]
-    held = Past(past.keys.to(dtype), past.values.to(dtype), past.age)
-    for window in (1, 2, 100, 301, None):
-        options = {"window": window, "softcap": softcap, "segments": segments}
-        want = attention(*inputs, scale=SCALE, past=past, backend="reference", **options)
-        backends = serves(rounded, past=held, **options)
-        assert "decode" in backends
-        for backend in backends:
-            got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
-            assert torch.isfinite(got).all()
-            assert_close(at_real(got, segments), at_real(want, segments), dtype, f"{backend}, window {window}")
-
-
 @pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])
 def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
     draws, segments = draw_inputs(140), Draw(8).segments(140)
@@ -301,5 +283,3 @@ def test_refusals_say_why() -> None:
         attention(*inputs, window=2, scale=SCALE, backend="sdpa")
     with pytest.raises(UnsupportedError, match="softcap"):
         attention(*inputs, softcap=2.0, scale=SCALE, backend="blocked_flash")
-    with pytest.raises(UnsupportedError, match="one query"):
-        attention(*inputs, scale=SCALE, backend="decode")

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusiontree.kernels import CONV, ConvRequest, causal_conv1d
 
 ROWS, CHANNELS = 6, 3
-BACKENDS = serving(CONV, ConvRequest("cpu", torch.float64, segments=True))
+REQUEST = ConvRequest("cpu", torch.float64, segments=True, taps=4, eights=False)
+BACKENDS = serving(CONV, REQUEST)
 TAPS = (1, 2, 4)
 
 
@@ -59,7 +60,7 @@ def test_backends_agree_with_the_reference(time: int, packed: bool, dtype: torch
     exact = leaves(draws, [torch.float64] * 4)
     want = run(exact, segments, "reference")
     want_grads = gradients(want, exact)
-    for backend in serving(CONV, ConvRequest("cpu", dtype, packed)):
+    for backend in serving(CONV, REQUEST._replace(dtype=dtype, segments=packed)):
         rounded = leaves(draws, [dtype] * 4)
         got = run(rounded, segments, backend)
         assert {one.dtype for one in got} == {dtype}

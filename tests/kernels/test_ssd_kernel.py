@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusiontree.kernels import SSD, SSDRequest, ssd, ssd_step
 
 ROWS, HEADS, WIDTH, STATE = 6, 4, 3, 5
-BACKENDS = serving(SSD, SSDRequest("cpu", torch.float64, segments=True))
+REQUEST = SSDRequest("cpu", torch.float64, segments=True, gradients=True, even=False)
+BACKENDS = serving(SSD, REQUEST)
 
 
 def draw_inputs(time: int, groups: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -73,7 +74,7 @@ def test_backends_agree_with_the_reference(time: int, packed: bool, dtype: torch
     exact = leaves(draws, [torch.float64] * 6)
     want = run(exact, segments, "reference")
     want_grads = gradients(want, exact)
-    for backend in serving(SSD, SSDRequest("cpu", dtype, packed)):
+    for backend in serving(SSD, REQUEST._replace(dtype=dtype, segments=packed)):
         rounded = leaves(draws, [dtype, wide, wide, dtype, dtype, wide])
         got = run(rounded, segments, backend)
         assert (got[0].dtype, got[1].dtype) == (dtype, wide)

@@ -37,7 +37,7 @@ def test_window_off_by_one(monkeypatch):
 
     attention_kernel = attention.attention
     monkeypatch.setattr(attention, "attention", wider)
-    assert broken_laws(Attention) == "flops"
+    assert broken_laws(Attention) == "split"
 
 
 def test_convolution_leaks_over_documents(monkeypatch):
@@ -63,6 +63,12 @@ def test_attention_sees_other_documents(monkeypatch):
 def test_ring_is_written_one_slot_late(monkeypatch):
     ages = Rows.ages
     monkeypatch.setattr(Rows, "ages", lambda self, slots: (ages(self, slots) - 1).clamp(min=0))
+    assert broken_laws(Attention) == "split"
+
+
+def test_a_step_does_not_see_its_own_token(monkeypatch):
+    filled = Rows.filled
+    monkeypatch.setattr(Rows, "filled", lambda self, slots: (filled(self, slots) - 1).clamp(min=1))
     assert broken_laws(Attention) == "split"
 
 

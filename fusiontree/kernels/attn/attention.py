@@ -3,7 +3,16 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.attn import blocked, decode, reference, sdpa  # noqa: F401  (they register)
+from fusiontree.kernels.attn import (  # noqa: F401  (they register)
+    blocked,
+    fla,
+    flash_attn,
+    flex,
+    reference,
+    sdpa,
+    varlen,
+    xformers,
+)
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Past
 
 

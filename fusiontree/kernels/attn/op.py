@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusiontree.kernels.documents import previous
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.untraced import Untraced
 
 BEYOND = 2**40
 """Farther than any token."""
@@ -31,9 +32,14 @@ class AttentionRequest(NamedTuple):
     softcap: bool
     segments: bool
     past: bool
-    one_query: bool
-    equal_widths: bool
+    head_dim: int
+    value_dim: int
     gradients: bool
+
+    @property
+    def equal_widths(self) -> bool:
+        """Whether keys and values have the same width."""
+        return self.head_dim == self.value_dim
 
 
 class Sight(NamedTuple):
@@ -105,7 +111,7 @@ class AttentionInputs(NamedTuple):
     scale: float
     softcap: float | None
     segments: Int[Tensor, "batch time"] | None
-    past: Past | None
+    past: Past | None = None
 
     @property
     def request(self) -> AttentionRequest:
@@ -119,10 +125,14 @@ class AttentionInputs(NamedTuple):
             softcap=self.softcap is not None,
             segments=self.segments is not None,
             past=past is not None,
-            one_query=time == 1,
-            equal_widths=self.k.shape[-1] == self.v.shape[-1],
+            head_dim=self.k.shape[-1],
+            value_dim=self.v.shape[-1],
             gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         )
+
+    def results(self) -> list[Tensor]:
+        """See `untraced.Shaped`."""
+        return [self.q.new_empty(*self.q.shape[:3], self.v.shape[-1])]
 
     def all_keys(self) -> tuple[Tensor, Tensor]:
         """Keys and values, cached ones first."""
@@ -138,3 +148,9 @@ class AttentionInputs(NamedTuple):
 
 
 ATTENTION: Op[AttentionInputs] = Op("attention")
+untraced = Untraced(
+    "attention_untraced",
+    "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments",
+    AttentionInputs,
+)
+"""Decorates backends, which serve no cached keys."""

@@ -1,10 +1,12 @@
 """The short depthwise convolution in front of a state-space layer (Gu and Dao 2023, arXiv 2312.00752)."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.conv import reference, shifted  # noqa: F401  (they register)
+from fusiontree.kernels.conv import causal_conv1d_cuda, fla, reference, shifted  # noqa: F401  (they register)
 from fusiontree.kernels.conv.op import CONV, ConvInputs
+from fusiontree.kernels.documents import wide
 
 
 def causal_conv1d(
@@ -31,3 +33,17 @@ def causal_conv1d(
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
     return CONV(ConvInputs(x, weight, bias, initial_state, segments), backend)
+
+
+def causal_conv1d_step(
+    state: Float[Tensor, "batch taps-1 channels"],
+    x: Float[Tensor, "batch channels"],
+    weight: Float[Tensor, "channels taps"],
+    bias: Float[Tensor, "channels"] | None = None,
+) -> Float[Tensor, "batch channels"]:
+    """One token of `causal_conv1d`, for decoding without gradients: `state` is brought up to date in place."""
+    dtype = wide(x.dtype)
+    window = torch.cat([state, x[:, None]], 1)
+    y = (window.to(dtype) * weight.mT.to(dtype)).sum(1)
+    state.copy_(window[:, 1:])
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.untraced import Untraced
 
 
 class ConvRequest(NamedTuple):
@@ -15,6 +16,9 @@ class ConvRequest(NamedTuple):
     device: str
     dtype: torch.dtype
     segments: bool
+    taps: int
+    eights: bool
+    """The channels are a multiple of eight."""
 
 
 class ConvInputs(NamedTuple):
@@ -29,7 +33,18 @@ class ConvInputs(NamedTuple):
     @property
     def request(self) -> ConvRequest:
         """See `registry.Inputs`."""
-        return ConvRequest(self.x.device.type, self.x.dtype, self.segments is not None)
+        return ConvRequest(
+            device=self.x.device.type,
+            dtype=self.x.dtype,
+            segments=self.segments is not None,
+            taps=self.weight.shape[1],
+            eights=self.x.shape[2] % 8 == 0,
+        )
+
+    def results(self) -> list[Tensor]:
+        """See `untraced.Shaped`."""
+        batch, _, channels = self.x.shape
+        return [self.x.new_empty(self.x.shape), self.x.new_empty(batch, self.weight.shape[1] - 1, channels)]
 
     def history(self) -> Float[Tensor, "batch taps-1 channels"]:
         """The inputs before the first one: the initial state, or zeros."""
@@ -39,3 +54,9 @@ class ConvInputs(NamedTuple):
 
 
 CONV: Op[ConvInputs] = Op("causal_conv1d")
+untraced = Untraced(
+    "causal_conv1d_untraced",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? segments",
+    ConvInputs,
+)
+"""Decorates backends."""

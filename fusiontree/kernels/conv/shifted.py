@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusiontree.kernels.conv.final import final_state
 from fusiontree.kernels.conv.op import CONV, ConvInputs
-from fusiontree.kernels.documents import padding_joined, real, silence_padding, wide
+from fusiontree.kernels.documents import silence_padding, wide
 
 TOKENS = 128
 
@@ -63,19 +64,6 @@ class _Shifted(torch.autograd.Function):
         return grad_extended.to(extended.dtype), grad_taps.mT.to(weight.dtype), grad_bias.to(bias.dtype), None
 
 
-def _final_state(
-    extended: Float[Tensor, "batch taps-1+time channels"],
-    owners: Int[Tensor, "batch taps-1+time"],
-    segments: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch taps-1 channels"]:
-    """The inputs up to each row's last real token, those of other documents set to zero."""
-    history = owners.shape[1] - segments.shape[1]
-    places = real(segments).sum(1, keepdim=True) + torch.arange(history, device=segments.device)
-    kept = owners.gather(1, places) == padding_joined(segments)[:, -1:]
-    inputs = extended.gather(1, places[..., None].expand(-1, -1, extended.shape[2]))
-    return torch.where(kept[..., None], inputs, 0.0)
-
-
 def _fusible(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """The same sum without blocks, for a compiler that makes one loop of it."""
     dtype, time = wide(extended.dtype), extended.shape[1] - weight.shape[1] + 1
@@ -101,8 +89,8 @@ def shifted(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     extended = torch.cat([history, x], dim=1)
     bias = x.new_zeros(x.shape[2]) if bias is None else bias
     if segments is None:
-        return _convolve(extended, weight, bias, None), extended[:, time:]
+        return _convolve(extended, weight, bias, None), final_state(inputs)
     owners = torch.cat([segments.new_zeros(history.shape[:2]), segments], dim=1)
     mask = torch.stack([owners[:, tap : tap + time] == segments for tap in range(weight.shape[1])])
     y = _convolve(extended, weight, bias, mask)
-    return silence_padding(y, segments), _final_state(extended, owners, segments)
+    return silence_padding(y, segments), final_state(inputs)

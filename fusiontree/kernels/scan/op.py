@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.kernels.documents import silence_padding, wide
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.untraced import Untraced
 
 
 class SSDRequest(NamedTuple):
@@ -16,6 +17,9 @@ class SSDRequest(NamedTuple):
     device: str
     dtype: torch.dtype
     segments: bool
+    gradients: bool
+    even: bool
+    """head_dim and state are."""
 
 
 class SSDInputs(NamedTuple):
@@ -32,7 +36,18 @@ class SSDInputs(NamedTuple):
     @property
     def request(self) -> SSDRequest:
         """See `registry.Inputs`."""
-        return SSDRequest(self.x.device.type, self.x.dtype, self.segments is not None)
+        tensors = [tensor for tensor in self[:6] if tensor is not None]
+        return SSDRequest(
+            device=self.x.device.type,
+            dtype=self.x.dtype,
+            segments=self.segments is not None,
+            gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+            even=self.x.shape[-1] % 2 == 0 and self.B.shape[-1] % 2 == 0,
+        )
+
+    def results(self) -> list[Tensor]:
+        """See `untraced.Shaped`."""
+        return [self.x.new_empty(self.x.shape), self.x.new_empty(self.state_shape, dtype=wide(self.x.dtype))]
 
     def prepared(self) -> "SSDInputs":
         """The same call with dt, A and the state in the wide dtype, and dt = 0 at padding.
@@ -55,3 +70,9 @@ class SSDInputs(NamedTuple):
 
 
 SSD: Op[SSDInputs] = Op("ssd")
+untraced = Untraced(
+    "ssd_untraced",
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? segments",
+    SSDInputs,
+)
+"""Decorates backends."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.scan import chunked, reference  # noqa: F401  (they register)
+from fusiontree.kernels.scan import chunked, fla, mamba_ssm, reference  # noqa: F401  (they register)
 from fusiontree.kernels.scan.op import SSD, SSDInputs
 
 

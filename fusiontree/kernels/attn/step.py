@@ -1,0 +1,123 @@
+"""`attention_step`: attention for one new token of each row, over cached keys that its own has joined."""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel
+from fusiontree.kernels.documents import wide
+from fusiontree.kernels.registry import Op
+
+
+class StepRequest(NamedTuple):
+    """What is asked of a backend of `attention_step`."""
+
+    device: str
+    dtype: torch.dtype
+    softcap: bool
+    equal_widths: bool
+
+
+class StepInputs(NamedTuple):
+    """The arguments of `attention_step`."""
+
+    q: Float[Tensor, "batch heads head_dim"]
+    keys: Float[Tensor, "batch kv_heads slots head_dim"]
+    values: Float[Tensor, "batch kv_heads slots value_dim"]
+    filled: Int[Tensor, "batch"]
+    scale: float
+    softcap: float | None
+
+    @property
+    def request(self) -> StepRequest:
+        """See `registry.Inputs`."""
+        equal_widths = self.keys.shape[-1] == self.values.shape[-1]
+        return StepRequest(self.q.device.type, self.q.dtype, self.softcap is not None, equal_widths)
+
+
+ATTENTION_STEP: Op[StepInputs] = Op("attention_step")
+
+
+def attention_step(
+    q: Float[Tensor, "batch heads head_dim"],
+    keys: Float[Tensor, "batch kv_heads slots head_dim"],
+    values: Float[Tensor, "batch kv_heads slots value_dim"],
+    filled: Int[Tensor, "batch"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch heads value_dim"]:
+    """One token of `attention`, for decoding without gradients: each row sees its first `filled` slots, in any order.
+
+    Args:
+        filled: at least 1; a ring that has wrapped is filled.
+        softcap: see `attention`.
+        backend: "auto" or one of `ATTENTION_STEP.backends`.
+
+    Raises:
+        UnsupportedError: the named backend is unknown or cannot serve this call.
+    """
+    return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap), backend)
+
+
+def _attend(inputs: StepInputs, kernel: BlockKernel) -> Float[Tensor, "batch heads value_dim"]:
+    """Query heads become rows of their kv head; empty slots are masked."""
+    q, keys, values, filled, scale, softcap = inputs
+    rows = rearrange(q, "b (hk share) d -> b hk share d", hk=keys.shape[1])
+    empty = torch.arange(keys.shape[2], device=q.device) >= filled[:, None]
+    bias = torch.zeros(empty.shape, dtype=q.dtype, device=q.device).masked_fill_(empty, -torch.inf)
+    bias = bias[:, None, None].expand(-1, -1, rows.shape[2], -1)
+    y, _ = kernel.forward(Block(rows, keys, values, bias, scale, softcap))
+    return y.flatten(1, 2).to(q.dtype)
+
+
+@ATTENTION_STEP.backend("reference")
+def reference(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
+    """Row by row over its filled slots alone, in the wide dtype: the truth, in float64."""
+    dtype, outputs = wide(inputs.q.dtype), []
+    share = inputs.q.shape[1] // inputs.keys.shape[1]
+    for row, filled in enumerate(inputs.filled.tolist()):
+        keys, values = (ring[row, :, :filled].to(dtype) for ring in (inputs.keys, inputs.values))
+        scores = inputs.scale * (inputs.q[row].to(dtype).unflatten(0, (-1, share)) @ keys.mT)
+        if inputs.softcap is not None:
+            scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+        outputs.append((scores.softmax(-1) @ values).flatten(0, 1))
+    return torch.stack(outputs).to(inputs.q.dtype)
+
+
+@ATTENTION_STEP.backend("product", priority=10)
+def product(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
+    """Matrix products over all slots; no data is read back."""
+    return _attend(inputs, PRODUCT)
+
+
+def _flash_refusal(request: StepRequest) -> str | None:
+    if request.device != "cpu":
+        return f"torch's fused CPU kernel does not run on {request.device}"
+    if request.softcap:
+        return "torch's fused kernel has no softcap"
+    return None if request.equal_widths else "torch's fused kernel wants value_dim = head_dim"
+
+
+@ATTENTION_STEP.backend("flash_cpu", priority=20, supports=_flash_refusal)
+def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
+    """torch's fused CPU kernel, over as many slots as the fullest row has."""
+    run = _flash_operator if torch.compiler.is_compiling() else _flash
+    return run(*inputs[:4], inputs.scale)
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, filled: Tensor, scale: float) -> Tensor:
+    most = int(filled.max()) if filled.numel() else 1
+    return _attend(StepInputs(q, keys[:, :, :most], values[:, :, :most], filled, scale, None), FLASH_CPU)
+
+
+_flash_operator = torch.library.custom_op("fusiontree::attention_step_flash", _flash, mutates_args=())
+
+
+@_flash_operator.register_fake
+def _flash_shape(q: Tensor, keys: Tensor, values: Tensor, filled: Tensor, scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:2], values.shape[3])

@@ -1,0 +1,81 @@
+"""The operator `selective_scan`: its arguments, and what the choice of a backend depends on."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fusiontree.kernels.documents import padding_joined, previous, silence_padding, wide
+from fusiontree.kernels.registry import Op
+from fusiontree.kernels.untraced import Untraced
+
+
+class SelectiveScanRequest(NamedTuple):
+    """What is asked of a backend of `selective_scan`; `state` is the number of entries a channel."""
+
+    device: str
+    dtype: torch.dtype
+    segments: bool
+    state: int
+
+
+class SelectiveScanInputs(NamedTuple):
+    """The arguments of `selective_scan`; `segments` as in `fusiontree.kernels.documents`."""
+
+    x: Float[Tensor, "batch time channels"]
+    dt: Float[Tensor, "batch time channels"]
+    A: Float[Tensor, "channels state"]
+    B: Float[Tensor, "batch time groups state"]
+    C: Float[Tensor, "batch time groups state"]
+    initial_state: Float[Tensor, "batch channels state"] | None
+    segments: Int[Tensor, "batch time"] | None
+
+    @property
+    def request(self) -> SelectiveScanRequest:
+        """See `registry.Inputs`."""
+        return SelectiveScanRequest(
+            device=self.x.device.type,
+            dtype=self.x.dtype,
+            segments=self.segments is not None,
+            state=self.A.shape[1],
+        )
+
+    def results(self) -> list[Tensor]:
+        """See `untraced.Shaped`."""
+        return [self.x.new_empty(self.x.shape), self.x.new_empty(self.state_shape, dtype=wide(self.x.dtype))]
+
+    def prepared(self) -> "SelectiveScanInputs":
+        """The same call with dt, A and the state in the wide dtype, and dt = 0 at padding.
+
+        A token with dt = 0 leaves the state alone and adds nothing to it, so that padding needs no
+        other care than silence in the outputs.
+        """
+        dtype = wide(self.x.dtype)
+        state = self.initial_state
+        if state is None:
+            state = self.x.new_zeros(self.state_shape, dtype=dtype)
+        dt = silence_padding(self.dt.to(dtype), self.segments)
+        return self._replace(dt=dt, A=self.A.to(dtype), initial_state=state.to(dtype))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Batch, channels, state."""
+        channels, entries = self.A.shape
+        return self.x.shape[0], channels, entries
+
+    def starts(self) -> Bool[Tensor, "batch time"] | None:
+        """The tokens before which the state is emptied; None where that never happens."""
+        if self.segments is None:
+            return None
+        joined = padding_joined(self.segments)
+        return joined != previous(joined)
+
+
+SELECTIVE_SCAN: Op[SelectiveScanInputs] = Op("selective_scan")
+untraced = Untraced(
+    "selective_scan_untraced",
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? segments",
+    SelectiveScanInputs,
+)
+"""Decorates backends."""

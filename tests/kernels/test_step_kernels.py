@@ -1,0 +1,88 @@
+"""One token at a time: the operators that decode, against the operators of whole sequences."""
+
+import pytest
+import torch
+from kernel_cases import Draw, assert_close, serving
+
+from fusiontree.kernels import (
+    ATTENTION_STEP,
+    StepInputs,
+    UnsupportedError,
+    attention,
+    attention_step,
+    causal_conv1d,
+    causal_conv1d_step,
+)
+
+HEADS, KV_HEADS, WIDTH, SCALE = 6, 2, 8, 0.3
+
+
+def draw_step(filled, slots, dtype=torch.float64, value_dim=WIDTH):
+    draw, rows = Draw(slots, dtype), len(filled)
+    q, keys = draw.normal(rows, HEADS, WIDTH), draw.normal(rows, KV_HEADS, slots, WIDTH)
+    return q, keys, draw.normal(rows, KV_HEADS, slots, value_dim), torch.tensor(filled)
+
+
+def rounded(inputs, dtype):
+    return *(tensor.to(dtype) for tensor in inputs[:3]), inputs[3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("value_dim", [WIDTH, 5])
+@pytest.mark.parametrize("filled", [[1], [1, 2, 33, 300], [300, 300], [129, 7, 64]])
+def test_every_backend_is_the_reference(dtype, softcap, value_dim, filled) -> None:
+    inputs = draw_step(filled, 300, dtype, value_dim)
+    want = attention_step(*inputs, scale=SCALE, softcap=softcap, backend="reference")
+    given = rounded(inputs, dtype)
+    backends = serving(ATTENTION_STEP, StepInputs(*given, SCALE, softcap).request)
+    assert {"reference", "product"} <= set(backends)
+    assert ("flash_cpu" in backends) == (softcap is None and value_dim == WIDTH)
+    for backend in backends:
+        got = attention_step(*given, scale=SCALE, softcap=softcap, backend=backend)
+        assert_close(got, want, dtype, backend)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 40])
+def test_a_ring_is_the_window(window: int) -> None:
+    """The slots of a ring, written in turn, give what `attention` gives with a window as large."""
+    draw, time = Draw(window), 40
+    q, k, v = (
+        draw.normal(2, time, HEADS, WIDTH),
+        draw.normal(2, time, KV_HEADS, WIDTH),
+        draw.normal(2, time, KV_HEADS, 5),
+    )
+    want = attention(q, k, v, window=window, scale=SCALE, backend="reference")
+    keys, values = torch.zeros(2, KV_HEADS, window, WIDTH).double(), torch.zeros(2, KV_HEADS, window, 5).double()
+    for t in range(time):
+        keys[:, :, t % window], values[:, :, t % window] = k[:, t], v[:, t]
+        filled = torch.full((2,), min(t + 1, window))
+        assert_close(attention_step(q[:, t], keys, values, filled, scale=SCALE), want[:, t], what=f"{t}")
+
+
+@pytest.mark.parametrize("backend", ["product", "flash_cpu"])
+def test_what_stands_in_empty_slots_does_not_matter(backend: str) -> None:
+    q, keys, values, filled = draw_step([3, 9], 12)
+    want = attention_step(q, keys, values, filled, scale=SCALE, backend=backend)
+    empty = (torch.arange(12) >= filled[:, None])[:, None, :, None]
+    keys, values = keys.masked_fill(empty, 1e3), values.masked_fill(empty, 1e3)
+    assert_close(attention_step(q, keys, values, filled, scale=SCALE, backend=backend), want)
+
+
+def test_a_refusal_says_why() -> None:
+    with pytest.raises(UnsupportedError, match="softcap"):
+        attention_step(*draw_step([2], 3), scale=SCALE, softcap=1.0, backend="flash_cpu")
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_convolving_step_by_step(taps: int, dtype: torch.dtype, biased: bool) -> None:
+    draw = Draw(taps, dtype)
+    x, weight = draw.normal(2, 9, 6), draw.normal(6, taps)
+    bias, state = draw.normal(6) if biased else None, draw.normal(2, taps - 1, 6)
+    want, end = causal_conv1d(x, weight, bias, initial_state=state, backend="reference")
+    state, options = state.to(dtype), [None if one is None else one.to(dtype) for one in (weight, bias)]
+    got = torch.stack([causal_conv1d_step(state, x[:, t].to(dtype), *options) for t in range(9)], 1)
+    assert_close(got, want, dtype)
+    assert_close(state, end, dtype)
