@@ -70,7 +70,22 @@ class Linear(Module):
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Apply the map to the last dimension."""
-        return F.linear(x, self.weight, self.bias)
+        product = _read_once if torch.compiler.is_compiling() and _is_one_row(x) else F.linear
+        return product(x, self.weight, self.bias)
+
+
+def _is_one_row(x: Float[Tensor, "... inputs"]) -> bool:
+    """Whether a map is a matter of reading its weights: one token in bfloat16 on a CPU."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
+
+
+def _read_once(
+    x: Float[Tensor, "... inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None
+) -> Float[Tensor, "... outputs"]:
+    """A product with one row as a loop over the weights, which a compiler makes twice as fast as torch's product."""
+    y = (x.flatten().float() * weight.float()).sum(-1)
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class Norm(Spec):

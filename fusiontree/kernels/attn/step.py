@@ -105,19 +105,9 @@ def _flash_refusal(request: StepRequest) -> str | None:
 
 @ATTENTION_STEP.backend("flash_cpu", priority=20, supports=_flash_refusal)
 def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
-    """torch's fused CPU kernel, over as many slots as the fullest row has."""
-    run = _flash_operator if torch.compiler.is_compiling() else _flash
-    return run(*inputs[:4], inputs.scale)
-
-
-def _flash(q: Tensor, keys: Tensor, values: Tensor, filled: Tensor, scale: float) -> Tensor:
-    most = int(filled.max()) if filled.numel() else 1
-    return _attend(StepInputs(q, keys[:, :, :most], values[:, :, :most], filled, scale, None), FLASH_CPU)
-
-
-_flash_operator = torch.library.custom_op("fusiontree::attention_step_flash", _flash, mutates_args=())
-
-
-@_flash_operator.register_fake
-def _flash_shape(q: Tensor, keys: Tensor, values: Tensor, filled: Tensor, scale: float) -> Tensor:
-    return q.new_empty(*q.shape[:2], values.shape[3])
+    """torch's fused CPU kernel; over as many slots as the fullest row has where data can be read back."""
+    if torch.compiler.is_compiling() or not inputs.filled.numel():
+        return _attend(inputs, FLASH_CPU)
+    most = int(inputs.filled.max())
+    keys, values = (ring[:, :, :most] for ring in (inputs.keys, inputs.values))
+    return _attend(inputs._replace(keys=keys, values=values), FLASH_CPU)
