@@ -4,30 +4,28 @@ Each figure is a process of its own; ours and theirs take turns, so that a busy 
 
     python benchmarks/peers.py --task forward --tokens 4096 --pairs 5
 
-writes `benchmarks/results/peers-<task>-<tokens>-<window>.json` and prints medians, the spread, and the ratio.
+writes `benchmarks/results/peers-forward-4096-all-batch1.json` and prints medians, the spread, and the ratio.
 """
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from results import machine, write
 from torch import Tensor, nn
 
 import fusiontree as ft
 from fusiontree.zoo import falcon_h1
 
-RESULTS = Path(__file__).parent / "results"
 SIDES = ("transformers", "fusiontree", "fusiontree compiled")
 LAYOUT: dict[str, Any] = {
     "vocab_size": 1024,
@@ -45,7 +43,28 @@ LAYOUT: dict[str, Any] = {
     "max_position_embeddings": 2**20,
 }
 CALLS = 3
+STEPS = 64
 MEGABYTE = 1024  # of the kilobytes in which Linux counts
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured."""
+
+    task: str
+    tokens: int
+    batch: int
+    window: int | None
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """Of the results' file."""
+        return f"{self.task}-{self.tokens}-{self.window or 'all'}-batch{self.batch}"
+
+    def words(self) -> list[str]:
+        """For a command line."""
+        return [f"--{name}={value}" for name, value in vars(self).items() if value is not None]
 
 
 def peak_megabytes() -> float:
@@ -71,57 +90,92 @@ def model(side: str, window: int | None) -> nn.Module:
 
 
 def call(net: nn.Module, task: str, tokens: Tensor) -> Callable[[], None]:
-    """One forward pass, or one with its backward."""
+    """What is timed."""
+    make = {"forward": _forward, "training": _training, "prefill": _prefill, "decode": _decode}[task]
+    return make(net, tokens)
 
-    def logits() -> Tensor:
-        found = net(tokens)
-        return found if isinstance(found, Tensor) else found.logits
 
+def _logits(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def _forward(net: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad():
-            logits()
+        net(tokens)
+
+    return forward
+
+
+def _training(net: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """A forward pass, its loss and its gradients."""
 
     def training() -> None:
-        nn.functional.cross_entropy(logits()[0].float(), tokens[0]).backward()
+        logits = _logits(net(tokens))
+        nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
         net.zero_grad(set_to_none=True)
 
-    return {"forward": forward, "training": training}[task]
+    return training
 
 
-def measure(side: str, task: str, length: int, window: int | None) -> dict[str, float]:
+def _prefill(net: Any, tokens: Tensor) -> Callable[[], None]:
+    @torch.no_grad()
+    def prefill() -> None:
+        _filled(net, tokens)
+
+    return prefill
+
+
+def _filled(net: Any, tokens: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The logits behind a prompt, and a function from next tokens to the next logits."""
+    if isinstance(net, ft.LanguageModel):
+        cache = net.new_cache(len(tokens), tokens.shape[1] + STEPS)
+        features = net.features(tokens, cache=cache)[:, -1:]
+        return net.logits(features), lambda new: net(new, cache=cache)
+    found = net(tokens, use_cache=True, logits_to_keep=1)
+    past = found.past_key_values
+    return found.logits, lambda new: net(new, use_cache=True, past_key_values=past).logits
+
+
+@torch.no_grad()
+def _decode(net: Any, tokens: Tensor) -> Callable[[], None]:
+    """One greedy step."""
+    logits, step = _filled(net, tokens)
+
+    @torch.no_grad()
+    def decode() -> None:
+        nonlocal logits
+        logits = step(logits[:, -1:].argmax(-1))
+
+    return decode
+
+
+def measure(side: str, setting: "Setting") -> dict[str, float]:
     """Tokens a second (the median of some calls, after one that is not counted), and memory beyond the imports."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(setting.threads)
     before = peak_megabytes()
-    net = model(side, window).train(task == "training")
-    run = call(net, task, torch.randint(0, LAYOUT["vocab_size"], (1, length)))
+    net = model(side, setting.window).train(setting.task == "training")
+    decoding = setting.task == "decode"
+    shape = setting.batch, setting.tokens
+    run = call(net, setting.task, torch.randint(0, LAYOUT["vocab_size"], shape))
     times = []
-    for _ in range(CALLS + 1):
+    for _ in range(STEPS if decoding else CALLS + 1):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
+    tokens = setting.batch if decoding else setting.batch * setting.tokens
     return {
-        "tokens_per_second": length / statistics.median(times[1:]),
+        "tokens_per_second": tokens / statistics.median(times[1:]),
         "first_call_seconds": times[0],
         "peak_megabytes": peak_megabytes() - before,
     }
 
 
-def apart(side: str, arguments: argparse.Namespace) -> dict[str, float]:
+def apart(side: str, setting: "Setting") -> dict[str, float]:
     """`measure` in a process of its own."""
-    options = [f"--task={arguments.task}", f"--tokens={arguments.tokens}"]
-    options += [] if arguments.window is None else [f"--window={arguments.window}"]
-    command = [sys.executable, __file__, "--side", side, *options]
+    command = [sys.executable, __file__, "--side", side, *setting.words()]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def processor() -> str:
-    """What the machine calls its processor, and what it multiplies with."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if platform.system() == "Linux" else ""
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f") if unit in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.processor())} ({', '.join(units)})"
 
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -129,57 +183,49 @@ def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for side, results in runs.items():
         speeds = [result["tokens_per_second"] for result in results]
-        theirs = [result["tokens_per_second"] for result in runs["transformers"]]
         found[side] = {
             "tokens_per_second": statistics.median(speeds),
             "slowest": min(speeds),
             "fastest": max(speeds),
             "peak_megabytes": statistics.median(result["peak_megabytes"] for result in results),
             "first_call_seconds": results[0]["first_call_seconds"],
-            "ratio": statistics.median(a / b for a, b in zip(speeds, theirs, strict=True)),
         }
+        if theirs := runs.get("transformers"):
+            ratios = (a / b["tokens_per_second"] for a, b in zip(speeds, theirs, strict=True))
+            found[side]["ratio"] = statistics.median(ratios)
     return found
 
 
 def main() -> None:
     """Take turns, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["forward", "training"], default="forward")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--task", choices=["forward", "training", "prefill", "decode"], default="forward")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a sequence, or of the prompt to decode after")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--window", type=int, help="of our attention; theirs has none")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help="some of the sides")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    setting = Setting(arguments.task, arguments.tokens, arguments.batch, arguments.window, arguments.threads)
     if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments.task, arguments.tokens, arguments.window)))
+        print(json.dumps(measure(arguments.side, setting)))
         return
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in arguments.sides}
     for pair in range(arguments.pairs):
-        for side in SIDES:
-            runs[side].append(apart(side, arguments))
+        for side in runs:
+            runs[side].append(apart(side, setting))
             print(f"{pair + 1}/{arguments.pairs} {side}: {runs[side][-1]['tokens_per_second']:.0f}", file=sys.stderr)
     found = summary(runs)
-    about = {
-        "task": arguments.task,
-        "tokens": arguments.tokens,
-        "window": arguments.window,
-        "threads": 2,
-        "pairs": arguments.pairs,
-        "processor": processor(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"peers-{arguments.task}-{arguments.tokens}-{arguments.window or 'all'}.json"
-    file.write_text(json.dumps(about | {"sides": found}, indent=2) + "\n", encoding="utf-8")
-    print(f"{arguments.task}, {arguments.tokens} tokens, {about['processor']}, {about['date']}")
+    about = vars(setting) | {"pairs": arguments.pairs, **machine(), "transformers": transformers.__version__}
+    write(f"peers-{setting.name}", about | {"sides": found})
+    print(f"{setting.name}, {about['processor']}, {about['date']}")
     print(f"{'':20} {'tokens/s':>9} {'spread':>15} {'ratio':>6} {'peak MB':>8}")
     for side, row in found.items():
         spread = f"{row['slowest']:.0f} to {row['fastest']:.0f}"
-        print(
-            f"{side:20} {row['tokens_per_second']:9.0f} {spread:>15} {row['ratio']:6.1f} {row['peak_megabytes']:8.0f}"
-        )
+        ratio = f"{row['ratio']:.1f}" if "ratio" in row else ""
+        print(f"{side:20} {row['tokens_per_second']:9.0f} {spread:>15} {ratio:>6} {row['peak_megabytes']:8.0f}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 import json
 import sys
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.status import Status
+from rich.table import Column, Table
 
 import fusiontree
 from fusiontree.core import yaml
@@ -19,6 +20,9 @@ from fusiontree.core.files import write_text
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError, suggest
 
+if TYPE_CHECKING:
+    from fusiontree.bench.kernels import Form, Row, Settings
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -26,6 +30,8 @@ app = typer.Typer(
 )
 prune_app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 app.add_typer(prune_app, name="prune")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast things are on this machine.")
+app.add_typer(bench_app, name="bench")
 # what goes to a file or a pipe is not wrapped to a screen that is not there
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4096)
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click since 0.20
@@ -35,6 +41,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="path=value, any number; paths are those of the expanded spec.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Lines = tuple[tuple[str, str], ...]
 Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
 
 
@@ -155,29 +162,71 @@ def doctor(as_json: AsJson = False) -> None:
     data = report()
     if as_json:
         return _print_json(data)
-    for name, value in {**data["versions"], **data["device"], "compiler": data["compiler"]}.items():
-        console.print(f"{name:12} {value}")
-    for title, rows in (
-        ("packages", _package_rows(data)),
-        ("kernels", _kernel_rows(data)),
-        ("plugins", _plugin_rows(data)),
-    ):
-        table = Table(title=title, box=None, pad_edge=False, title_justify="left", show_header=False)
-        for row in rows:
-            table.add_row(*row)
-        if rows:
-            console.print(table)
+    _print_rows("", [(name, text) for name, text in _facts(data).items()])
+    _print_rows("packages", _package_rows(data))
+    _print_kernels(data["kernels"])
+    _print_rows("plugins", _plugin_rows(data))
     return None
+
+
+def _print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    """A table without headers, where there is something in it."""
+    if not rows:
+        return
+    if title:
+        console.print(f"\n{title}")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _facts(data: dict[str, Any]) -> dict[str, str]:
+    device, free = data["device"], data["device"]["free_bytes"]
+    units = device["matrix_units"]
+    return {
+        **data["versions"],
+        "device": f"{device['type']}: {device['name']}",
+        "free memory": "unknown" if free is None else f"{_short(free)}B",
+        "processor": device["processor"],
+        "matrix units": "unknown" if units is None else ", ".join(units) or "none",
+        "threads": str(device["threads"]),
+        "compiler": data["compiler"] or "none: nothing can be compiled on the CPU",
+    }
 
 
 def _package_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     return [(name, entry["version"] or "not installed", entry["for"]) for name, entry in data["packages"].items()]
 
 
-def _kernel_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    reasons = [("; ".join(f"{name}: {why}" for name, why in row["others"].items())) for row in data["kernels"]]
-    rows = zip(data["kernels"], reasons, strict=True)
-    return [(row["op"], row["request"], row["picked"] or "none", why) for row, why in rows]
+def _print_kernels(answers: list[dict[str, Any]]) -> None:
+    """A block for each operator and answer, under the calls that it is the answer to."""
+    blocks: dict[str, list[tuple[str, str]]] = {}
+    for (op, rows), calls in _same_answers(answers):
+        blocks[f"{op}: {'; '.join(calls)}"] = list(rows)
+    longest = max(len(names) for rows in blocks.values() for names, _ in rows)
+    console.print("\nkernels: what serves each call here, and why the others do not")
+    for title, rows in blocks.items():
+        console.print(title)
+        table = Table("", Column(width=min(longest, console.width // 2)), "", box=None, show_header=False)
+        for row in rows:
+            table.add_row("", *row)
+        console.print(table)
+
+
+def _same_answers(answers: list[dict[str, Any]]) -> Iterable[tuple[tuple[str, Lines], list[str]]]:
+    """An operator and what is said of its backends, with all calls for which just that is said."""
+    calls: dict[tuple[str, Lines], list[str]] = {}
+    for row in answers:
+        calls.setdefault((row["op"], _lines(row)), []).append(row["request"])
+    return calls.items()
+
+
+def _lines(row: dict[str, Any]) -> Lines:
+    from fusiontree.bench.reasons import by_reason
+
+    reasons = by_reason(row["others"]).items()
+    return (row["picked"] or "nothing", "serves"), *((", ".join(names), why) for why, names in reasons)
 
 
 def _plugin_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -284,6 +333,87 @@ def generate(
             out.write(bytes([token]))
         out.flush()
     out.write(b"\n")
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option(help="An operator; may be given again. All by default.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the sequence; for attention_step, of each cache.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; torch's choice by default.")] = None,
+    train: Annotated[bool | None, typer.Option("--train/--forward", help="Only one of both.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For how long each figure is measured.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time every kernel backend that serves here, next to the machine's limit, and check its values."""
+    from fusiontree.bench import kernels, machine, table
+
+    forms, tasks = kernels.forms(op or ()), kernels.tasks(train)
+    progress = Console(stderr=True, quiet=as_json)
+    with _status(progress) as status:
+        status.update("the machine's limits")
+        settings = kernels.settings(tokens, dtype, device, threads=threads, tasks=tasks, seconds=seconds)
+    about, rows = machine.about(settings.device), []
+    if not as_json:
+        _print_machine(about, settings)
+    for _, some in groupby(forms, key=lambda form: form.case):
+        rows += _measured(list(some), settings, progress)
+        if not as_json:
+            _print_case([row for row in rows if row.form.case == rows[-1].form.case], settings)
+    if as_json:
+        limits = dict(zip(("flops_per_second", "bytes_per_second"), settings.limits, strict=True))
+        about |= {"limits": limits, "dtype": dtype, "tokens": tokens, "seconds": seconds}
+        _print_json({**about, "rows": [table.data(row) for row in rows]})
+    else:
+        console.print(f"\n{table.KEY}")
+    if any(row.wrong or row.failures for row in rows):
+        raise typer.Exit(1)
+
+
+def _print_machine(about: dict[str, Any], settings: "Settings") -> None:
+    load = "" if about["load"] is None else f"; load before this {about['load']:.1f} on {about['cpus']} CPUs"
+    console.print(f"{about['device']}, threads: {about['threads']}, torch {about['torch']}{load}")
+    flops, moved = settings.limits
+    dtype = str(settings.dtype).removeprefix("torch.")
+    console.print(f"limits: {_short(flops)}FLOP/s in a {dtype} product, {_short(moved)}B/s in a copy (read + written)")
+    console.print(f"{dtype}, one row of {settings.tokens} tokens unless said otherwise")
+
+
+def _status(progress: Console) -> Status:
+    """It redraws rarely, as it runs beside what is timed."""
+    return progress.status("", refresh_per_second=1)
+
+
+def _measured(forms: list["Form"], settings: "Settings", progress: Console) -> list["Row"]:
+    """Rows of one case, while standard error says where it is."""
+    from fusiontree.bench.kernels import measure_form
+
+    rows = []
+    with _status(progress) as status:
+        for place, form in enumerate(forms, 1):
+            status.update(f"{form.case}: {form.name} ({place} of {len(forms)})")
+            rows.append(measure_form(form, settings))
+    return rows
+
+
+def _print_case(rows: list["Row"], settings: "Settings") -> None:
+    from fusiontree.bench import table
+    from fusiontree.bench.cases import CASES
+
+    case = rows[0].form.case
+    console.print(f"\n{case}: {CASES[case].about(settings.tokens)}", style="bold")
+    tasks = [task for task in settings.tasks if any(task in row.speeds for row in rows)]
+    shown = Table(*table.headers(tasks), box=None, pad_edge=False)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        if row.speeds:
+            shown.add_row(*table.cells(row, tasks, settings.tokens), style="red" if row.wrong else "")
+    if shown.rows:
+        console.print(shown)
+    for why, names in table.notes(rows, settings.tasks).items():
+        console.print(f"{', '.join(names)}: {why}", style="dim")
 
 
 Trained = Annotated[Path, typer.Argument(help="A saved model's directory.")]

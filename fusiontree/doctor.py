@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import fusiontree
+from fusiontree.bench.machine import matrix_units, processor
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.memory import free_bytes
 from fusiontree.errors import FusionTreeError
@@ -18,6 +19,14 @@ PACKAGES = {
     "torchtitan": "training (fusiontree[train])",
     "tensorboard": "training curves (fusiontree[train])",
     "matplotlib": "figures (fusiontree[plot])",
+    "triton": "what compiled models, fla-core and mamba-ssm run on GPUs",
+    "mamba-ssm": "ssd and selective_scan on GPUs",
+    "fla-core": "ssd, causal_conv1d and attention on GPUs",
+    "causal-conv1d": "causal_conv1d on GPUs",
+    "flash-attn": "attention on GPUs",
+    "flash-attn-3": "attention on GPUs (Hopper)",
+    "flash-attn-4": "attention on GPUs (Hopper, Blackwell)",
+    "xformers": "attention on GPUs",
 }
 
 
@@ -47,10 +56,11 @@ def installed(package: str) -> str | None:
 
 def _device() -> dict[str, Any]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
     return {
         "type": kind,
-        "name": name,
+        "name": torch.cuda.get_device_name() if kind == "cuda" else processor(),
+        "processor": processor(),
+        "matrix_units": matrix_units(),
         "threads": torch.get_num_threads(),
         "free_bytes": free_bytes(torch.device(kind)),
     }

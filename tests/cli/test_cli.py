@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusiontree as ft
+from fusiontree.cli import _lines, _same_answers
 from fusiontree.core.observation import Observation
 from fusiontree.kernels import OPS
 from fusiontree.pruning import Evidence
@@ -69,6 +70,17 @@ def test_kinds_schema_validate_doctor(folder):
     report = json.loads(fusiontree("doctor", "--json").stdout)
     assert {row["op"] for row in report["kernels"]} == set(OPS)
     assert all(row["picked"] for row in report["kernels"])
+    assert {"mamba-ssm", "fla-core", "flash-attn-4", "triton"} <= set(report["packages"])
+    assert report["device"]["threads"] > 0 and "matrix_units" in report["device"]
+
+
+def test_doctor_says_once_what_holds_for_several():
+    row = {"op": "ssd", "picked": "a", "others": {"b": "too old", "c": "too slow", "d": "too old"}}
+    assert _lines(row) == (("a", "serves"), ("b, d", "too old"), ("c", "too slow"))
+    calls = [{**row, "request": request} for request in ("training", "decoding")] + [{**row, "op": "x", "request": "y"}]
+    assert [(op, said) for (op, _), said in _same_answers(calls)] == [("ssd", ["training", "decoding"]), ("x", ["y"])]
+    text = fusiontree("doctor").stdout
+    assert "kernels: what serves" in text and "\nssd: training" in text
 
 
 def test_generate_equals_the_library(folder):

@@ -20,6 +20,7 @@ MAY_USE: dict[str, set[str]] = {
     "kernels": {"errors", "compiling"},
     "core": {"errors", "compiling"},
     **{name: {"core", "kernels", "errors"} for name in sorted(COMPONENTS)},
+    "bench": {"core", "kernels", "errors", "compiling"},
     "data": {"core", "errors"},
     "zoo": {"core", "errors", "data"} | COMPONENTS,
     "evaluation": {"core", "kernels", "errors", "data", "zoo"} | COMPONENTS,
@@ -35,6 +36,7 @@ ONLY_IN = {
     "flash_attn": "kernels/",
     "xformers": "kernels/",
     "causal_conv1d": "kernels/",
+    "fla": "kernels/",
 }
 
 

@@ -101,8 +101,11 @@ def test_bits_per_byte_are_those_of_each_document_by_itself(one, data):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_killed_run_goes_on_bit_by_bit(data, tmp_path):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_a_killed_run_goes_on_bit_by_bit(compiled, data, tmp_path):
     noisy = data | {"model": runs.hybrid({"kind": "hard_concrete", "granularity": "token"})}
+    if compiled:  # losses of gates would look at the plain layers
+        noisy |= {"training": data["training"] | {"compile": True}, "losses": {}}
     file, log, killed = runs.write_run(tmp_path / "run.json", noisy), tmp_path / "log", tmp_path / "killed"
     process = runs.start(runs.command(file, f"output={killed}"), log)
     runs.wait_for_step(process, killed, 11, log)

@@ -16,6 +16,7 @@ def reference(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     """
     x, weight, bias, _, segments = inputs
     dtype, history = wide(x.dtype), inputs.history()
+    taps = weight.to(dtype)[:, :, None]
     outputs = []
     if segments is None:
         segments = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -23,7 +24,7 @@ def reference(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     kept, advance = (joined == previous(joined))[..., None, None], real(segments)[..., None, None]
     for t in range(x.shape[1]):
         window = torch.cat([torch.where(kept[:, t], history, 0.0), x[:, t, None]], dim=1).to(dtype)
-        product = rearrange(window, "b k d -> d b k") @ weight.to(dtype)[:, :, None]
+        product = rearrange(window, "b k d -> d b k") @ taps
         outputs.append(rearrange(product, "d b 1 -> b d"))
         history = torch.where(advance[:, t], window[:, 1:].to(x.dtype), history)
     y = torch.stack(outputs, dim=1)

@@ -1,0 +1,102 @@
+"""Where the time of a compiled model goes, and how much of what the machine can do it uses.
+
+    python benchmarks/block.py --task forward --tokens 4096
+    python benchmarks/block.py --task training --tokens 4096 --window 1024
+
+The layout is that of `peers.py`. The limit is the model's products (`fusiontree show`; a training step makes three
+times those of a forward pass) at the speed at which this machine multiplies 2048 x 2048 bfloat16 matrices. Writes
+`benchmarks/results/block-<task>-<tokens>-<window>.json`.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from typing import Any
+
+import peers
+import torch
+from results import machine, write
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+import fusiontree as ft
+from fusiontree.core.cost import costs
+
+PARTS = {
+    "ssd": ("fusiontree::ssd",),
+    "attention": ("fusiontree::attention", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "linear maps": ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::"),
+    "compiled loops (norms, gates, convolutions, rotations)": ("## Call CompiledFxGraph", "CompiledFunction"),
+}
+REST = "the rest (head, loss, Python)"
+CALLS = 3
+
+
+def part(event: FunctionEvent) -> str:
+    """Which part of the model an event belongs to: the outermost event around it that says so."""
+    chain = [event]
+    while chain[-1].cpu_parent is not None:
+        chain.append(chain[-1].cpu_parent)
+    for above in reversed(chain):
+        for name, starts in list(PARTS.items())[:2]:
+            if above.name.startswith(starts):
+                return name
+    return next((name for name, starts in PARTS.items() if event.name.startswith(starts)), REST)
+
+
+def seconds_by_part(run: Any) -> tuple[dict[str, float], float]:
+    """What a call spends where, and the whole call."""
+    run()
+    run()
+    start = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(CALLS):
+            run()
+    whole = (time.perf_counter() - start) / CALLS
+    parts: dict[str, float] = defaultdict(float)
+    for event in found.events() or []:
+        parts[part(event)] += event.self_cpu_time_total / 1e6 / CALLS
+    parts[REST] = whole - sum(seconds for name, seconds in parts.items() if name != REST)
+    return dict(parts), whole
+
+
+def fastest_product(size: int = 2048) -> float:
+    """FLOP/s of a product of bfloat16 matrices, the best of some."""
+    a, b = torch.randn(2, size, size).bfloat16()
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def main() -> None:
+    """Profile, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["forward", "training"], default="forward")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    net = peers.model("fusiontree compiled", arguments.window).train(arguments.task == "training")
+    assert isinstance(net, ft.LanguageModel)
+    tokens = torch.randint(0, net.spec.vocab_size, (1, arguments.tokens))
+    parts, whole = seconds_by_part(peers.call(net, arguments.task, tokens))
+    flops = costs(net.spec, length=arguments.tokens)[0].flops * arguments.tokens
+    flops *= 3 if arguments.task == "training" else 1
+    speed = fastest_product()
+    of_limit = flops / speed / whole
+    name = f"block-{arguments.task}-{arguments.tokens}-{arguments.window or 'all'}"
+    figures = {"flops": flops, "flops_per_second_of_products": speed, "seconds": whole, "of_limit": of_limit}
+    write(name, {**vars(arguments), **machine(), **figures, "parts": parts})
+    print(
+        f"{name}: {whole:.2f} s, {flops / whole / 1e9:.0f} GFLOP/s, {of_limit:.0%} of the machine's {speed / 1e9:.0f}"
+    )
+    for label, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"{seconds:7.2f} s  {seconds / whole:4.0%}  {label}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Tables and the figure of `docs/performance.md`, from what is in `benchmarks/results/`.
+
+python benchmarks/report.py
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from results import read
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, FIGURE = DOCS / "performance.md", DOCS / "performance.svg"
+TASKS = ("forward", "training", "prefill", "decode")
+COLOURS = {"transformers": "#b0b0b0", "fusiontree": "#4c78a8", "fusiontree compiled": "#1b3a5c"}
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """In Markdown, all columns but the first to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def peers() -> list[dict[str, Any]]:
+    """Results beside transformers, by task, window, length and batch."""
+    found = (result for result in read("peers-") if "transformers" in result["sides"])
+    return sorted(found, key=lambda r: (TASKS.index(r["task"]), r["window"] or 0, r["tokens"], r["batch"]))
+
+
+def label(result: dict[str, Any]) -> str:
+    """What was measured, in a few words."""
+    after = "after" if result["task"] == "decode" else ""
+    window = f", our window {result['window']}" if result["window"] else ""
+    batch = f", batch {result['batch']}" if result["task"] == "decode" else ""
+    return f"{result['task']} {after} {result['tokens']:,} tokens{batch}{window}".replace("  ", " ")
+
+
+def peer_rows() -> Iterator[Sequence[str]]:
+    """A line for each side of each result."""
+    for result in peers():
+        for side, row in result["sides"].items():
+            spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
+            first = f"{row['first_call_seconds']:.1f}"
+            cells = f"{row['tokens_per_second']:,.0f}", spread, f"{row['ratio']:.1f}", f"{row['peak_megabytes']:,.0f}"
+            yield (label(result) if side == "transformers" else "", side, *cells, first)
+
+
+def operator_rows() -> Iterator[Sequence[str]]:
+    """A line for each side of each operator."""
+    for result in read("ops-"):
+        for place, (side, row) in enumerate(result["sides"].items()):
+            spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
+            name = result["case"] if place == 0 else ""
+            yield name, side, f"{row['tokens_per_second']:,.0f}", spread, f"{row['ratio']:.1f}"
+
+
+def length_rows() -> Iterator[Sequence[str]]:
+    """Our figures alone, at several lengths."""
+    alone = [result for result in read("peers-") if "transformers" not in result["sides"]]
+    for result in sorted(alone, key=lambda r: (TASKS.index(r["task"]), r["tokens"])):
+        for side, row in result["sides"].items():
+            spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
+            peak = f"{row['peak_megabytes']:,.0f}"
+            yield label(result), side, f"{row['tokens_per_second']:,.0f}", spread, peak
+
+
+def block_rows() -> Iterator[Sequence[str]]:
+    """Shares of the time, and of the machine's limit."""
+    for result in read("block-"):
+        window = f", window {result['window']}" if result["window"] else ""
+        rate = result["flops"] / result["seconds"] / 1e9
+        whole = f"{result['task']} {result['tokens']:,} tokens{window}"
+        limit = f"{result['of_limit']:.0%} of {result['flops_per_second_of_products'] / 1e9:,.0f} GFLOP/s"
+        yield whole, f"{result['seconds']:.2f}", f"{rate:,.0f} GFLOP/s, {limit}"
+        for name, seconds in sorted(result["parts"].items(), key=lambda item: -item[1]):
+            yield f"&emsp;{name}", f"{seconds:.2f}", f"{seconds / result['seconds']:.0%}"
+
+
+SECTIONS = {
+    "peers": lambda: table(("", "side", "tokens/s", "spread", "ratio", "peak MB", "first call, s"), peer_rows()),
+    "lengths": lambda: table(("", "side", "tokens/s", "spread", "peak MB"), length_rows()),
+    "operators": lambda: table(("", "side", "tokens/s", "spread", "ratio"), operator_rows()),
+    "block": lambda: table(("", "seconds", "share"), block_rows()),
+    "machine": lambda: machines(),
+}
+
+
+def machines() -> str:
+    """What all results were measured on."""
+    found = {(r["processor"], r["threads"], r["torch"], r["date"]) for r in read("")}
+    lines = [f"{cpu}, {threads} threads, torch {torch}, {date}" for cpu, threads, torch, date in sorted(found)]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def filled(page: str) -> str:
+    """The page with every section between its marks made anew."""
+    for name, make in SECTIONS.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
+        made = f"{marks[0]}\n{make()}\n{marks[1]}"
+        page = re.sub(pattern, lambda _, made=made: made, page, flags=re.DOTALL)
+    return page
+
+
+def draw() -> None:
+    """How many times faster than its peer: whole models above, operators below."""
+    figure, (whole, alone) = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
+    bars(whole, {label(result): result["sides"] for result in peers()})
+    ops = {result["case"]: result["sides"] for result in read("ops-")}
+    ours = {case: {side: row for side, row in sides.items() if side in COLOURS} for case, sides in ops.items()}
+    bars(alone, ours)
+    whole.set_title("Falcon-H1's layout, times transformers' tokens a second", loc="left", fontsize=10)
+    alone.set_title("operators alone, times their peer", loc="left", fontsize=10)
+    whole.legend(frameon=False, fontsize=8)
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def bars(axes: Any, groups: dict[str, dict[str, Any]]) -> None:
+    """A group of bars for each question, ours only, with their numbers."""
+    sides = [side for side in COLOURS if side != "transformers"]
+    for offset, side in zip((0.2, -0.2), sides, strict=True):
+        known = [(place, found[side]["ratio"]) for place, found in enumerate(groups.values()) if side in found]
+        places, ratios = [-place + offset for place, _ in known], [ratio for _, ratio in known]
+        drawn = axes.barh(places, ratios, height=0.36, color=COLOURS[side], label=side)
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+    axes.set_yticks([-place for place in range(len(groups))], list(groups), fontsize=8)
+    axes.axvline(1, color=COLOURS["transformers"], linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw()
+    print(f"{PAGE.name}, {FIGURE.name}")
