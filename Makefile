@@ -19,7 +19,7 @@ test: $(READY)
 triton: $(TRITON)/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=tests/kernels $(TRITON)/bin/python -W ignore tests/interpreted.py
 
-# An hour on two cores; nothing else should run meanwhile.
+# More than an hour on two cores; nothing else should run meanwhile.
 bench: $(READY)
 	$(BIN)/python benchmarks/ops.py
 	$(BIN)/python benchmarks/peers.py --task forward --tokens 4096
@@ -28,9 +28,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/peers.py --task decode --tokens 1024
 	$(BIN)/python benchmarks/peers.py --task decode --tokens 1024 --batch 8
 	$(BIN)/python benchmarks/peers.py --task forward --tokens 16384 --window 1024
-	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task forward --tokens $$tokens --window 1024 --sides "fusiontree compiled"; done
-	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task training --tokens $$tokens --window 1024 --sides "fusiontree compiled"; done
-	for tokens in 4096 65536; do $(BIN)/python benchmarks/peers.py --task decode --tokens $$tokens --window 1024 --sides "fusiontree compiled"; done
+	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task forward --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
+	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task training --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
+	for tokens in 4096 65536; do $(BIN)/python benchmarks/peers.py --task decode --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
 	$(BIN)/python benchmarks/block.py --task forward
 	$(BIN)/python benchmarks/block.py --task training
 	$(BIN)/python benchmarks/block.py --task training --window 1024

@@ -20,6 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 import fusiontree as ft
+from fusiontree.bench.limits import measure_limits
 from fusiontree.core.cost import costs
 
 PARTS = {
@@ -60,17 +61,6 @@ def seconds_by_part(run: Any) -> tuple[dict[str, float], float]:
     return dict(parts), whole
 
 
-def fastest_product(size: int = 2048) -> float:
-    """FLOP/s of a product of bfloat16 matrices, the best of some."""
-    a, b = torch.randn(2, size, size).bfloat16()
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 def main() -> None:
     """Profile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +76,7 @@ def main() -> None:
     parts, whole = seconds_by_part(peers.call(net, arguments.task, tokens))
     flops = costs(net.spec, length=arguments.tokens)[0].flops * arguments.tokens
     flops *= 3 if arguments.task == "training" else 1
-    speed = fastest_product()
+    speed = measure_limits(torch.bfloat16, torch.device("cpu")).flops
     of_limit = flops / speed / whole
     name = f"block-{arguments.task}-{arguments.tokens}-{arguments.window or 'all'}"
     figures = {"flops": flops, "flops_per_second_of_products": speed, "seconds": whole, "of_limit": of_limit}

@@ -44,7 +44,8 @@ def peer_rows() -> Iterator[Sequence[str]]:
             spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
             first = f"{row['first_call_seconds']:.1f}"
             cells = f"{row['tokens_per_second']:,.0f}", spread, f"{row['ratio']:.1f}", f"{row['peak_megabytes']:,.0f}"
-            yield (label(result) if side == "transformers" else "", side, *cells, first)
+            name, turns = (label(result), str(result["pairs"])) if side == "transformers" else ("", "")
+            yield name, turns, side, *cells, first
 
 
 def operator_rows() -> Iterator[Sequence[str]]:
@@ -63,7 +64,7 @@ def length_rows() -> Iterator[Sequence[str]]:
         for side, row in result["sides"].items():
             spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
             peak = f"{row['peak_megabytes']:,.0f}"
-            yield label(result), side, f"{row['tokens_per_second']:,.0f}", spread, peak
+            yield label(result), str(result["pairs"]), side, f"{row['tokens_per_second']:,.0f}", spread, peak
 
 
 def block_rows() -> Iterator[Sequence[str]]:
@@ -78,9 +79,11 @@ def block_rows() -> Iterator[Sequence[str]]:
             yield f"&emsp;{name}", f"{seconds:.2f}", f"{seconds / result['seconds']:.0%}"
 
 
+PEERS = ("", "turns", "side", "tokens/s", "spread", "ratio", "peak MB", "first call, s")
+LENGTHS = ("", "turns", "side", "tokens/s", "spread", "peak MB")
 SECTIONS = {
-    "peers": lambda: table(("", "side", "tokens/s", "spread", "ratio", "peak MB", "first call, s"), peer_rows()),
-    "lengths": lambda: table(("", "side", "tokens/s", "spread", "peak MB"), length_rows()),
+    "peers": lambda: table(PEERS, peer_rows()),
+    "lengths": lambda: table(LENGTHS, length_rows()),
     "operators": lambda: table(("", "side", "tokens/s", "spread", "ratio"), operator_rows()),
     "block": lambda: table(("", "seconds", "share"), block_rows()),
     "machine": lambda: machines(),

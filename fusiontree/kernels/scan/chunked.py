@@ -60,12 +60,13 @@ def _scan(
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, the state after the last token, and with `keep` the state before each step."""
-    forward = piece(steps.forward, compiled)
+    forward, tokens = piece(steps.forward, compiled), [tensor.detach() for tensor in (x, dt, B, C)]
+    A, state = A.detach(), state.contiguous()  # one compiled form, with and without gradients, for every step
     y, states = torch.empty_like(x, memory_format=torch.contiguous_format), []
     for span, chunk in _spans(x):
         if keep:
             states.append(state)
-        y[:, span], state = forward(_cut([x, dt, B, C], segments, span, chunk), A, state, chunk)
+        y[:, span], state = forward(_cut(tokens, segments, span, chunk), A, state, chunk)
     return y, state, torch.stack(states) if keep else state.new_empty(0)
 
 
@@ -89,7 +90,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of A, of the first state, and of the tokens' x, dt, B and C."""
     backward = piece(steps.backward, compiled)
-    grad_A = torch.zeros_like(A)
+    grad_A, grad_state = torch.zeros_like(A), grad_state.contiguous()
     x, dt, B, C = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tokens)
     spans = list(_spans(x))
     for index in reversed(range(len(spans))):
