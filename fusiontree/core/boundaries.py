@@ -1,6 +1,6 @@
 """From document ids to what kernels need: padding behind the real tokens, segments, positions, cache rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +37,29 @@ def padding_last(documents: Ids) -> Ids | None:
     return torch.argsort(padding.byte(), dim=1, stable=True)
 
 
-def arrange(like: Ids, documents: Ids | None, positions: Ids | None, cache: Cache | None) -> Layout:
-    """Work out the layout of a chunk whose tokens have the shape and device of `like`."""
+def arrange(
+    like: Ids, documents: Ids | None, positions: Ids | None, cache: Cache | None, *, one_form: bool = False
+) -> Layout:
+    """Work out the layout of a chunk whose tokens have the shape and device of `like`.
+
+    Segments are left out where there are no boundaries, which is faster, but for a compiled model's `one_form`.
+    """
     if documents is None:
         return _one_document(like, positions, cache)
     order = padding_last(documents)
     if order is not None:
         documents = documents.gather(1, order)
         positions = None if positions is None else positions.gather(1, order)
-    return _many_documents(order, documents, positions, cache)
+    layout = _many_documents(order, documents, positions, cache)
+    return layout if one_form else _without_idle_segments(layout)
+
+
+def _without_idle_segments(layout: Layout) -> Layout:
+    """No segments where every token is of segment 0, so that every row has fresh ones."""
+    if layout.segments is None or bool((layout.segments != 0).any()):
+        return layout
+    rows = None if layout.rows is None else replace(layout.rows, fresh=None)
+    return replace(layout, segments=None, rows=rows)
 
 
 def _one_document(like: Ids, positions: Ids | None, cache: Cache | None) -> Layout:
@@ -70,9 +84,7 @@ def _many_documents(order: Ids | None, documents: Ids, positions: Ids | None, ca
         positions = steps - opened + torch.where(segments == 0, first, 0)
     positions = positions.masked_fill(documents < 0, 0)
     rows = _rows(cache, segments, opened, positions, documents) if cache else None
-    # A decode step without boundaries takes the short way; without a cache a compiled layer has one form only.
-    known = None if cache and not bool((segments != 0).any()) else segments
-    return Layout(order, known, positions, rows)
+    return Layout(order, segments, positions, rows)
 
 
 def _starts(documents: Ids, cache: Cache | None) -> Bool[Tensor, "batch time"]:

@@ -118,7 +118,8 @@ class LanguageModel(nn.Module):
         """The features that the head reads, as `forward` takes them."""
         tokens = self._checked(tokens, documents)
         self._check_shapes(tokens, positions, documents, cache)
-        layout = boundaries.arrange(tokens, documents, positions, cache)
+        one_form = self.compiled and cache is None
+        layout = boundaries.arrange(tokens, documents, positions, cache, one_form=one_form)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)
         if cache is None or layout.rows is None:

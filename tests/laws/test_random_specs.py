@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from random_specs import specs
@@ -16,6 +17,7 @@ QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 PLANS = 5
 
 
+@pytest.mark.timeout(1200)
 @given(spec=specs())
 @settings(**QUIET, max_examples=200)
 def test_laws(spec):
