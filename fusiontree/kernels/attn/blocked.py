@@ -13,8 +13,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, sight
+from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
@@ -158,15 +158,6 @@ def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time head
     options = Options(inputs.window, kernel, inputs.scale, inputs.softcap)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
-
-
-def flash_refusal(request: AttentionRequest) -> str | None:
-    """Why torch's fused CPU kernel cannot serve, or None."""
-    if request.device != "cpu":
-        return f"torch's fused CPU kernel does not run on {request.device}"
-    if request.softcap:
-        return "torch's fused kernel has no softcap"
-    return None if request.equal_widths else "torch's fused kernel wants value_dim = head_dim"
 
 
 @ATTENTION.backend("blocked", priority=10)

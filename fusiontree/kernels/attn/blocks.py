@@ -94,3 +94,12 @@ def flash_backward(block: Block, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
 
 PRODUCT = BlockKernel(product_forward, product_backward)
 FLASH_CPU = BlockKernel(flash_forward, flash_backward)
+
+
+def flash_refusal(request: Any) -> str | None:
+    """Why `FLASH_CPU` cannot serve a request of `attention` or `attention_step`, or None."""
+    if request.device != "cpu":
+        return f"torch's fused CPU kernel does not run on {request.device}"
+    if request.softcap:
+        return "torch's fused kernel has no softcap"
+    return None if request.equal_widths else "torch's fused kernel wants value_dim = head_dim"

@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel
+from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel, flash_refusal
 from fusiontree.kernels.documents import wide
 from fusiontree.kernels.registry import Op
 
@@ -95,15 +95,7 @@ def product(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
     return _attend(inputs, PRODUCT)
 
 
-def _flash_refusal(request: StepRequest) -> str | None:
-    if request.device != "cpu":
-        return f"torch's fused CPU kernel does not run on {request.device}"
-    if request.softcap:
-        return "torch's fused kernel has no softcap"
-    return None if request.equal_widths else "torch's fused kernel wants value_dim = head_dim"
-
-
-@ATTENTION_STEP.backend("flash_cpu", priority=20, supports=_flash_refusal)
+@ATTENTION_STEP.backend("flash_cpu", priority=20, supports=flash_refusal)
 def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
     """torch's fused CPU kernel; over as many slots as the fullest row has where data can be read back."""
     if torch.compiler.is_compiling() or not inputs.filled.numel():
