@@ -15,6 +15,7 @@ from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import Encoding, Node, State
+from fusiontree.core.cross_entropy import cross_entropy
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
@@ -50,7 +51,19 @@ class Head(Module):
 
     def forward(self, features: Float[Tensor, "... width"], embedding: Tensor) -> Float[Tensor, "... vocab"]:
         """softcap * tanh(multiplier * (W x + b) / softcap)."""
-        logits = F.linear(features, embedding if self.weight is None else self.weight, self.bias)
+        return self._logits(features, *self._parameters_with(embedding))
+
+    def cross_entropy(
+        self, features: Float[Tensor, "tokens width"], embedding: Tensor, labels: Int[Tensor, "tokens"]
+    ) -> Float[Tensor, ""]:
+        """The sum of -log p of the labels, without all logits in memory."""
+        return cross_entropy(self._logits, labels, features, *self._parameters_with(embedding))
+
+    def _parameters_with(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
+        return embedding if self.weight is None else self.weight, self.bias
+
+    def _logits(self, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "... vocab"]:
+        logits = F.linear(features, weight, bias)
         logits = logits if self.spec.multiplier == 1.0 else logits * self.spec.multiplier
         softcap = self.spec.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -111,6 +124,23 @@ class LanguageModel(nn.Module):
                 or shapes that do not agree.
         """
         return self.logits(self.features(tokens, positions=positions, documents=documents, cache=cache))
+
+    def cross_entropy(
+        self, tokens: Ids, labels: Ids, *, positions: Ids | None = None, documents: Ids | None = None
+    ) -> Float[Tensor, ""]:
+        """The sum over all labels of -log p, in nats; logits are made and forgotten some tokens at a time.
+
+        Args:
+            tokens: as `forward` takes them, like positions and documents.
+            labels: the token to predict at each position, -100 where there is none.
+
+        Raises:
+            FusionTreeError: as `forward`, or labels of another shape than the tokens.
+        """
+        if labels.shape != tokens.shape:
+            raise FusionTreeError(f"labels: have to be {list(tokens.shape)} like the tokens, found {_kind(labels)}")
+        features = self.features(tokens, positions=positions, documents=documents)
+        return self.head.cross_entropy(features.flatten(0, 1), self.embedding.weight, labels.flatten())
 
     def features(
         self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None

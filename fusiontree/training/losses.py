@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -58,26 +57,17 @@ class Terms:
 
 
 def terms(
-    logits: Float[Tensor, "rows time vocab"],
-    labels: Int[Tensor, "rows time"],
-    count: Tensor | int,
-    gates: Sequence[GateValues] = (),
+    nats: Scalar, labels: Int[Tensor, "rows time"], count: Tensor | int, gates: Sequence[GateValues] = ()
 ) -> Terms:
-    """The parts for some rows of a step that has `count` labels in all."""
-    entropy = cross_entropy(logits, labels) / count
-    shares = (labels != IGNORED).sum(1).to(entropy.dtype) / count
-    nothing = torch.zeros_like(entropy)
+    """The parts for some rows of a step that has `count` labels in all; `nats`: the cross entropy of these rows' ones,
+    summed."""
+    shares = (labels != IGNORED).sum(1).to(nats.dtype) / count
+    nothing = torch.zeros_like(nats)
     return Terms(
-        cross_entropy=entropy,
+        cross_entropy=nats / count,
         balance=sum((_row_balance(g, shares) for g in gates), nothing) / max(len(gates), 1),
         entropy=sum((_row_entropy(g, shares) for g in gates), nothing) / max(len(gates), 1),
     )
-
-
-def cross_entropy(logits: Float[Tensor, "rows time vocab"], labels: Int[Tensor, "rows time"]) -> Scalar:
-    """The sum over all labels of -log p, in nats, computed in float32 or better."""
-    flat = logits.flatten(0, 1)
-    return F.cross_entropy(flat.to(wide(flat.dtype)), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def balance(means: Float[Tensor, "*rows branches"]) -> Float[Tensor, "*rows"]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from fusiontree.compiling import eagerly
 from fusiontree.core import probes
+from fusiontree.core.model import LanguageModel
 from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
-from fusiontree.training.losses import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Score:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, held_out: HeldOut, *, rows: int, device: torch.device) -> Score:
+def measure(model: LanguageModel, held_out: HeldOut, *, rows: int, device: torch.device) -> Score:
     """Score all held-out rows, each process its part; every process calls this and gets the whole score.
 
     Args:
-        model: called as `model(tokens, positions=, documents=)`; put in evaluation mode and back.
+        model: put in evaluation mode and back.
         held_out: what to measure on.
         rows: rows that a process runs at a time.
         device: where the model is.
@@ -51,8 +50,8 @@ def measure(model: nn.Module, held_out: HeldOut, *, rows: int, device: torch.dev
     with probes.evaluating(model), eagerly():
         for batch in _share(held_out, rows):
             tokens, *places = (batch[key].to(device) for key in ("tokens", "positions", "documents"))
-            logits = model(tokens, positions=places[0], documents=places[1])
-            totals[0] += float(cross_entropy(logits, batch["labels"].to(device)))
+            labels = batch["labels"].to(device)
+            totals[0] += float(model.cross_entropy(tokens, labels, positions=places[0], documents=places[1]))
             totals[1] += int(batch["bytes"].sum())
     dist.all_reduce(totals)
     return Score(float(totals[0]), int(totals[1]))

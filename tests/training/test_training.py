@@ -211,14 +211,14 @@ def test_a_loss_that_is_no_number_fails_the_job_and_is_not_saved(data, tmp_path,
 
     calls, real = [], trainer.terms
 
-    def broken(logits, *rest):
+    def broken(nats, *rest):
         calls.append(None)
-        return real(logits * (bad if len(calls) > 9 else 1.0), *rest)
+        return real(nats * (bad if len(calls) > 9 else 1.0), *rest)
 
     monkeypatch.setattr(trainer, "terms", broken)
     file = runs.write_run(tmp_path / "run.json", data)
     assert main([str(file), f"output={tmp_path / 'out'}", "checkpoint.every=1", "validation=null"]) == 1
-    assert capsys.readouterr().err == "error: step 10: the loss is nan\n"
+    assert capsys.readouterr().err == f"error: step 10: the loss is {bad}\n"
     assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == ["step-00000008", "step-00000009"]
     assert not (tmp_path / "out" / "model").exists()
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchtitan.trainer import Trainer
 
 from fusiontree.core import probes
+from fusiontree.core.model import LanguageModel
 from fusiontree.core.observation import Observation
 from fusiontree.data import HeldOut
 from fusiontree.training.errors import TrainingFailed
@@ -43,7 +44,9 @@ class FusionTrainer(Trainer):
         self.monitor = GateMonitor(self.run.monitor.every, self.run.training.steps)
         self.sums = torch.zeros(3, dtype=torch.float64)
         super().__init__(config)
-        self.model = self.model_parts[0]
+        model = self.model_parts[0]
+        assert isinstance(model, LanguageModel)
+        self.model = model
         losses = self.run.losses
         self.gates = probes.gates(self.model) if losses.balance or losses.entropy else {}
         self.held_out = self._held_out()
@@ -94,7 +97,8 @@ class FusionTrainer(Trainer):
         process and not the others, `_check_loss` stops all."""
         inputs, labels, places = self.post_dataloading_process(input_dict, labels)
         with self.train_context(), captured(self.gates) as gates:
-            parts = terms(self.model(inputs, **places), labels, global_valid_tokens, gates)
+            nats = self.model.cross_entropy(inputs, labels, **places)
+            parts = terms(nats, labels, global_valid_tokens, gates)
             parts.total(self.run.losses).backward()
         found = torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
         self.sums += found.to("cpu", torch.float64)
