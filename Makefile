@@ -19,18 +19,18 @@ test: $(READY)
 triton: $(TRITON)/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=tests/kernels $(TRITON)/bin/python -W ignore tests/interpreted.py
 
-# More than an hour on two cores; nothing else should run meanwhile.
+# Some two hours on two cores; nothing else should run meanwhile.
 bench: $(READY)
 	$(BIN)/python benchmarks/ops.py
-	$(BIN)/python benchmarks/peers.py --task forward --tokens 4096
-	$(BIN)/python benchmarks/peers.py --task training --tokens 4096
+	for tokens in 1024 4096; do for task in forward training; do $(BIN)/python benchmarks/peers.py --task $$task --tokens $$tokens; done; done
 	$(BIN)/python benchmarks/peers.py --task prefill --tokens 4096
-	$(BIN)/python benchmarks/peers.py --task decode --tokens 1024
-	$(BIN)/python benchmarks/peers.py --task decode --tokens 1024 --batch 8
+	for batch in 1 8; do $(BIN)/python benchmarks/peers.py --task decode --tokens 1024 --batch $$batch; done
 	$(BIN)/python benchmarks/peers.py --task forward --tokens 16384 --window 1024
-	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task forward --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
+	$(BIN)/python benchmarks/peers.py --task training --tokens 16384 --window 1024 --pairs 2
+	$(BIN)/python benchmarks/peers.py --task forward --tokens 65536 --window 1024 --pairs 1
+	$(BIN)/python benchmarks/peers.py --task forward --tokens 8192 --window 1024 --sides "fusiontree compiled"
 	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task training --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
-	for tokens in 4096 65536; do $(BIN)/python benchmarks/peers.py --task decode --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
+	for tokens in 4096 65536; do $(BIN)/python benchmarks/peers.py --task decode --tokens $$tokens --window 1024 --sides "fusiontree compiled"; done
 	$(BIN)/python benchmarks/block.py --task forward
 	$(BIN)/python benchmarks/block.py --task training
 	$(BIN)/python benchmarks/block.py --task training --window 1024

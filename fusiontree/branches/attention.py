@@ -200,7 +200,7 @@ class AttentionBranch(Node):
         past = None
         if state is not None:
             rings = self._rings(group, context, state)
-            if q.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
+            if context.is_step(q):
                 return self._step(rings, (q, k, v), context)
             past = _recall(rings, context, k, v)
         softcap, segments = self.spec.softcap, context.segments

@@ -213,8 +213,8 @@ class Convolution(Module):
 
 
 def _is_step(x: Tensor, context: Context) -> bool:
-    """Whether states are brought up to date by one token in every row, and no gradient will ask for what they were."""
-    return x.shape[1] == 1 and context.segments is None and not (torch.is_grad_enabled() and x.requires_grad)
+    """Whether every row brings one token that goes on where its states stand."""
+    return context.segments is None and context.is_step(x)
 
 
 def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:

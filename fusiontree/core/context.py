@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class Context:
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""
         return None if self.states is None else self.states[node.place]
+
+    def is_step(self, x: Float[Tensor, "batch time width"]) -> bool:
+        """Whether a chunk is one token a row and no gradient will ask for what states were before it."""
+        return x.shape[1] == 1 and not (torch.is_grad_enabled() and x.requires_grad)
 
     def encode(self, names: Sequence[str], x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """A branch's input with the encodings that it names added."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fusiontree as ft
-from fusiontree.cli import _lines, _same_answers
+from fusiontree.cli.doctor import _lines, _same_answers
 from fusiontree.core.observation import Observation
 from fusiontree.kernels import OPS
 from fusiontree.pruning import Evidence

@@ -17,6 +17,7 @@ from fusiontree.compiling import piece
 from fusiontree.kernels.documents import padding_joined, silence_padding
 from fusiontree.kernels.scan import step as steps
 from fusiontree.kernels.scan.op import SSD, SSDInputs
+from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.step import State, Step
 
 CHUNK = 64
@@ -130,7 +131,7 @@ _scan.register_autograd(_propagate, setup_context=_keep_for_backward)
 @SSD.backend("chunked", priority=10)
 def chunked(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
     """Linear in time and in memory; see the module's text."""
-    x, dt, A, B, C, state, segments = inputs.prepared()
+    x, dt, A, B, C, state, segments = prepared(inputs)
     assert state is not None
     joined = None if segments is None else padding_joined(segments)
     grouped: State = rearrange(state, "b (g r) p n -> b g n (r p)", g=B.shape[2])

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusiontree.kernels.documents import Packed, packed, silence_padding
 from fusiontree.kernels.packages import capability, half, missing, refusal
 from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest, untraced
+from fusiontree.kernels.scan.prepared import prepared
 
 HOPPER = 9
 
@@ -43,7 +44,7 @@ def _per_head(values: Float[Tensor, "batch time groups state"], heads: int) -> F
 @untraced
 def fla(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
     """Gated linear attention with one gate a head: q is C, k is B, v is dt x, and the log of the gate is dt A."""
-    x, dt, A, B, C, state, segments = inputs.prepared()
+    x, dt, A, B, C, state, segments = prepared(inputs)
     assert state is not None
     heads = x.shape[2]
     tokens = [_per_head(C, heads), _per_head(B, heads), (x * dt[..., None]).to(x.dtype), dt * A]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusiontree.kernels.documents import padding_joined, silence_padding
 from fusiontree.kernels.packages import half, installed, refusal
 from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest, untraced
+from fusiontree.kernels.scan.prepared import prepared
 
 CHUNK = 256
 BARE = (2, 3)
@@ -55,7 +56,7 @@ def mamba_ssm(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
 
     The states that chunks start from, and the gradient of the initial one, are rounded to x's dtype.
     """
-    x, dt, A, B, C, _, segments = inputs.prepared()
+    x, dt, A, B, C, _, segments = prepared(inputs)
     joined = None if segments is None else padding_joined(segments).int()
     initial = None if inputs.initial_state is None else inputs.initial_state.to(dt.dtype)
     y, final = load()(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.documents import silence_padding, wide
+from fusiontree.kernels.documents import wide
 from fusiontree.kernels.registry import Op
 from fusiontree.kernels.untraced import Untraced
 
@@ -48,19 +48,6 @@ class SSDInputs(NamedTuple):
     def results(self) -> list[Tensor]:
         """See `untraced.Shaped`."""
         return [self.x.new_empty(self.x.shape), self.x.new_empty(self.state_shape, dtype=wide(self.x.dtype))]
-
-    def prepared(self) -> "SSDInputs":
-        """The same call with dt, A and the state in the wide dtype, and dt = 0 at padding.
-
-        A token with dt = 0 leaves the state alone and adds nothing to it, so that padding needs no
-        other care than silence in the outputs.
-        """
-        dtype = wide(self.x.dtype)
-        state = self.initial_state
-        if state is None:
-            state = self.x.new_zeros(self.state_shape, dtype=dtype)
-        dt = silence_padding(self.dt.to(dtype), self.segments)
-        return self._replace(dt=dt, A=self.A.to(dtype), initial_state=state.to(dtype))
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:

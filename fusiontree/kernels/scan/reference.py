@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusiontree.kernels.documents import padding_joined, previous, silence_padding, wide
 from fusiontree.kernels.scan.op import SSD, SSDInputs
+from fusiontree.kernels.scan.prepared import prepared
 
 Heads = Float[Tensor, "batch time heads state"]
 
@@ -22,7 +23,7 @@ def reference(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
 
     Each product is a matrix product, so that torch's FLOP counter sees 4 heads head_dim state a token.
     """
-    x, dt, A, B, C, state, segments = inputs.prepared()
+    x, dt, A, B, C, state, segments = prepared(inputs)
     assert state is not None
     B, C = _per_head(B, x), _per_head(C, x)
     decay, inflow = torch.exp(dt * A), dt[..., None] * x

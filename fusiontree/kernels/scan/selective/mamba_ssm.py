@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from fusiontree.kernels.packages import constant, refusal
+from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs, SelectiveScanRequest, untraced
 
 EXTENSION = "selective_scan_cuda"
@@ -49,7 +50,7 @@ def load() -> Callable[..., Any]:
 @untraced
 def mamba_ssm(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
     """All in float32: the kernel takes one dtype for x, dt, B and C, and steps are not to be rounded."""
-    x, dt, A, B, C, state, _ = inputs.prepared()
+    x, dt, A, B, C, state, _ = prepared(inputs)
     assert state is not None
     u, steps, writes, reads = (rearrange(values.to(dt.dtype), "b t ... -> b ... t") for values in (x, dt, B, C))
     each = repeat(torch.eye(A.shape[1], dtype=A.dtype, device=A.device), "n m -> b g n m", b=len(x), g=B.shape[2])

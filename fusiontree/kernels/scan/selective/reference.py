@@ -5,6 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fusiontree.kernels.documents import silence_padding, wide
+from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs
 
 
@@ -14,7 +15,7 @@ def reference(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
 
     Each product is a matrix product, so that torch's FLOP counter sees 4 channels state a token.
     """
-    x, dt, A, B, C, state, segments = inputs.prepared()
+    x, dt, A, B, C, state, segments = prepared(inputs)
     assert state is not None
     starts, groups = inputs.starts(), B.shape[2]
     B, C = B.to(wide(B.dtype)), C.to(wide(C.dtype))

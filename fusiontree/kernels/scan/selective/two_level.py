@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusiontree.kernels.documents import silence_padding
+from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.selective import block as blocks
 from fusiontree.kernels.scan.selective.block import Block, Channels, Entries, Room
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs
@@ -185,7 +186,7 @@ _scan.register_autograd(_propagate, setup_context=_keep_for_backward)
 @SELECTIVE_SCAN.backend("two_level", priority=10)
 def two_level(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
     """Linear in time and in memory; see the module's text."""
-    x, dt, A, B, C, state, segments = inputs.prepared()
+    x, dt, A, B, C, state, segments = prepared(inputs)
     assert state is not None
     groups = B.shape[2]
     rates = rearrange(A, "(g r) n -> g n r", g=groups).contiguous()

@@ -1,0 +1,56 @@
+"""The command line: parses, calls the library, prints. Exit codes: 0, 1 (the job failed), 2 (bad input, one line).
+
+Here the commands are put together; their modules are named after what they are about.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+import fusiontree
+from fusiontree.cli import bench, prune
+from fusiontree.cli.doctor import doctor
+from fusiontree.cli.runs import generate, train
+from fusiontree.cli.specs import kinds, schema, show, validate
+from fusiontree.errors import FusionTreeError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (kinds, validate, schema, doctor, show, train, generate):
+    app.command()(command)
+app.add_typer(prune.app, name="prune")
+app.add_typer(bench.app, name="bench")
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click since 0.20
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(fusiontree.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Hybrid language models from a spec."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except FusionTreeError as error:
+        code = _fail(str(error))
+    except ClickException as error:
+        code = _fail(error.format_message()) if error.format_message() else 2  # the help has been printed
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,5 @@
+"""`python -m fusiontree.cli`."""
+
+from fusiontree.cli import main
+
+main()

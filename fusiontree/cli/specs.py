@@ -1,0 +1,119 @@
+"""Commands about specs: kinds, validate, schema, show."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fusiontree.cli.console import AsJson, Model, Overrides, console, print_json, short, spec_of
+from fusiontree.core.contracts import REGISTRIES
+from fusiontree.core.cost import Cost, costs
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.errors import FusionTreeError, suggest
+
+Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
+
+
+def kinds(
+    kind: Annotated[str | None, typer.Argument(help="Show the fields of this kind.")] = None, as_json: AsJson = False
+) -> None:
+    """List every branch, fusion, gate and encoding, plugins included; or the fields of one."""
+    if kind is not None:
+        return _show_kind(kind, as_json)
+    rows = [row for family in REGISTRIES for row in _kind_rows(family)]
+    if as_json:
+        return print_json([dict(zip(("family", "kind", "from", "what"), row, strict=True)) for row in rows])
+    table = Table("family", "kind", "from", "what", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return None
+
+
+def _show_kind(kind: str, as_json: bool) -> None:
+    from fusiontree.reference import fields, summary
+
+    homes = {name: registry for registry in REGISTRIES.values() for name in registry.names()}
+    if kind not in homes:
+        raise FusionTreeError(f"kinds: no kind is called {kind!r}{suggest(kind, homes)}")
+    spec = homes[kind].get(kind)
+    if as_json:
+        return print_json([vars(field) for field in fields(spec)])
+    console.print(summary(spec) + "\n")
+    table = Table("field", "holds", "default", box=None, pad_edge=False)
+    for field in fields(spec):
+        table.add_row(field.name, field.allowed, "needed" if field.default is None else field.default)
+    console.print(table)
+    return None
+
+
+def _kind_rows(family: str) -> list[tuple[str, str, str, str]]:
+    registry = REGISTRIES[family]
+    rows = []
+    for kind in registry.names():
+        try:
+            spec = registry.get(kind)
+            rows.append((family, kind, spec.__module__, _summary(spec.__doc__ or "")))
+        except FusionTreeError as error:
+            rows.append((family, kind, registry.plugins[kind].value, str(error)))
+    return rows
+
+
+def _summary(docstring: str) -> str:
+    """The first sentence."""
+    return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+def validate(model: Model, overrides: Overrides = None) -> None:
+    """Check a spec and print its digest."""
+    console.print(f"valid, digest {spec_of(model, overrides).digest()}")
+
+
+def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:
+    """Print the JSON Schema of a model spec, plugins included."""
+    from fusiontree.training import RunSpec
+
+    print_json((RunSpec if run else ModelSpec).model_json_schema())
+
+
+def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_json: AsJson = False) -> None:
+    """Print a spec's tree with parameters, FLOPs per token and cache bytes of every node."""
+    spec = spec_of(model, overrides)
+    found = costs(spec, length=length)
+    if as_json:
+        data = {"digest": spec.digest(), "length": length, "nodes": [vars(cost) for cost in found]}
+        return print_json(data)
+    columns = [f"digest {spec.digest()}", "kind", "parameters", "FLOPs/token", f"cache at {length}"]
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for label, cost in _tree_rows(spec, found):
+        table.add_row(label, cost.kind, f"{cost.parameters:,}", short(cost.flops), f"{short(cost.cache_bytes)}B")
+    console.print(table)
+    return None
+
+
+def _tree_rows(spec: ModelSpec, found: list[Cost]) -> list[tuple[str, Cost]]:
+    """Rows with indented labels; of a run of equal layers the first stands for all."""
+    runs = _runs(spec)
+    rows = [(cost.path.split(".") if cost.path else ["model"], cost) for cost in found]
+    kept = [(steps, cost) for steps, cost in rows if steps[0] != "layers" or int(steps[1]) in runs]
+    return [(_label(steps, runs), cost) for steps, cost in kept]
+
+
+def _runs(spec: ModelSpec) -> dict[int, int]:
+    """The first and the last index of every run of equal layers."""
+    layers = spec.expanded_layers()
+    firsts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
+    nexts = [*firsts[1:], len(layers)]
+    return {first: after - 1 for first, after in zip(firsts, nexts, strict=False)}
+
+
+def _label(steps: list[str], runs: dict[int, int]) -> str:
+    if steps[0] != "layers":
+        return ".".join(steps)
+    first, last = int(steps[1]), runs[int(steps[1])]
+    if len(steps) == 2:
+        return f"layers.{first}" + (f" to {last}" if last > first else "")
+    named = [step for step in steps[2:] if step != "branches"]
+    return "  " * len(named) + named[-1]
