@@ -24,7 +24,7 @@ from results import machine, write
 from torch import Tensor, nn
 
 import fusiontree as ft
-from fusiontree.zoo import falcon_h1
+from fusiontree.zoo import family_of
 
 SIDES = ("transformers", "fusiontree", "fusiontree compiled")
 LAYOUT: dict[str, Any] = {
@@ -82,7 +82,7 @@ def model(side: str, window: int | None) -> nn.Module:
     if side == "transformers":
         theirs: Any = transformers.FalconH1ForCausalLM(config)
         return theirs.to(torch.bfloat16)
-    spec = falcon_h1.spec_of(config.to_dict())
+    spec = family_of("falcon_h1").spec_of(config.to_dict())
     if window is not None:
         spec = spec.replace({"layers.*.mixer.branches.attention.window": window})
     ours = ft.build(spec, dtype=torch.bfloat16)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Norm, Normalise
-from fusiontree.core.spec import Count, Flag, Natural, Positive, invalid
+from fusiontree.core.modules import Linear, Norm, Normalise, scaled
+from fusiontree.core.spec import Count, Flag, Natural, Positive, Real, Spec, invalid
 from fusiontree.kernels import Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
@@ -37,6 +37,13 @@ class Group:
         if self.window is None:
             return capacity or 0
         return self.window if capacity is None else min(self.window, capacity)
+
+
+class AttentionMultipliers(Spec):
+    """Constants times the branch's input and times the keys (muP; Falcon-H1, arXiv 2507.22448)."""
+
+    input: Real = 1.0
+    key: Real = 1.0
 
 
 @branches.register
@@ -64,6 +71,7 @@ class Attention(BranchSpec):
     bias: Flag = False
     out_bias: Flag = False
     project: Flag = True
+    multipliers: AttentionMultipliers = AttentionMultipliers()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -181,8 +189,9 @@ class AttentionBranch(Node):
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Attend, group by group."""
         spec, state = self.spec, context.state(self)
-        x = context.encode(spec.encodings, x)
-        q, k = self._rotated(self.q, self.q_norm, x, context), self._rotated(self.k, self.k_norm, x, context)
+        x = scaled(context.encode(spec.encodings, x), spec.multipliers.input)
+        q = self._rotated(self.q(x), self.q_norm, context)
+        k = self._rotated(scaled(self.k(x), spec.multipliers.key), self.k_norm, context)
         v = rearrange(self.v(x), "b t (h d) -> b t h d", h=spec.kv_heads)
         groups = spec.groups()
         heads = [group.heads for group in groups], [group.kv_heads for group in groups]
@@ -191,8 +200,8 @@ class AttentionBranch(Node):
         y = rearrange(y, "b t h d -> b t (h d)")
         return y if self.out is None else self.out(y)
 
-    def _rotated(self, linear: Linear, norm: Normalise | None, x: Stream, context: Context) -> Heads:
-        heads = rearrange(linear(x), "b t (h d) -> b t h d", d=self.spec.head_dim)
+    def _rotated(self, x: Float[Tensor, "batch time channels"], norm: Normalise | None, context: Context) -> Heads:
+        heads = rearrange(x, "b t (h d) -> b t h d", d=self.spec.head_dim)
         return context.rotate(self.spec.encodings, heads if norm is None else norm(heads))
 
     def _attend(self, group: Group, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:

@@ -5,12 +5,13 @@ from typing import Self
 
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Node, Scope
-from fusiontree.core.modules import Linear
-from fusiontree.core.spec import Count, Flag
+from fusiontree.core.modules import Linear, scaled
+from fusiontree.core.spec import Count, Flag, Real, Spec, invalid
 
 Stream = Float[Tensor, "batch time width"]
 Activation = Callable[[Tensor], Tensor]
@@ -21,11 +22,25 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+class FeedForwardMultipliers(Spec):
+    """Constants times what the gate's map and the map out give (muP; Falcon-H1, arXiv 2507.22448)."""
+
+    gate: Real = 1.0
+    down: Real = 1.0
+
+
 class FeedForwardSpec(BranchSpec):
     """The fields of every feed-forward kind. `bias` is that of all its maps."""
 
     hidden: Count
     bias: Flag = False
+    multipliers: FeedForwardMultipliers = FeedForwardMultipliers()
+
+    @model_validator(mode="after")
+    def _gate_exists(self) -> Self:
+        if self.multipliers.gate != 1.0 and not self.gated:
+            raise invalid({("multipliers", "gate"): f"{self.activation_name} has no gate"})
+        return self
 
     @classmethod
     def example(cls, width: int) -> Self:
@@ -82,5 +97,8 @@ class FeedForward(Node):
         """Each position on its own."""
         x = context.encode(self.spec.encodings, x)
         up = self.up(x)
-        hidden = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
-        return self.down(hidden)
+        if self.gate is None:
+            hidden = self.activation(up)
+        else:
+            hidden = self.activation(scaled(self.gate(x), self.spec.multipliers.gate)) * up
+        return scaled(self.down(hidden), self.spec.multipliers.down)

@@ -17,8 +17,8 @@ from torch import Generator, Tensor, nn
 
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Module, Norm, Normalise, constant, fan_in, wide
-from fusiontree.core.spec import Count, Flag, NonNegative, Positive, invalid
+from fusiontree.core.modules import Linear, Module, Norm, Normalise, constant, fan_in, scaled, wide
+from fusiontree.core.spec import Count, Flag, NonNegative, Positive, Real, Spec, invalid
 from fusiontree.kernels import causal_conv1d, causal_conv1d_step, ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]
@@ -31,6 +31,17 @@ class GatedNorm(Norm):
 
     groups: Count = 1
     order: Literal["gate_first", "norm_first"] = "gate_first"
+
+
+class Mamba2Multipliers(Spec):
+    """Constants times the branch's input and times what its maps in give (muP; Falcon-H1, arXiv 2507.22448)."""
+
+    input: Real = 1.0
+    z: Real = 1.0
+    x: Real = 1.0
+    B: Real = 1.0
+    C: Real = 1.0
+    dt: Real = 1.0
 
 
 @branches.register
@@ -56,6 +67,7 @@ class Mamba2(BranchSpec):
     bias: Flag = False
     out_bias: Flag = False
     project: Flag = True
+    multipliers: Mamba2Multipliers = Mamba2Multipliers()
 
     @model_validator(mode="after")
     def _parts_divide(self) -> Self:
@@ -112,8 +124,9 @@ class Mamba2(BranchSpec):
         """Heads run within their group."""
         heads = "groups*group_heads"
         rows = {"z": f"{heads}*head_dim", "x": f"{heads}*head_dim", "B": "groups*state", "C": "groups*state"}
-        axes: dict[str, tuple[str, ...]] = {f"{n}.weight": (row, "width") for n, row in (rows | {"dt": heads}).items()}
-        axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
+        maps = rows | {"dt": heads}
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in maps.items()}
+        axes |= {f"{name}.bias": (row,) for name, row in maps.items()} if self.bias else {}
         axes |= {name: (heads,) for name in ("A_log", "D", "dt_bias")}
         for name in ("x", "B", "C"):
             axes[f"conv.{name}.weight"] = (rows[name], "conv")
@@ -137,7 +150,7 @@ class Mamba2Branch(Node):
         convolved = {"x": spec.inner, "B": spec.shared, "C": spec.shared}
         self.z = Linear(width, spec.inner, bias=spec.bias)
         self.x, self.B, self.C = (Linear(width, rows, bias=spec.bias) for rows in convolved.values())
-        self.dt = Linear(width, spec.heads)
+        self.dt = Linear(width, spec.heads, bias=spec.bias)
         self.conv = nn.ModuleDict({name: Convolution(spec, rows) for name, rows in convolved.items()})
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
         self.D = self.declare("D", (spec.heads,), constant(1.0))
@@ -148,9 +161,10 @@ class Mamba2Branch(Node):
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, gate."""
         spec, state = self.spec, context.state(self)
-        x = context.encode(spec.encodings, x)
-        z, dt = self.z(x), self._step_sizes(self.dt(x))
-        inputs = {"x": self.x(x), "B": self.B(x), "C": self.C(x)}
+        times = spec.multipliers
+        x = scaled(context.encode(spec.encodings, x), times.input)
+        z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))
+        inputs = {"x": scaled(self.x(x), times.x), "B": scaled(self.B(x), times.B), "C": scaled(self.C(x), times.C)}
         inputs = {name: self.conv[name](u, name, context, state) for name, u in inputs.items()}
         u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
         B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))

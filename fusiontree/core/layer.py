@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import Node, Scope
-from fusiontree.core.modules import Normalise
+from fusiontree.core.modules import Normalise, scaled
 from fusiontree.core.stack import LayerSpec
 
 Stream = Float[Tensor, "batch time width"]
@@ -40,8 +40,4 @@ class Layer(nn.Module):
         y = node(normed, context)
         y = norms["after"](y) if "after" in norms else y
         source = x if residual.source == "stream" else normed
-        return _scaled(source, residual.keep) + _scaled(y, residual.add)
-
-
-def _scaled(x: Stream, factor: float) -> Stream:
-    return x if factor == 1.0 else x * factor
+        return scaled(source, residual.keep) + scaled(y, residual.add)

@@ -19,7 +19,7 @@ from fusiontree.core.cross_entropy import cross_entropy
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
-from fusiontree.core.modules import Module, Normalise, constant, normal
+from fusiontree.core.modules import Module, Normalise, constant, normal, scaled
 from fusiontree.core.observation import Observation
 from fusiontree.errors import FusionTreeError
 
@@ -64,7 +64,7 @@ class Head(Module):
 
     def _logits(self, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "... vocab"]:
         logits = F.linear(features, weight, bias)
-        logits = logits if self.spec.multiplier == 1.0 else logits * self.spec.multiplier
+        logits = scaled(logits, self.spec.multiplier)
         softcap = self.spec.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
 
     def stack(self, tokens: Ids, context: Context, cache: Cache | None = None) -> Features:
         """Embed, run the layers, each with its own part of the cache, normalise."""
-        x = self.embedding(tokens) * self.spec.embedding.multiplier
+        x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
         for index, layer in enumerate(self.layers):
             states = None if cache is None else cache.layers.get(f"layers.{index}", {})
             x = layer(x, context if states is None else replace(context, states=states))

@@ -117,6 +117,11 @@ class Normalise(Module):
         return normed.to(x.dtype)
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a constant; x itself where that is 1."""
+    return x if factor == 1.0 else x * factor
+
+
 def total(parts: Iterable[Tensor]) -> Tensor:
     """The sum of at least one tensor."""
     return reduce(torch.add, parts)

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from fusiontree.core.contracts import Scope, Weights, fusions
-from fusiontree.core.modules import total
+from fusiontree.core.modules import scaled, total
 from fusiontree.core.spec import NamedMap, Real, invalid
 from fusiontree.errors import suggest
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
@@ -57,4 +57,4 @@ class SumFusion(BaseFusion):
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
         """The sum."""
-        return total(h * self.multipliers.get(name, 1.0) for name, h in features.items())
+        return total(scaled(h, self.multipliers.get(name, 1.0)) for name, h in features.items())

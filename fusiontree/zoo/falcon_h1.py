@@ -1,152 +1,178 @@
-"""Falcon-H1 (arXiv 2507.22448) as a spec, and the weights of transformers' `FalconH1ForCausalLM` as ours.
+"""Falcon-H1 (arXiv 2507.22448): each layer adds Mamba-2 and attention on one normed input to the stream, then a gated
+feed-forward network; muP multipliers stand beside the weights."""
 
-Each layer adds Mamba-2 and attention on one normed input to the stream, then a gated feed-forward network. The muP
-multipliers that transformers keeps beside its weights all scale linear maps, so they are folded into the maps; those
-of the embedding and of the logits stay in the spec. The function is the same.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError
+from fusiontree.zoo import parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.tensors import Same, below
 
-Config = Mapping[str, Any]
-"""The fields of transformers' `FalconH1Config`, as `to_dict` gives them."""
+PACKED = ("z", "x", "B", "C", "dt")
+"""The parts of their map into Mamba-2, in its order, which is that of `ssm_multipliers` too."""
 
 
-def spec_of(config: Config) -> ModelSpec:
-    """The spec of a Falcon-H1 configuration.
-
-    Raises:
-        FusionTreeError: it asks for what the family's published models do not have.
-    """
-    rope = config["rope_parameters"]
-    for name, found, allowed in [
-        ("hidden_act", config["hidden_act"], "silu"),
-        ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
-    ]:
-        if found != allowed:
-            raise FusionTreeError(f"falcon_h1: {name}: found {found!r}, only {allowed!r} is known")
-    layer = {
-        "mixer": {"kind": "sum", "branches": {"mamba": _mamba(config), "attention": _attention(config)}},
-        "ffn": {"kind": "swiglu", "hidden": config["intermediate_size"], "bias": config["mlp_bias"]},
-        "norm": _norm(config),
+def _spec(options: Options) -> dict[str, Any]:
+    options.only("hidden_act", "silu")
+    for key in ("mamba_expand", "mamba_chunk_size"):
+        options.get(key, None)  # said by other fields, or of no consequence for the function
+    gate, down = options.get("mlp_multipliers", (1.0, 1.0))
+    out = {"mamba": options["ssm_out_multiplier"], "attention": options["attention_out_multiplier"]}
+    mixer = {
+        "kind": "sum",
+        "branches": {"mamba": _mamba(options), "attention": _attention(options)},
+        "multipliers": {name: float(value) for name, value in out.items() if value != 1.0},
     }
-    return ModelSpec.parse(
-        {
-            "format": 1,
-            "vocab_size": config["vocab_size"],
-            "width": config["hidden_size"],
-            "embedding": {"multiplier": config["embedding_multiplier"]},
-            "encodings": {"rope": {"kind": "rope", "theta": rope["rope_theta"]}},
-            "layers": [{"repeat": config["num_hidden_layers"], "layers": [layer]}],
-            "norm": _norm(config),
-            "head": {"tied": config["tie_word_embeddings"], "multiplier": config["lm_head_multiplier"]},
-        }
+    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
+    ffn["multipliers"] = {"gate": float(gate), "down": float(down)}
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "embedding": {"multiplier": float(options["embedding_multiplier"])},
+        "encodings": {"rope": rope_theta(options)},
+        "layers": [
+            {
+                "repeat": options["num_hidden_layers"],
+                "layers": [{"mixer": mixer, "ffn": ffn, "norm": parts.rms(options)}],
+            }
+        ],
+        "norm": parts.rms(options),
+        "head": {"tied": options["tie_word_embeddings"], "multiplier": float(options["lm_head_multiplier"])},
+    }
+
+
+def _mamba(options: Options) -> dict[str, Any]:
+    times = dict(zip(PACKED, options.get("ssm_multipliers", (1.0,) * 5), strict=True))
+    times = {"input": options["ssm_in_multiplier"], **times}
+    norm = None
+    if options["mamba_rms_norm"]:
+        order = "norm_first" if options["mamba_norm_before_gate"] else "gate_first"
+        norm = parts.rms(options) | {"groups": options["mamba_n_groups"], "order": order}
+    options.get("mamba_norm_before_gate", None)
+    return {
+        "kind": "mamba2",
+        "heads": options["mamba_n_heads"],
+        "head_dim": _head_dim(options),
+        "state": options["mamba_d_state"],
+        "groups": options["mamba_n_groups"],
+        "conv": options["mamba_d_conv"],
+        "conv_bias": options["mamba_conv_bias"],
+        "dt_limit": parts.dt_limit(options),
+        "norm": norm,
+        "bias": options["mamba_proj_bias"],
+        "out_bias": options["projectors_bias"],
+        "multipliers": {name: float(value) for name, value in times.items()},
+    }
+
+
+def _head_dim(options: Options) -> int:
+    inner, given = options.get("mamba_d_ssm", None), options["mamba_d_head"]
+    inner = options["mamba_expand"] * options["hidden_size"] if inner is None else inner
+    head_dim = inner // options["mamba_n_heads"]
+    if given not in ("auto", head_dim):
+        raise FusionTreeError(
+            f"config.json: mamba_d_head: found {given!r}, mamba_d_ssm and mamba_n_heads say {head_dim}"
+        )
+    return head_dim
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    heads, bias = options["num_attention_heads"], options["attention_bias"]
+    times = {"input": options["attention_in_multiplier"], "key": options["key_multiplier"]}
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options.get("num_key_value_heads", heads),
+        "head_dim": options.get("head_dim", options["hidden_size"] // heads),
+        "bias": bias,
+        "out_bias": bias,
+        "encodings": ["rope"],
+        "multipliers": {name: float(value) for name, value in times.items()},
+    }
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
+    mixer, mamba, attention = reader.first("sum"), reader.first("mamba2"), reader.first("attention")
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        "intermediate_size": ffn.hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": attention.bias,
+        "mlp_bias": ffn.bias,
+        "projectors_bias": mamba.out_bias,
+        "mamba_proj_bias": mamba.bias,
+        "mamba_d_ssm": mamba.inner,
+        "mamba_n_heads": mamba.heads,
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.groups,
+        "mamba_d_state": mamba.state,
+        "mamba_d_conv": mamba.conv,
+        "mamba_conv_bias": mamba.conv_bias,
+        "mamba_rms_norm": mamba.norm is not None,
+        "mamba_norm_before_gate": mamba.norm is None or mamba.norm.order == "norm_first",
+        "time_step_limit": parts.time_step_limit(mamba.dt_limit),
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta if rope else 10000.0},
+        "tie_word_embeddings": spec.head.tied,
+        "embedding_multiplier": spec.embedding.multiplier,
+        "lm_head_multiplier": spec.head.multiplier,
+        "mlp_multipliers": [ffn.multipliers.gate, ffn.multipliers.down],
+        "attention_in_multiplier": attention.multipliers.input,
+        "key_multiplier": attention.multipliers.key,
+        "attention_out_multiplier": mixer.multipliers.get("attention", 1.0),
+        "ssm_in_multiplier": mamba.multipliers.input,
+        "ssm_multipliers": [getattr(mamba.multipliers, name) for name in PACKED],
+        "ssm_out_multiplier": mixer.multipliers.get("mamba", 1.0),
+    }
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    yield from parts.whole(options, "final_layernorm")
+    for index in range(options["num_hidden_layers"]):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
+        yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
+        yield from below(f"{theirs}.mamba", f"{ours}.mixer.branches.mamba", _mamba_tensors(options))
+        bias = options["attention_bias"]
+        yield from below(f"{theirs}.self_attn", f"{ours}.mixer.branches.attention", parts.attention(bias, bias))
+        yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(options["mlp_bias"]))
+
+
+def _mamba_tensors(options: Options) -> Iterator[Same]:
+    heads, shared = options["mamba_n_heads"], options["mamba_n_groups"] * options["mamba_d_state"]
+    inner = heads * _head_dim(options)
+    yield from parts.mamba2(
+        inner,
+        shared,
+        heads,
+        bias=options["mamba_proj_bias"],
+        out_bias=options["projectors_bias"],
+        conv_bias=options["mamba_conv_bias"],
+        norm=options["mamba_rms_norm"],
     )
 
 
-def _norm(config: Config) -> dict[str, Any]:
-    return {"kind": "rms", "gain": "weight", "eps": config["rms_norm_eps"]}
-
-
-def _mamba(config: Config) -> dict[str, Any]:
-    order = "norm_first" if config["mamba_norm_before_gate"] else "gate_first"
-    low, high = config["time_step_limit"]
-    return {
-        "kind": "mamba2",
-        "heads": config["mamba_n_heads"],
-        "head_dim": config["mamba_d_head"],
-        "state": config["mamba_d_state"],
-        "groups": config["mamba_n_groups"],
-        "conv": config["mamba_d_conv"],
-        "conv_bias": config["mamba_conv_bias"],
-        "dt_limit": [low, None if high == float("inf") else high],
-        "norm": _norm(config) | {"groups": config["mamba_n_groups"], "order": order}
-        if config["mamba_rms_norm"]
-        else None,
-        "bias": config["mamba_proj_bias"],
-        "out_bias": config["projectors_bias"],
-    }
-
-
-def _attention(config: Config) -> dict[str, Any]:
-    return {
-        "kind": "attention",
-        "heads": config["num_attention_heads"],
-        "kv_heads": config["num_key_value_heads"],
-        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        "bias": config["attention_bias"],
-        "out_bias": config["attention_bias"],
-        "encodings": ["rope"],
-    }
-
-
-def weights_of(config: Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the spec's model, from that of transformers."""
-    found = {
-        "embedding.weight": weights["model.embed_tokens.weight"],
-        "norm.weight": weights["model.final_layernorm.weight"],
-    }
-    if not config["tie_word_embeddings"]:
-        found["head.weight"] = weights["lm_head.weight"]
-    for index in range(config["num_hidden_layers"]):
-        theirs = _within(weights, f"model.layers.{index}.")
-        found |= {f"layers.{index}.{name}": value for name, value in _layer(config, theirs)}
-    return found
-
-
-def _within(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _layer(config: Config, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield "norm.mixer.before.weight", theirs["input_layernorm.weight"]
-    yield "norm.ffn.before.weight", theirs["pre_ff_layernorm.weight"]
-    gate, down = config["mlp_multipliers"]
-    yield from _scaled("ffn.gate", _within(theirs, "feed_forward.gate_proj."), gate)
-    yield from _scaled("ffn.up", _within(theirs, "feed_forward.up_proj."))
-    yield from _scaled("ffn.down", _within(theirs, "feed_forward.down_proj."), down)
-    for name, value in _attention_weights(config, _within(theirs, "self_attn.")):
-        yield f"mixer.branches.attention.{name}", value
-    for name, value in _mamba_weights(config, _within(theirs, "mamba.")):
-        yield f"mixer.branches.mamba.{name}", value
-
-
-def _scaled(
-    name: str, linear: Mapping[str, Tensor], output: float = 1.0, inputs: float = 1.0
-) -> Iterator[tuple[str, Tensor]]:
-    """A linear map whose input and output are multiplied: the weight takes both, the bias that of the output."""
-    yield f"{name}.weight", linear["weight"] * (output * inputs)
-    if "bias" in linear:
-        yield f"{name}.bias", linear["bias"] * output
-
-
-def _attention_weights(config: Config, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    inputs = config["attention_in_multiplier"]
-    yield from _scaled("q", _within(theirs, "q_proj."), inputs=inputs)
-    yield from _scaled("k", _within(theirs, "k_proj."), config["key_multiplier"], inputs)
-    yield from _scaled("v", _within(theirs, "v_proj."), inputs=inputs)
-    yield from _scaled("out", _within(theirs, "o_proj."), config["attention_out_multiplier"])
-
-
-def _mamba_weights(config: Config, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    inner, shared = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
-    rows = [inner, inner, shared, shared, config["mamba_n_heads"]]
-    packed = {name: value.split(rows) for name, value in _within(theirs, "in_proj.").items()}
-    for index, (name, output) in enumerate(zip(("z", "x", "B", "C", "dt"), config["ssm_multipliers"], strict=True)):
-        part = {kind: values[index] for kind, values in packed.items()}
-        if name == "dt":
-            yield "dt_bias", theirs["dt_bias"] + part.pop("bias", torch.zeros(())) * output
-        yield from _scaled(name, part, output, config["ssm_in_multiplier"])
-    for kind, values in _within(theirs, "conv1d.").items():
-        for name, value in zip(("x", "B", "C"), values.split(rows[1:4]), strict=True):
-            yield f"conv.{name}.{kind}", value.squeeze(1) if kind == "weight" else value
-    yield from ((name, theirs[name]) for name in ("A_log", "D"))
-    if config["mamba_rms_norm"]:
-        yield "norm.weight", theirs["norm.weight"]
-    yield from _scaled("out", _within(theirs, "out_proj."), config["ssm_out_multiplier"])
+DEFAULTS = {
+    "tie_word_embeddings": False,
+    "mamba_proj_bias": False,
+    "projectors_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "mamba_d_ssm": 1024,
+    "mamba_d_head": "auto",
+    "mamba_conv_bias": True,
+    "mamba_rms_norm": False,
+    "mamba_norm_before_gate": True,
+    "rms_norm_eps": 1e-5,
+    **{f"{name}_multiplier": 1.0 for name in ("lm_head", "embedding", "key", "attention_in", "attention_out")},
+    **{f"{name}_multiplier": 1.0 for name in ("ssm_in", "ssm_out")},
+}
+FALCON_H1 = register(Family("falcon_h1", "FalconH1ForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))

@@ -1,0 +1,141 @@
+"""What the zoo knows of a public model family: its config as a spec, its tensors as ours, and both ways back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fusiontree.core.contracts import NodeSpec
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.zoo.options import Options
+from fusiontree.zoo.tensors import Same, to_ours, to_theirs
+
+Config = Mapping[str, Any]
+"""What stands in a config.json."""
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, as transformers names it.
+
+    Attributes:
+        name: the `model_type` of its configs.
+        architecture: the class in transformers that has the head.
+        spec: plain data of the spec that a config describes; reads every option that matters.
+        config: a config for a spec of this family. It may overlook what the family does not have:
+            `config_of` compares what comes back.
+        tensors: which of their tensors are which of ours.
+        defaults: options of the family's class that published configs leave out.
+        ignored: tensors that may be there and say nothing.
+    """
+
+    name: str
+    architecture: str
+    spec: Callable[[Options], Data]
+    config: Callable[["Reader"], Data]
+    tensors: Callable[[Options], Iterator[Same]]
+    defaults: Config = field(default_factory=dict)
+    ignored: Callable[[Options], set[str]] = lambda options: set()
+
+    def options(self, config: Config) -> Options:
+        """A config with the family's defaults."""
+        return Options(self.name, config, self.defaults)
+
+    def spec_of(self, config: Config) -> ModelSpec:
+        """The spec of a config.
+
+        Raises:
+            FusionTreeError: it has an option that is missing, unknown, or not expressed; names the key.
+        """
+        options = self.options(config)
+        data = self.spec(options)
+        options.finish()
+        return ModelSpec.parse({"format": 1, **data}).fold()
+
+    def config_of(self, spec: ModelSpec) -> Data:
+        """The config of a spec.
+
+        Raises:
+            FusionTreeError: the family cannot express it; names the node.
+        """
+        found = {"architectures": [self.architecture], "model_type": self.name, **self.config(Reader(self, spec))}
+        for path, (wanted, possible) in spec.diff(self.spec_of(found)).items():
+            raise FusionTreeError(f"{path}: {self.name} has {_brief(possible)} there, found {_brief(wanted)}")
+        return found
+
+    def weights_of(self, config: Config, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of the spec's model.
+
+        Raises:
+            WeightsError: a tensor is missing, extra, or has other rows than the config says.
+        """
+        options = self.options(config)
+        return to_ours(self.tensors(options), theirs, ignored=self.ignored(options))
+
+    def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The family's state dict."""
+        return to_theirs(self.tensors(self.options(config)), ours)
+
+
+class Reader:
+    """A spec, from which a family takes what its configs say."""
+
+    def __init__(self, family: Family, spec: ModelSpec) -> None:
+        self.family, self.spec = family, spec
+        self.layers = spec.expanded_layers()
+
+    def first(self, kind: str) -> Any:
+        """The first node of a kind.
+
+        Raises:
+            FusionTreeError: there is none.
+        """
+        node = self.find(kind)
+        if node is None:
+            have = ", ".join(dict.fromkeys(node.kind for node in self._nodes())) or "none"
+            raise FusionTreeError(f"layers: {self.family.name} has {kind}, found only {have}")
+        return node
+
+    def find(self, kind: str) -> Any:
+        """The first node of a kind, or None."""
+        return next((node for node in self._nodes() if node.kind == kind), None)
+
+    def _nodes(self) -> Iterator[Any]:
+        yield from (node for _, node in self.spec.nodes())
+
+    def encoding(self, kind: str) -> Any:
+        """The first encoding of a kind, or None."""
+        return next((each for each in self.spec.encodings.values() if getattr(each, "kind", None) == kind), None)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known by its name."""
+    assert family.name not in FAMILIES, f"two families are named {family.name!r}"
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(name: object) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        FusionTreeError: there is none.
+    """
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _brief(value: Any) -> str:
+    """A part of a spec in a few words."""
+    if isinstance(value, NodeSpec):
+        value = value.data()
+    if isinstance(value, Mapping):
+        return str(value.get("kind", "something else"))
+    return "nothing" if value is None else repr(value)

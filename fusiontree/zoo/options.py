@@ -1,0 +1,68 @@
+"""A model's config.json, read so that nothing in it is overlooked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusiontree.errors import FusionTreeError, suggest
+
+ABOUT_OTHER_THINGS = frozenset(
+    [
+        *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "name_or_path"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "use_cache", "pretraining_tp"),
+        *("initializer_range", "rescale_prenorm_residual", "attn_implementation", "num_logits_to_keep"),
+        *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_mamba_kernels"),
+        *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder"),
+    ]
+)
+"""Keys that do not change the function in evaluation."""
+
+
+class Options:
+    """The fields of a config, with what the family's class has for those that are left out.
+
+    What a family reads is remembered; `finish` refuses a config that says something more.
+    """
+
+    def __init__(self, family: str, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.family, self._defaults = family, defaults
+        self._data = {**defaults, **data}
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        if key not in self._data:
+            raise FusionTreeError(f"config.json: {self.family} needs {key!r}{suggest(key, self._data)}")
+        return self._data[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        """A field, or the default where it is absent or null."""
+        self._read.add(key)
+        found = self._data.get(key)
+        return default if found is None else found
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Refuse all other values of a field; one that is absent is the first."""
+        found = self.get(key, allowed[0])
+        if found not in allowed:
+            known = " or ".join(repr(value) for value in allowed)
+            raise FusionTreeError(f"config.json: {key}: found {found!r}, {self.family} is known with {known}")
+
+    def finish(self) -> None:
+        """Refuse what was not read and is not off."""
+        for key, value in self._data.items():
+            silent = value is None or value is False or value == [] or value == {}
+            if key not in self._read | ABOUT_OTHER_THINGS and not silent and not key.startswith("_"):
+                text = f"config.json: {key}: {self.family} is not known to have it, found {value!r:.60}"
+                raise FusionTreeError(text + suggest(key, self._read))
+
+
+def rope_theta(options: Options, default: float = 10000.0) -> dict[str, Any]:
+    """The rotary encoding of a config, in the form of transformers 5 (`rope_parameters`) or the one before."""
+    found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind != "default":
+        raise FusionTreeError(
+            f"config.json: rope_parameters.rope_type: found {kind!r}, {options.family} is known with 'default'"
+        )
+    return {"kind": "rope", "theta": float(found.get("rope_theta") or options.get("rope_theta", default))}

@@ -1,0 +1,70 @@
+"""What many families have in common: names of tensors, and what a few options mean."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.zoo.options import Options
+from fusiontree.zoo.tensors import TAPS, Same, linear
+
+
+def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
+    """The norm of all places."""
+    return {"kind": "rms", "gain": gain, "eps": options[key]}
+
+
+def whole(options: Options, final_norm: str) -> Iterator[Same]:
+    """Embedding, last norm and head."""
+    yield Same("model.embed_tokens.weight", ("embedding.weight",))
+    yield Same(f"model.{final_norm}.weight", ("norm.weight",))
+    if not options["tie_word_embeddings"]:
+        yield Same("lm_head.weight", ("head.weight",))
+
+
+def tied_head(options: Options) -> set[str]:
+    """A head that is the embedding once more."""
+    return {"lm_head.weight"} if options["tie_word_embeddings"] else set()
+
+
+def attention(bias: bool, out_bias: bool) -> Iterator[Same]:
+    """The maps of `self_attn`."""
+    for name in ("q", "k", "v"):
+        yield from linear(f"{name}_proj", name, bias)
+    yield from linear("o_proj", "out", out_bias)
+
+
+def gated_mlp(bias: bool) -> Iterator[Same]:
+    """The maps of `mlp`."""
+    for name in ("gate", "up", "down"):
+        yield from linear(f"{name}_proj", name, bias)
+
+
+def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Same]:
+    """A depthwise convolution over channels that have one each with us."""
+    yield Same(f"{theirs}.weight", tuple(f"{ours}.{name}.weight" for name in rows), tuple(rows.values()), TAPS)
+    if bias:
+        yield Same(f"{theirs}.bias", tuple(f"{ours}.{name}.bias" for name in rows), tuple(rows.values()))
+
+
+def mamba2(
+    inner: int, shared: int, heads: int, *, bias: bool, out_bias: bool, conv_bias: bool, norm: bool
+) -> Iterator[Same]:
+    """Mamba-2 with one map in for z, x, B, C and dt."""
+    rows = {"z": inner, "x": inner, "B": shared, "C": shared, "dt": heads}
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in rows), tuple(rows.values()))
+    yield from convolutions("conv1d", {name: rows[name] for name in ("x", "B", "C")}, conv_bias)
+    yield from (Same(name, (name,)) for name in ("A_log", "D", "dt_bias"))
+    if norm:
+        yield Same("norm.weight", ("norm.weight",))
+    yield from linear("out_proj", "out", out_bias)
+
+
+def dt_limit(options: Options, key: str = "time_step_limit") -> list[float | None]:
+    """What dt is cut to; infinity is no limit."""
+    low, high = options.get(key, (0.0, float("inf")))
+    return [low, None if high == float("inf") else high]
+
+
+def time_step_limit(limit: tuple[float, float | None]) -> list[float]:
+    """The reverse of `dt_limit`."""
+    return [limit[0], float("inf") if limit[1] is None else limit[1]]
