@@ -11,13 +11,15 @@ import typer
 import fusiontree
 from fusiontree.cli import bench, prune
 from fusiontree.cli.doctor import doctor
+from fusiontree.cli.exchange import export, import_
 from fusiontree.cli.runs import generate, train
 from fusiontree.cli.specs import kinds, schema, show, validate
 from fusiontree.errors import FusionTreeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (kinds, validate, schema, doctor, show, train, generate):
+for command in (kinds, validate, schema, doctor, show, train, generate, export):
     app.command()(command)
+app.command("import")(import_)
 app.add_typer(prune.app, name="prune")
 app.add_typer(bench.app, name="bench")
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click since 0.20

@@ -110,7 +110,7 @@ def load(
     target = memory.usable(device or "cpu")
     with _opened(source / WEIGHTS_FILE) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        _check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)
+        check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)
         memory.check_room(_bytes(file, dtype), target)
         tensors = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -126,7 +126,12 @@ def _opened(path: Path):  # noqa: ANN202
         raise WeightsError(f"{path}: truncated or not safetensors: {error}") from None
 
 
-def _check_shapes(source: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(source: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the shapes of tensors by name.
+
+    Raises:
+        WeightsError: one is missing, extra, or has another shape.
+    """
     for name, shape in wanted.items():
         if name not in found:
             raise WeightsError(f"{source}: tensor {name!r} is missing")

@@ -62,7 +62,10 @@ class Family:
             FusionTreeError: the family cannot express it; names the node.
         """
         found = {"architectures": [self.architecture], "model_type": self.name, **self.config(Reader(self, spec))}
-        for path, (wanted, possible) in spec.diff(self.spec_of(found)).items():
+        differences = spec.diff(self.spec_of(found))
+        if differences:
+            path = min(differences, key=lambda path: not path.startswith("layers."))  # what is built comes first
+            wanted, possible = differences[path]
             raise FusionTreeError(f"{path}: {self.name} has {_brief(possible)} there, found {_brief(wanted)}")
         return found
 

@@ -1,12 +1,9 @@
 """Tiny models of public families, all their parameters random, here and in transformers."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import transformers
-from torch import nn
 
 import fusiontree as ft
 from fusiontree.zoo import Family, family_of

@@ -1,0 +1,36 @@
+"""Commands that read and write the models of others: import, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusiontree.cli.console import Out, Saved, console
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A directory with config.json and safetensors, as transformers writes.")
+    ],
+    out: Out,
+) -> None:
+    """Write a public model as ours."""
+    from fusiontree.zoo.directory import import_model, read_config
+
+    spec = import_model(source, out)
+    if "auto_map" in read_config(source):
+        console.print("auto_map: names code beside the weights, which is not run")
+    console.print(f"{spec.lineage[0].edit}, digest {spec.digest()}, written to {out}")
+
+
+def export(
+    model: Saved,
+    out: Out,
+    to: Annotated[str, typer.Option(help="A family, by the model_type that transformers gives it.")],
+) -> None:
+    """Write a model of ours as one of a public family, where that can express it."""
+    from fusiontree.zoo import family_of
+    from fusiontree.zoo.directory import export_model
+
+    export_model(model, out, family_of(to))
+    console.print(f"written to {out}")

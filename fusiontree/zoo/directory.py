@@ -1,0 +1,155 @@
+"""Models on disk as transformers keeps them: `config.json` and safetensors, one file or several with an index.
+
+Only data is read: no pickle, no code (`auto_map` says where some would be and is passed over), nothing outside the
+directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fusiontree.core import weights
+from fusiontree.core.model import build
+from fusiontree.core.model_spec import Lineage, ModelSpec
+from fusiontree.errors import FusionTreeError, WeightsError
+from fusiontree.zoo.family import Family, family_of
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def import_model(source: Path | str, target: Path | str) -> ModelSpec:
+    """Read a public model and write ours, tensors in the type that they have.
+
+    Raises:
+        FusionTreeError: no such model, an unknown family, an option that is not expressed, or tensors that are
+            missing, extra, or of another shape; nothing has been written.
+    """
+    source = Path(source)
+    config = read_config(source)
+    family = family_of(config.get("model_type"))
+    spec = family.spec_of(config)
+    with Tensors(source) as theirs:
+        ours = family.weights_of(config, theirs)
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+        weights.check_shapes(source, wanted, {name: tuple(tensor.shape) for name, tensor in ours.items()})
+        spec = spec.model_copy(update={"lineage": (_lineage(config, family),)})
+        weights.save_weights(spec, ours, target)
+    return spec
+
+
+def export_model(source: Path | str, target: Path | str, family: Family) -> None:
+    """Read a model of ours and write it as one of the family, tensors in the type that they have.
+
+    Raises:
+        FusionTreeError: the family cannot express the spec (names the node), or the target is not empty.
+    """
+    target = Path(target)
+    model = weights.load(source)
+    config = family.config_of(model.spec)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FusionTreeError(f"{target}: exists and is not an empty directory; choose a new one")
+    tensors = family.weights_to(config, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    with weights.complete_directory(target) as new:
+        text = json.dumps(_finite({**config, "dtype": dtype}), indent=2, allow_nan=False) + "\n"
+        (new / CONFIG).write_text(text, encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / SINGLE, {"format": "pt"})
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The config of a directory.
+
+    Raises:
+        FusionTreeError: there is none, or it is not a JSON object.
+    """
+    return _json(source / CONFIG, f"{source}: not a model of transformers, it has no {CONFIG}")
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a directory by name, read when they are asked for; a context, as files stay open."""
+
+    def __init__(self, source: Path) -> None:
+        self._source, self._open = source, ExitStack()
+        self._files = {name: self._opened(source / name) for name in sorted(set(self._place().values()))}
+        self._of = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def _place(self) -> dict[str, str]:
+        """The file of each tensor; of a single file just that."""
+        if (self._source / SINGLE).is_file():
+            return {"": SINGLE}
+        if not (self._source / INDEX).is_file():
+            pickles = any(self._source.glob("*.bin")) and "; pickled weights (.bin) could run code and are not read"
+            raise WeightsError(f"{self._source}: has neither {SINGLE} nor {INDEX}{pickles or ''}")
+        found = _json(self._source / INDEX, "").get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise WeightsError(f"{self._source / INDEX}: has no weight_map")
+        for tensor, file in found.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise WeightsError(
+                    f"{self._source / INDEX}: {tensor!r}: a file in the directory is needed, found {file!r}"
+                )
+        return found
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            return self._open.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: missing, truncated or not safetensors: {error}") from None
+
+
+def _finite(value: Any) -> Any:
+    """Infinity, which JSON has not, as transformers writes it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {"__float__": "Infinity"} if value == float("inf") else value
+
+
+def _number(found: dict[str, Any]) -> Any:
+    """The reverse for one object."""
+    return float("inf") if found == {"__float__": "Infinity"} else found
+
+
+def _json(path: Path, absent: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
+    except FileNotFoundError:
+        raise FusionTreeError(absent) from None
+    except (OSError, ValueError) as error:
+        raise FusionTreeError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise FusionTreeError(f"{path}: has to be an object, found {type(found).__name__}")
+    return found
+
+
+def _lineage(config: Mapping[str, Any], family: Family) -> Lineage:
+    text = json.dumps(config, sort_keys=True)
+    return Lineage(parent=hashlib.sha256(text.encode()).hexdigest()[:12], edit=f"imported from {family.name}")
