@@ -4,6 +4,7 @@ Here the commands are put together; their modules are named after what they are 
 """
 
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -44,15 +45,20 @@ def main() -> None:
     """Run the command line."""
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except FusionTreeError as error:
         code = _fail(str(error))
     except ClickException as error:
         code = _fail(error.format_message()) if error.format_message() else 2  # the help has been printed
+    except OSError as error:
+        code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
+        with suppress(OSError):
+            sys.stdout.close()  # or Python tries once more as it ends
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(text: str) -> int:
+def _fail(text: str, code: int = 2) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return 2
+    return code

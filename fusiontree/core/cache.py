@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fusiontree.errors import FusionTreeError
+
+if TYPE_CHECKING:
+    from fusiontree.core.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Rows:
         slot = (self.after - 1).clamp(min=0) % ring.shape[1]
         if self.fresh is not None:
             values = torch.where(_over(self.fresh, values), values, ring[row, slot])
-        ring[row, slot] = values.detach()
+        ring[row, slot] = values.detach().to(ring.dtype)
 
     def filled(self, slots: int) -> Int[Tensor, "batch"]:
         """How many slots of a ring hold a token afterwards; 1 in a row that has none, whose slots are zeros."""
@@ -91,11 +95,15 @@ class Cache:
     """
 
     def __init__(
-        self, states: Mapping[str, dict[str, Tensor]], like: Int[Tensor, "batch"], capacity: int | None
+        self,
+        states: Mapping[str, dict[str, Tensor]],
+        like: Int[Tensor, "batch"],
+        capacity: int | None,
+        spec: "ModelSpec",
     ) -> None:
         self.states = states
         self.layers = _by_layer(states)
-        self.capacity = capacity
+        self.capacity, self.spec = capacity, spec
         self.seen = torch.zeros_like(like)
         self.positions = torch.zeros_like(like)
         self.documents = torch.zeros_like(like)

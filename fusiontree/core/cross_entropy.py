@@ -18,6 +18,8 @@ from fusiontree.core.modules import wide
 Head = Callable[..., Float[Tensor, "tokens vocab"]]
 FEATURES = 0
 """The place of the features among the inputs of a head."""
+NO_LABEL = -100
+"""What stands where nothing is to be predicted; torch's own choice."""
 SMALL = 2**24
 """So many logits at a time, or about as many as there are features."""
 
@@ -45,7 +47,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, labels: Tensor, *inputs: Tensor) -> Tensor:
         ctx.wanted = [place for place, wanted in enumerate(ctx.needs_input_grad[2:]) if wanted]
-        ctx.inputs = len(inputs)
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
         total, gradients = _measure(head, labels, inputs, ctx.wanted)
         ctx.save_for_backward(*gradients)
         return total
@@ -53,8 +55,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = dict(zip(ctx.wanted, ctx.saved_tensors, strict=True))
-        return None, None, *(gradients[place] * grad if place in gradients else None for place in range(ctx.inputs))
+        found: list[Tensor | None] = [None] * len(ctx.dtypes)
+        for place, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
+            found[place] = (gradient * grad).to(ctx.dtypes[place])  # rounded once, behind the mean
+        return None, None, *found
 
 
 def _measure(
@@ -63,11 +67,7 @@ def _measure(
     """The sum over all chunks, and its gradients for the inputs at the wanted places."""
     features, weight = inputs[:2]
     total = torch.zeros((), dtype=wide(features.dtype), device=features.device)
-    dtypes = [inputs[place].dtype for place in wanted]
-    sums = [
-        torch.zeros_like(inputs[place], dtype=dtype if place == FEATURES else wide(dtype))
-        for place, dtype in zip(wanted, dtypes, strict=True)
-    ]
+    sums = [_zeros(place, inputs[place]) for place in wanted]
     size = max(1, max(SMALL, features.numel()) // len(weight))
     for start in range(0, len(features), size):
         span = slice(start, start + size)
@@ -75,7 +75,12 @@ def _measure(
         total += loss
         for place, whole, part in zip(wanted, sums, gradients, strict=True):
             (whole[span] if place == FEATURES else whole).add_(part)
-    return total, [whole.to(dtype) for whole, dtype in zip(sums, dtypes, strict=True)]
+    return total, sums
+
+
+def _zeros(place: int, like: Tensor) -> Tensor:
+    """A gradient of 0; wide where chunks are summed."""
+    return torch.zeros_like(like, dtype=like.dtype if place == FEATURES else wide(like.dtype))
 
 
 def _one(
@@ -85,6 +90,6 @@ def _one(
     leaves = [tensor.detach().requires_grad_(place in wanted) for place, tensor in enumerate(inputs)]
     with torch.set_grad_enabled(bool(wanted)):
         logits = head(*leaves)
-        loss = F.cross_entropy(logits.to(wide(logits.dtype)), labels, reduction="sum")
+        loss = F.cross_entropy(logits.to(wide(logits.dtype)), labels, ignore_index=NO_LABEL, reduction="sum")
     gradients = torch.autograd.grad(loss, [leaves[place] for place in wanted]) if wanted else ()
     return loss.detach(), gradients

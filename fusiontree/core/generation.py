@@ -113,7 +113,11 @@ def stream(
 def _endings(stop: Stop) -> list[tuple[int, ...]]:
     if not isinstance(stop, Sequence):
         raise FusionTreeError(f"stop: a list of tokens and of sequences of tokens is needed, found {stop!r:.60}")
-    return [tuple(ending) if isinstance(ending, Sequence) else (ending,) for ending in stop]
+    endings = [tuple(ending) if isinstance(ending, Sequence) else (ending,) for ending in stop]
+    for ending in endings:
+        if not ending or not all(isinstance(token, int) for token in ending):
+            raise FusionTreeError(f"stop: tokens are whole numbers, at least one of them, found {ending!r:.60}")
+    return endings
 
 
 def generate(

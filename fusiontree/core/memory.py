@@ -16,7 +16,9 @@ def usable(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise FusionTreeError(f"device: {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise FusionTreeError(
+            f"device: {str(device)!r} cannot be used here: {str(error).splitlines()[0]:.120}"
+        ) from None
 
 
 def free_bytes(device: torch.device) -> int | None:

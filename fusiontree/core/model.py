@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import Encoding, Node, State
-from fusiontree.core.cross_entropy import cross_entropy
+from fusiontree.core.cross_entropy import NO_LABEL, cross_entropy
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
@@ -135,11 +135,10 @@ class LanguageModel(nn.Module):
             labels: the token to predict at each position, -100 where there is none.
 
         Raises:
-            FusionTreeError: as `forward`, or labels of another shape than the tokens.
+            FusionTreeError: as `forward`, or labels of another shape than the tokens or outside the vocabulary.
         """
-        if labels.shape != tokens.shape:
-            raise FusionTreeError(f"labels: have to be {list(tokens.shape)} like the tokens, found {_kind(labels)}")
         features = self.features(tokens, positions=positions, documents=documents)
+        labels = self._checked_labels(labels, tokens)
         return self.head.cross_entropy(features.flatten(0, 1), self.embedding.weight, labels.flatten())
 
     def features(
@@ -181,6 +180,9 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
         """An empty cache; `max_length` bounds the tokens of a row (None: rings of global heads grow)."""
         like = self.embedding.weight
+        for name, count in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
+            if not isinstance(count, int) or count < 1:
+                raise FusionTreeError(f"{name}: a whole number from 1 on is needed, found {count!r}")
         if max_length is not None:
             row = sum(node.cache_bytes(self.spec.scope, max_length, like.dtype) for _, node in self.spec.nodes())
             memory.check_room(batch_size * row, like.device, what=f"a cache of {batch_size} x {max_length} tokens")
@@ -188,7 +190,7 @@ class LanguageModel(nn.Module):
         if self.compiled and max_length is not None:
             self._allow_other_lengths(states, batch_size, max_length)
         counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
-        return Cache({path: state for path, state in states.items() if state}, counters, max_length)
+        return Cache({path: state for path, state in states.items() if state}, counters, max_length, self.spec)
 
     def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, max_length: int) -> None:
         """One compiled form of a step for all capacities."""
@@ -236,21 +238,30 @@ class LanguageModel(nn.Module):
         tokens = tokens.long()
         if documents is not None and documents.shape == tokens.shape:
             tokens = torch.where(documents < 0, 0, tokens)
-        if _readable(tokens):
-            low, high = (int(value) for value in tokens.aminmax())
-            if low < 0 or high >= self.spec.vocab_size:
-                found = low if low < 0 else high
-                raise FusionTreeError(f"tokens: found {found}, the vocabulary is 0..{self.spec.vocab_size - 1}")
+        self._check_vocabulary("tokens", tokens)
         return tokens
 
-    @staticmethod
-    def _check_shapes(tokens: Ids, positions: Ids | None, documents: Ids | None, cache: Cache | None) -> None:
+    def _checked_labels(self, labels: Ids, tokens: Ids) -> Ids:
+        _check_like("labels", labels, tokens)
+        labels = labels.long()
+        self._check_vocabulary("labels", torch.where(labels == NO_LABEL, 0, labels))
+        return labels
+
+    def _check_vocabulary(self, name: str, ids: Ids) -> None:
+        if _readable(ids):
+            low, high = (int(value) for value in ids.aminmax())
+            if low < 0 or high >= self.spec.vocab_size:
+                found = low if low < 0 else high
+                raise FusionTreeError(f"{name}: found {found}, the vocabulary is 0..{self.spec.vocab_size - 1}")
+
+    def _check_shapes(self, tokens: Ids, positions: Ids | None, documents: Ids | None, cache: Cache | None) -> None:
         for name, ids in (("positions", positions), ("documents", documents)):
-            if ids is not None and not (_are_ids(ids) and ids.shape == tokens.shape):
-                found = f"an integer tensor {list(tokens.shape)} is needed, as tokens are, found {_kind(ids)}"
-                raise FusionTreeError(f"{name}: {found}")
+            if ids is not None:
+                _check_like(name, ids, tokens)
         if cache is not None and cache.batch != tokens.shape[0]:
             raise FusionTreeError(f"cache: made for {cache.batch} rows, found {tokens.shape[0]} in tokens")
+        if cache is not None and cache.spec is not self.spec and cache.spec != self.spec:
+            raise FusionTreeError(f"cache: made for the spec {cache.spec.digest()}, found {self.spec.digest()}")
 
     def _check_positions(self, positions: Ids) -> None:
         limits = {name: e.limit for name, e in self.spec.encodings.items() if e.limit is not None}
@@ -269,7 +280,13 @@ def _is_step(layout: boundaries.Layout) -> bool:
     return fixed and layout.positions.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
 
 
-def _are_ids(value: object) -> bool:
+def _check_like(name: str, ids: object, tokens: Ids) -> None:
+    if not (_are_ids(ids) and ids.shape == tokens.shape):
+        found = f"an integer tensor {list(tokens.shape)} is needed, as tokens are, found {_kind(ids)}"
+        raise FusionTreeError(f"{name}: {found}")
+
+
+def _are_ids(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a matrix of integers."""
     integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in integers

@@ -38,7 +38,7 @@ def save_weights(spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path
     """`save`, from a spec and its tensors."""
     target = Path(directory)
     with complete_directory(target) as new:
-        if target.exists() and not _is_ours(target):
+        if not may_be_replaced(target):
             raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
         (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
@@ -46,8 +46,10 @@ def save_weights(spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _is_ours(target: Path) -> bool:
-    """Whether a model may be written there: over another, or into an empty directory."""
+def may_be_replaced(target: Path) -> bool:
+    """Whether a model may be written there: where nothing is, over another model, or into an empty directory."""
+    if not target.exists():
+        return True
     names = {file.name for file in target.iterdir()} if target.is_dir() else {"a file"}
     return not names or {SPEC_FILE, WEIGHTS_FILE} <= names
 

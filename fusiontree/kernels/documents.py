@@ -102,8 +102,9 @@ def packed(segments: Int[Tensor, "batch time"] | None, like: Float[Tensor, "batc
     """The documents of a batch; waits for the device once for each tensor of segments, which layers share."""
     if segments is None:
         return _whole(like.shape[0], like.shape[1], like.device)
-    version = 0 if segments.is_inference() else segments._version
-    known = _packed.get(segments)
+    if segments.is_inference():  # nothing tells when such a tensor changes
+        return _pack(segments.cpu(), segments.device)
+    version, known = segments._version, _packed.get(segments)
     if known is None or known[0] != version:
         known = _packed[segments] = (version, _pack(segments.cpu(), segments.device))
     return known[1]
@@ -113,6 +114,7 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may be met again in training
 def _whole(batch: int, time: int, device: torch.device) -> Packed:
     return _pack(torch.zeros(batch, time, dtype=torch.long), device)
 

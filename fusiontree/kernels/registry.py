@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.kernels.shapes import Shapes
 
 
 class UnsupportedError(FusionTreeError):
@@ -73,8 +74,8 @@ class Op(Generic[InputsT]):
     >>> del OPS["double"]
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, shapes: Shapes | None = None) -> None:
+        self.name, self.shapes = name, shapes
         self.backends: dict[str, Backend] = {}
         self._picked: dict[Hashable, Backend] = {}
         OPS[name] = self
@@ -93,7 +94,14 @@ class Op(Generic[InputsT]):
         return register
 
     def __call__(self, inputs: InputsT, backend: str = "auto") -> Any:
-        """Run the named backend, or with "auto" the best one (what `use_backend` says comes first)."""
+        """Run the named backend, or with "auto" the best one (what `use_backend` says comes first).
+
+        Raises:
+            FusionTreeError: the arguments' shapes do not agree.
+            UnsupportedError: see `pick`.
+        """
+        if self.shapes is not None:
+            self.shapes.check(self.name, inputs)
         if backend == "auto":
             backend = _overrides.get(self.name, "auto")
         return self.pick(inputs.request, backend).run(inputs)

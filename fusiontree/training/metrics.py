@@ -59,8 +59,11 @@ class Metrics:
 
     def write(self, record: Record) -> None:
         """Add a record; it is in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         if self._writer is not None:
             for name, value in _scalars(record):
                 self._writer.add_scalar(name, value, record["step"])

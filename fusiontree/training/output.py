@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fusiontree.core.files import write_text
-from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE
+from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE, may_be_replaced
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
 from fusiontree.training.run import RunSpec
@@ -54,6 +54,8 @@ class Output:
             raise RunError(f"{self.root}: has results but no run.yaml; choose another output")
         elif self.root.exists() and not self.root.is_dir():
             raise RunError(f"{self.root}: is not a directory; choose another output")
+        if not may_be_replaced(self.model):
+            raise RunError(f"{self.model}: exists and is not a model of ours; choose another output")
 
     def _check_owner(self) -> None:
         try:

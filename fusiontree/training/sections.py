@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusiontree.core.spec import Count, Flag, Natural, Positive, Spec, invalid
+from fusiontree.core.spec import Count, Natural, Positive, Spec, invalid
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 """A part of the whole, from nothing to all of it."""
@@ -35,7 +35,7 @@ class TrainingSpec(Spec):
     precision: Literal["float32", "bfloat16"] = "float32"
     clip: Positive = 1.0
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
-    compile: Flag | Literal["auto"] = False
+    compile: Literal[False, True, "auto"] = False
 
     @model_validator(mode="after")
     def _whole_microbatches(self) -> Self:

@@ -192,6 +192,14 @@ def test_what_goes_to_a_file_is_not_wrapped(folder):
     assert all(line.startswith(("- ", "~ ", "parameters", "FLOPs", "cache")) for line in lines)
 
 
+def test_an_output_that_is_full_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fusiontree.cli", "kinds"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output: No space left on device\n"
+
+
 def test_nothing_at_all_is_the_help():
     done = fusiontree()
     assert done.returncode == 2

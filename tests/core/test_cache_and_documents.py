@@ -7,7 +7,7 @@ import torch
 from core_cases import VOCABULARY, complaint, model, tokens
 from torch import Tensor
 
-from fusiontree import LanguageModel
+from fusiontree import LanguageModel, ModelSpec, build
 
 LEARNED: dict[str, Any] = {"encodings": {"time": {"kind": "srte_learned", "max_length": 8}}}
 
@@ -47,6 +47,29 @@ def test_bad_input_is_named(built: LanguageModel, inputs: dict[str, Any], parts:
 def test_a_cache_of_other_rows_is_refused(built: LanguageModel) -> None:
     complaint(lambda: built(tokens(3, 2), cache=built.new_cache(2)), "cache: ", "2 rows", "3")
     complaint(lambda: built(tokens(2, 2), cache=built.new_cache(1)), "cache: ", "1 rows", "2")
+
+
+def test_a_cache_of_another_spec_is_refused(built: LanguageModel) -> None:
+    narrower = built.spec.replace({"layers.0.mixer.branches.attention.window": 4})
+    cache = build(narrower, dtype=torch.float64).new_cache(1)
+    line = f"cache: made for the spec {narrower.digest()}, found {built.spec.digest()}"
+    complaint(lambda: built(tokens(1, 3), cache=cache), line)
+    twin = build(ModelSpec.parse(built.spec.data()), dtype=torch.float64)
+    built(tokens(1, 3), cache=twin.new_cache(1))
+
+
+@pytest.mark.parametrize(("rows", "length"), [(-1, 5), (0, 5), (2, -3), (1.5, 5), (2, 2.5)])
+def test_a_cache_has_a_whole_number_of_rows_and_tokens(built: LanguageModel, rows: Any, length: Any) -> None:
+    complaint(lambda: built.new_cache(rows, length), "a whole number from 1 on is needed, found")
+
+
+def test_decoding_under_autocast_is_the_full_forward() -> None:
+    floats, ids = model().float(), tokens(2, 12)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = floats.new_cache(2, 12)
+        found = torch.cat([floats(part, cache=cache) for part in ids.split([5, 1, 1, 3, 1, 1], 1)], 1)
+        expected = floats(ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 def test_a_full_cache_says_so(built: LanguageModel) -> None:

@@ -95,6 +95,22 @@ def test_bfloat16_sums_over_chunks_in_float32(monkeypatch):
     assert (grad.double() - true).norm() < 4e-3 * true.norm()
 
 
-def test_labels_of_another_shape_are_refused():
-    with pytest.raises(FusionTreeError, match=r"labels: have to be \[2, 5\] like the tokens, found \[2, 4\] int64"):
-        model().cross_entropy(tokens(2, 5), tokens(2, 4))
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (torch.zeros(2, 4, dtype=torch.long), r"labels: an integer tensor \[2, 5\] is needed, .* \[2, 4\] int64"),
+        (torch.zeros(2, 5), r"labels: an integer tensor \[2, 5\] is needed, .* float32"),
+        (None, "labels: an integer tensor .* found NoneType"),
+        (torch.full((2, 5), VOCABULARY), rf"labels: found {VOCABULARY}, the vocabulary is 0..{VOCABULARY - 1}"),
+        (torch.full((2, 5), -1), "labels: found -1, the vocabulary is"),
+    ],
+    ids=str,
+)
+def test_labels_that_do_not_fit_are_refused(wrong, line):
+    with pytest.raises(FusionTreeError, match=line):
+        model().cross_entropy(tokens(2, 5), wrong)
+
+
+def test_labels_may_be_any_integers():
+    net, x, y = model(), tokens(2, 5), labels(2, 5)
+    assert net.cross_entropy(x, y.int()) == net.cross_entropy(x, y)

@@ -95,6 +95,11 @@ def test_one_seed_gives_row_i_the_seed_plus_i(built: LanguageModel) -> None:
     assert same != built.generate([[1, 2]] * 3, seed=50, **drawn)
 
 
+@pytest.mark.parametrize("stop", [["a"], [1.5], [[]], [[1, "b"]]])
+def test_a_stop_that_no_token_can_be_is_refused(built: LanguageModel, stop: Any) -> None:
+    complaint(lambda: built.generate(PROMPTS, max_new_tokens=1, stop=stop), "stop: tokens are whole numbers")
+
+
 @pytest.mark.parametrize("stop", [(), [3], [(3, 5), 7]])
 def test_streaming_equals_generating(built: LanguageModel, stop: Any) -> None:
     steps = list(stream(built, PROMPTS, max_new_tokens=12, sampling=Sampling(1.0, seed=2), stop=stop))

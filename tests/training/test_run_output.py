@@ -51,6 +51,16 @@ def test_a_directory_has_one_owner_at_a_time(data, tmp_path):
     assert again.run.exists()
 
 
+def test_a_run_that_could_not_write_its_model_in_the_end_does_not_begin(data, tmp_path):
+    output = Output(runs.spec(data, tmp_path))
+    output.begin()
+    (tmp_path / "model").mkdir()
+    output.check()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="model: exists and is not a model of ours; choose another output"):
+        output.check()
+
+
 def test_a_directory_with_results_of_nobody_knows_whom_is_refused(data, tmp_path):
     output = Output(runs.spec(data, tmp_path))
     output.check()

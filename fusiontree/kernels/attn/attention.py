@@ -3,6 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusiontree.errors import FusionTreeError
 from fusiontree.kernels.attn import (  # noqa: F401  (they register)
     blocked,
     fla,
@@ -42,6 +43,11 @@ def attention(
         backend: "auto" or one of `ATTENTION.backends`.
 
     Raises:
+        FusionTreeError: shapes that do not agree, no window, no scale.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
+    if window is not None and window < 1:
+        raise FusionTreeError(f"attention: window: at least 1 visible key is needed, found {window}")
+    if scale == 0:
+        raise FusionTreeError("attention: scale: a number other than 0 is needed, found 0")
     return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, past), backend)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusiontree.kernels.documents import previous
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.shapes import Shapes
 from fusiontree.kernels.untraced import Untraced
 
 BEYOND = 2**40
@@ -147,7 +148,7 @@ class AttentionInputs(NamedTuple):
         return sight(self.q.shape[1], self.segments, age, self.window, self.q.device)
 
 
-ATTENTION: Op[AttentionInputs] = Op("attention")
+ATTENTION: Op[AttentionInputs] = Op("attention", Shapes(AttentionInputs, (("heads", "kv_heads"),)))
 untraced = Untraced(
     "attention_untraced",
     "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments",

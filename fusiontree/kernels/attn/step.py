@@ -10,6 +10,7 @@ from torch import Tensor
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel, flash_refusal
 from fusiontree.kernels.documents import wide
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.shapes import Shapes
 
 
 class StepRequest(NamedTuple):
@@ -38,7 +39,7 @@ class StepInputs(NamedTuple):
         return StepRequest(self.q.device.type, self.q.dtype, self.softcap is not None, equal_widths)
 
 
-ATTENTION_STEP: Op[StepInputs] = Op("attention_step")
+ATTENTION_STEP: Op[StepInputs] = Op("attention_step", Shapes(StepInputs, (("heads", "kv_heads"),)))
 
 
 def attention_step(
@@ -54,11 +55,13 @@ def attention_step(
     """One token of `attention`, for decoding without gradients: each row sees its first `filled` slots, in any order.
 
     Args:
+        keys: in another type than q, as a cache under autocast is, they decide what is computed in.
         filled: at least 1; a ring that has wrapped is filled.
         softcap: see `attention`.
         backend: "auto" or one of `ATTENTION_STEP.backends`.
 
     Raises:
+        FusionTreeError: shapes that do not agree.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
     return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap), backend)
@@ -67,9 +70,9 @@ def attention_step(
 def _attend(inputs: StepInputs, kernel: BlockKernel) -> Float[Tensor, "batch heads value_dim"]:
     """Query heads become rows of their kv head; empty slots are masked."""
     q, keys, values, filled, scale, softcap = inputs
-    rows = rearrange(q, "b (hk share) d -> b hk share d", hk=keys.shape[1])
+    rows = rearrange(q.to(keys.dtype), "b (hk share) d -> b hk share d", hk=keys.shape[1])
     empty = torch.arange(keys.shape[2], device=q.device) >= filled[:, None]
-    bias = torch.zeros(empty.shape, dtype=q.dtype, device=q.device).masked_fill_(empty, -torch.inf)
+    bias = torch.zeros(empty.shape, dtype=keys.dtype, device=q.device).masked_fill_(empty, -torch.inf)
     bias = bias[:, None, None].expand(-1, -1, rows.shape[2], -1)
     y, _ = kernel.forward(Block(rows, keys, values, bias, scale, softcap))
     return y.flatten(1, 2).to(q.dtype)
@@ -100,6 +103,6 @@ def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
     """torch's fused CPU kernel; over as many slots as the fullest row has where data can be read back."""
     if torch.compiler.is_compiling() or not inputs.filled.numel():
         return _attend(inputs, FLASH_CPU)
-    most = int(inputs.filled.max())
+    most = max(1, int(inputs.filled.max()))  # the kernel divides by the number of keys
     keys, values = (ring[:, :, :most] for ring in (inputs.keys, inputs.values))
     return _attend(inputs._replace(keys=keys, values=values), FLASH_CPU)

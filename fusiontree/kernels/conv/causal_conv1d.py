@@ -30,6 +30,7 @@ def causal_conv1d(
         backend: "auto" or one of `CONV.backends`.
 
     Raises:
+        FusionTreeError: shapes that do not agree.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
     return CONV(ConvInputs(x, weight, bias, initial_state, segments), backend)

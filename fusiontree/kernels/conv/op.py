@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.shapes import Shapes
 from fusiontree.kernels.untraced import Untraced
 
 
@@ -53,7 +54,7 @@ class ConvInputs(NamedTuple):
         return self.x.new_zeros(self.x.shape[0], self.weight.shape[1] - 1, self.x.shape[2])
 
 
-CONV: Op[ConvInputs] = Op("causal_conv1d")
+CONV: Op[ConvInputs] = Op("causal_conv1d", Shapes(ConvInputs))
 untraced = Untraced(
     "causal_conv1d_untraced",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? segments",

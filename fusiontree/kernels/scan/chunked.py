@@ -26,7 +26,7 @@ DECAYS_A_STEP = 2**18
 
 
 def _chunks_a_step(x: Float[Tensor, "batch time heads head_dim"]) -> int:
-    return max(1, DECAYS_A_STEP // (x.shape[0] * x.shape[2] * CHUNK * CHUNK))
+    return max(1, DECAYS_A_STEP // max(1, x.shape[0] * x.shape[2] * CHUNK * CHUNK))
 
 
 def _spans(x: Float[Tensor, "batch time heads head_dim"]) -> Iterator[tuple[slice, int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.kernels.documents import wide
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.shapes import Shapes
 from fusiontree.kernels.untraced import Untraced
 
 
@@ -56,7 +57,7 @@ class SSDInputs(NamedTuple):
         return batch, heads, head_dim, self.B.shape[-1]
 
 
-SSD: Op[SSDInputs] = Op("ssd")
+SSD: Op[SSDInputs] = Op("ssd", Shapes(SSDInputs, (("heads", "groups"),)))
 untraced = Untraced(
     "ssd_untraced",
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? segments",

@@ -32,6 +32,7 @@ def ssd(
         backend: "auto" or one of `SSD.backends`.
 
     Raises:
+        FusionTreeError: shapes that do not agree.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
     return SSD(SSDInputs(x, dt, A, B, C, initial_state, segments), backend)

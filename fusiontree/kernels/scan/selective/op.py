@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.kernels.documents import padding_joined, previous, wide
 from fusiontree.kernels.registry import Op
+from fusiontree.kernels.shapes import Shapes
 from fusiontree.kernels.untraced import Untraced
 
 
@@ -59,7 +60,7 @@ class SelectiveScanInputs(NamedTuple):
         return joined != previous(joined)
 
 
-SELECTIVE_SCAN: Op[SelectiveScanInputs] = Op("selective_scan")
+SELECTIVE_SCAN: Op[SelectiveScanInputs] = Op("selective_scan", Shapes(SelectiveScanInputs, (("channels", "groups"),)))
 untraced = Untraced(
     "selective_scan_untraced",
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? segments",

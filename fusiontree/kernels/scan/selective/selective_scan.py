@@ -38,6 +38,7 @@ def selective_scan(
         backend: "auto" or one of `SELECTIVE_SCAN.backends`.
 
     Raises:
+        FusionTreeError: shapes that do not agree.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
     B, C = _grouped(B, x), _grouped(C, x)

@@ -1,0 +1,66 @@
+"""Arguments that do not fit each other are one line, before any backend reads memory that is not theirs."""
+
+import pytest
+import torch
+
+from fusiontree.errors import FusionTreeError
+from fusiontree.kernels import Past, attention, attention_step, causal_conv1d, selective_scan, ssd
+
+R = torch.randn
+Q, K = R(2, 6, 4, 8), R(2, 6, 2, 8)
+LONG = torch.zeros(2, 6, dtype=torch.long)
+MISFITS = {
+    "attention: k: floating-point numbers [2, 6, kv_heads, 8] are needed, found [2, 4, 2, 8]": lambda: attention(
+        Q, K[:, :4], K[:, :4], scale=1.0
+    ),
+    "attention: v: floating-point numbers [2, 6, 2, value_dim] are needed, found [2, 4, 2, 8]": lambda: attention(
+        Q, K, K[:, :4], scale=1.0
+    ),
+    "attention: v: floating-point numbers [2, 6, 2, value_dim] are needed, found [2, 6, 1, 8]": lambda: attention(
+        Q, K, K[:, :, :1], scale=1.0
+    ),
+    "attention: 4 heads are not a multiple of 3 kv_heads": lambda: attention(
+        Q, R(2, 6, 3, 8), R(2, 6, 3, 8), scale=1.0
+    ),
+    "attention: segments: integers [2, 6] are needed, found [2, 6] float32": lambda: attention(
+        Q, K, K, scale=1.0, segments=LONG.float()
+    ),
+    "attention: past.age: integers [2, 3] are needed, found [2, 6] int64": lambda: attention(
+        Q, K, K, scale=1.0, past=Past(R(2, 3, 2, 8), R(2, 3, 2, 8), LONG)
+    ),
+    "attention: window: at least 1 visible key is needed, found 0": lambda: attention(Q, K, K, scale=1.0, window=0),
+    "attention: scale: a number other than 0 is needed": lambda: attention(Q, K, K, scale=0.0),
+    "attention_step: values: floating-point numbers [2, 2, 5, value_dim] are needed, found [2, 2, 4, 8]": (
+        lambda: attention_step(Q[:, 0], R(2, 2, 5, 8), R(2, 2, 4, 8), LONG[:, 0], scale=1.0)
+    ),
+    "ssd: B: floating-point numbers [2, 6, groups, state] are needed, found [2, 7, 2, 3]": lambda: ssd(
+        Q, R(2, 6, 4), R(4), R(2, 7, 2, 3), R(2, 6, 2, 3)
+    ),
+    "ssd: initial_state: floating-point numbers [2, 4, 8, 3] are needed, found [1, 4, 8, 3]": lambda: ssd(
+        Q, R(2, 6, 4), R(4), R(2, 6, 2, 3), R(2, 6, 2, 3), initial_state=R(1, 4, 8, 3)
+    ),
+    "ssd: 4 heads are not a multiple of 3 groups": lambda: ssd(Q, R(2, 6, 4), R(4), R(2, 6, 3, 3), R(2, 6, 3, 3)),
+    "selective_scan: initial_state: floating-point numbers [2, 4, 5] are needed, found [1, 4, 5]": (
+        lambda: selective_scan(R(2, 6, 4), R(2, 6, 4), R(4, 5), R(2, 6, 5), R(2, 6, 5), initial_state=R(1, 4, 5))
+    ),
+    "causal_conv1d: initial_state: floating-point numbers [2, 2, 4] are needed, found [2, 5, 4]": (
+        lambda: causal_conv1d(R(2, 6, 4), R(4, 3), initial_state=R(2, 5, 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("line", MISFITS)
+def test_what_does_not_fit_is_one_line(line):
+    with pytest.raises(FusionTreeError) as caught:
+        MISFITS[line]()
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize("backend", ["auto", "product"])
+def test_a_step_over_rows_that_hold_nothing_does_not_end_the_process(backend):
+    attention_step(Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, backend=backend)
+
+
+def test_no_rows_are_no_error():
+    y, state = ssd(R(0, 6, 4, 8), R(0, 6, 4), R(4), R(0, 6, 2, 3), R(0, 6, 2, 3))
+    assert (tuple(y.shape), tuple(state.shape)) == ((0, 6, 4, 8), (0, 4, 8, 3))
