@@ -48,7 +48,7 @@ def _mixer(options: Options) -> dict[str, Any]:
 
 
 def _inner(options: Options) -> int:
-    """The width said itself comes first: FalconMamba-7B's `expand` says another."""
+    """Said itself or as a multiple of the width; transformers takes the former where there are both."""
     return options.get("intermediate_size", options.count("expand") * options.count("hidden_size"))
 
 
