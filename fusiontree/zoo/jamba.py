@@ -4,6 +4,7 @@ with norms on dt, B and C in the others, a gated feed-forward network in each.""
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.branches import Attention
 from fusiontree.core.stack import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
@@ -93,7 +94,7 @@ def _config(reader: Reader) -> dict[str, Any]:
 def _period_of(reader: Reader) -> dict[str, Any]:
     """Where attention stands; the period is longer than the stack where it does so once or never."""
     count = len(reader.layers)
-    places = [n for n, layer in enumerate(reader.layers) if layer.mixer and layer.mixer.kind == "attention"]
+    places = [index for index, layer in enumerate(reader.layers) if isinstance(layer.mixer, Attention)]
     offset = places[0] if places else count
     return {
         "attn_layer_offset": offset,
