@@ -4,7 +4,6 @@ The state of a head is S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T, its output y_
 C behind a short causal convolution and heads sharing B and C within a group.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
@@ -15,11 +14,12 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Module, Norm, Normalise, constant, fan_in, scaled, wide
+from fusiontree.core.modules import Linear, Norm, Normalise, constant, scaled, wide
 from fusiontree.core.spec import Count, Flag, NonNegative, Positive, Real, Spec, invalid
-from fusiontree.kernels import causal_conv1d, causal_conv1d_step, ssd, ssd_step
+from fusiontree.kernels import ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]
 Inner = Float[Tensor, "batch time inner"]
@@ -151,10 +151,11 @@ class Mamba2Branch(Node):
         self.z = Linear(width, spec.inner, bias=spec.bias)
         self.x, self.B, self.C = (Linear(width, rows, bias=spec.bias) for rows in convolved.values())
         self.dt = Linear(width, spec.heads, bias=spec.bias)
-        self.conv = nn.ModuleDict({name: Convolution(spec, rows) for name, rows in convolved.items()})
+        convolutions = {n: Convolution(rows, spec.conv, bias=spec.conv_bias) for n, rows in convolved.items()}
+        self.conv = nn.ModuleDict(convolutions)
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
         self.D = self.declare("D", (spec.heads,), constant(1.0))
-        self.dt_bias = self.declare("dt_bias", (spec.heads,), _inverse_softplus_of_dt)
+        self.dt_bias = self.declare("dt_bias", (spec.heads,), inverse_softplus_of_dt)
         self.norm = Normalise(spec.norm, spec.inner, groups=spec.norm.groups) if spec.norm else None
         self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
@@ -165,7 +166,7 @@ class Mamba2Branch(Node):
         x = scaled(context.encode(spec.encodings, x), times.input)
         z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))
         inputs = {"x": scaled(self.x(x), times.x), "B": scaled(self.B(x), times.B), "C": scaled(self.C(x), times.C)}
-        inputs = {name: self.conv[name](u, name, context, state) for name, u in inputs.items()}
+        inputs = {n: self.conv[n](u, context, state, f"conv.{n}") for n, u in inputs.items()}
         u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
         B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)
@@ -182,7 +183,7 @@ class Mamba2Branch(Node):
     def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Tensor:
         u, dt, B, C = inputs
         A = -torch.exp(self.A_log.to(dt.dtype))
-        if state is not None and _is_step(u, context):
+        if state is not None and is_step(u, context):
             y, _ = ssd_step(state["ssm"], u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
             return y[:, None]
         start = None if state is None else state["ssm"]
@@ -206,37 +207,6 @@ class Mamba2Branch(Node):
         return taps | {"ssm": like.new_zeros(shape, dtype=wide(like.dtype))}
 
 
-class Convolution(Module):
-    """A depthwise causal convolution and SiLU."""
-
-    def __init__(self, spec: Mamba2, channels: int) -> None:
-        super().__init__()
-        self.weight = self.declare("weight", (channels, spec.conv), fan_in())
-        self.bias = self.declare("bias", (channels,), constant(0.0)) if spec.conv_bias else None
-
-    def forward(self, x: Inner, name: str, context: Context, state: State | None) -> Inner:
-        """Convolve a chunk; the state `conv.<name>` is read and brought up to date."""
-        key = f"conv.{name}"
-        start = None if state is None else state[key]
-        if start is not None and _is_step(x, context):
-            return F.silu(causal_conv1d_step(start, x[:, 0], self.weight, self.bias))[:, None]
-        y, end = causal_conv1d(x, self.weight, self.bias, initial_state=start, segments=context.segments)
-        if start is not None:
-            start.copy_(end.detach())
-        return F.silu(y)
-
-
-def _is_step(x: Tensor, context: Context) -> bool:
-    """Whether every row brings one token that goes on where its states stand."""
-    return context.segments is None and context.is_step(x)
-
-
 def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:
     """A uniform in [1, 16], as the paper's code starts it."""
     tensor.uniform_(1.0, 16.0, generator=generator).log_()
-
-
-def _inverse_softplus_of_dt(tensor: Tensor, generator: Generator) -> None:
-    """dt log-uniform in [0.001, 0.1], as the paper's code starts it."""
-    tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
-    tensor.copy_(tensor + torch.log(-torch.expm1(-tensor)))

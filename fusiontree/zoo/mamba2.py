@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
@@ -42,9 +41,6 @@ _OF_INITIALISATION = ("time_step_min", "time_step_max", "time_step_floor")
 
 def _config(reader: Reader) -> dict[str, Any]:
     spec, mamba = reader.spec, reader.first("mamba2")
-    if mamba.inner % spec.width:
-        text = f"heads * head_dim has to be a multiple of the width {spec.width}, found {mamba.inner}"
-        raise FusionTreeError(f"layers.0.mixer: in mamba2 {text}")
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.width,
@@ -54,7 +50,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "state_size": mamba.state,
         "n_groups": mamba.groups,
         "conv_kernel": mamba.conv,
-        "expand": mamba.inner // spec.width,
+        "expand": parts.expand(reader, mamba.inner),
         "use_bias": mamba.bias,
         "use_conv_bias": mamba.conv_bias,
         "hidden_act": "silu",

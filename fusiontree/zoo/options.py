@@ -11,7 +11,8 @@ ABOUT_OTHER_THINGS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "use_cache", "pretraining_tp"),
         *("initializer_range", "rescale_prenorm_residual", "attn_implementation", "num_logits_to_keep"),
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob"),
-        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_mamba_kernels"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+        *("use_mamba_kernels", "use_mambapy", "use_falcon_mambapy", "use_associative_scan"),
         *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder"),
     ]
 )
@@ -40,6 +41,18 @@ class Options:
         self._read.add(key)
         found = self._data.get(key)
         return default if found is None else found
+
+    def count(self, key: str, least: int = 1) -> int:
+        """A field to compute with.
+
+        Raises:
+            FusionTreeError: it is no whole number of at least `least`.
+        """
+        found = self[key]
+        if type(found) is not int or found < least:
+            text = f"config.json: {key}: has to be a whole number of at least {least}, found {found!r:.60}"
+            raise FusionTreeError(text)
+        return found
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse all other values of a field; one that is absent is the first."""

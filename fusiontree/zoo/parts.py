@@ -1,8 +1,11 @@
 """What many families have in common: names of tensors, and what a few options mean."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.errors import FusionTreeError
+from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import TAPS, Same, linear
 
@@ -57,6 +60,38 @@ def mamba2(
     if norm:
         yield Same("norm.weight", ("norm.weight",))
     yield from linear("out_proj", "out", out_bias)
+
+
+def mamba1(inner: int, rank: int, state: int, *, bias: bool, conv_bias: bool) -> Iterator[Same]:
+    """Mamba with one map in for x and z, and one for dt, B and C."""
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Same(f"in_proj.{kind}", (f"x.{kind}", f"z.{kind}"), (inner, inner))
+    yield Same("conv1d.weight", ("conv.weight",), view=TAPS)
+    if conv_bias:
+        yield Same("conv1d.bias", ("conv.bias",))
+    yield Same("x_proj.weight", ("dt_down.weight", "B.weight", "C.weight"), (rank, state, state))
+    yield Same("dt_proj.weight", ("dt_up.weight",))
+    yield Same("dt_proj.bias", ("dt_bias",))
+    yield from (Same(name, (name,)) for name in ("A_log", "D"))
+    yield from linear("out_proj", "out", bias)
+
+
+def dt_rank(options: Options, key: str) -> int:
+    """The rank of dt; "auto" is a sixteenth of the width."""
+    return math.ceil(options.count("hidden_size") / 16) if options[key] == "auto" else options.count(key)
+
+
+def expand(reader: Reader, inner: int) -> int:
+    """How many times the width a state-space model is wide.
+
+    Raises:
+        FusionTreeError: no whole number of times.
+    """
+    width = reader.spec.width
+    if inner % width:
+        text = f"state-space models are a multiple of the width {width} wide, found {inner}"
+        raise FusionTreeError(f"layers: in {reader.family.name} {text}")
+    return inner // width
 
 
 def dt_limit(options: Options, key: str = "time_step_limit") -> list[float | None]:

@@ -38,6 +38,8 @@ SPEC = {
         }
     ],
 }
+MAMBA1 = {"kind": "mamba1", "inner": 48, "state": 4, "rank": 3, "norm": {"kind": "rms"}}
+CHANNELS = {"vocab_size": 61, "width": 32, "layers": [{"repeat": 2, "layers": [{"mixer": MAMBA1}]}]}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -51,16 +53,16 @@ def trained_once(model, documents):
 TARGETS = TOKENS[:, 1:141].flatten()
 
 
-def both(backend):
-    spec = ft.ModelSpec.model_validate(SPEC)
+def both(backend, data=SPEC):
+    spec = ft.ModelSpec.model_validate(data)
     plain, compiled = ft.build(spec), ft.build(spec)
     compiled.compile(backend=backend)
     return plain, compiled
 
 
-def assert_same_step(backend, documents):
+def assert_same_step(backend, documents, data=SPEC):
     torch._dynamo.reset()
-    plain, compiled = both(backend)
+    plain, compiled = both(backend, data)
     loss, expected = trained_once(plain, documents)
     found, gradients = trained_once(compiled, documents)
     torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
@@ -111,10 +113,10 @@ def test_observing_forcing_dropping_and_prefill_see_the_plain_layers():
         compiled(TOKENS)
 
 
-def assert_same_steps(backend):
+def assert_same_steps(backend, data=SPEC):
     """Greedy tokens and logits, from prompts of unequal length, beyond the window, in caches of two sizes."""
     torch._dynamo.reset()
-    plain, compiled = both(backend)
+    plain, compiled = both(backend, data)
     for length, new in ((7, 20), (12, 9)):
         prompts = [TOKENS[0, :length].tolist(), TOKENS[1, : length - 4].tolist()]
         assert compiled.generate(prompts, max_new_tokens=new) == plain.generate(prompts, max_new_tokens=new)
@@ -143,3 +145,8 @@ def test_decode_steps_as_autograd_sees_them():
 @pytest.mark.slow
 def test_compiled_decode_steps():
     assert_same_steps("inductor")
+
+
+def test_mamba1_in_training_and_in_decode():
+    assert_same_step("aot_eager", DOCUMENTS, CHANNELS)
+    assert_same_steps("aot_eager", CHANNELS)

@@ -87,6 +87,23 @@ def mamba2s(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def mamba1s(draw: st.DrawFn, *, project: bool = True) -> Data:
+    return {
+        "kind": "mamba1",
+        "encodings": draw(named(rotates=False)),
+        "inner": draw(st.integers(1, 9)) if project else INNER,
+        "state": draw(st.integers(2, 4)),  # a norm makes a constant of a single feature
+        "rank": draw(st.integers(2, 3)),
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "norm": draw(st.one_of(st.none(), norms())),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def feed_forwards(draw: st.DrawFn) -> Data:
     kind = draw(
         st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in ("gelu", "relu2", "geglu"))])
@@ -121,7 +138,7 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    branch = st.one_of(attentions(project=False), mamba2s(project=False)) if inner else nodes(depth - 1)
+    branch = st.one_of(*(kind(project=False) for kind in (attentions, mamba2s, mamba1s))) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
     data: Data = {
@@ -147,7 +164,7 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    mixers = st.one_of(attentions(), mamba2s(), feed_forwards())
+    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), feed_forwards())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusiontree.branches import Attention, Mamba2, Mlp, attention, mamba2
+from fusiontree.branches import Attention, Mamba1, Mamba2, Mlp, attention, mamba1, mamba2, recurrent
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
 from fusiontree.encodings.rope import Rotary
@@ -41,7 +41,7 @@ def test_window_off_by_one(monkeypatch):
 
 
 def test_convolution_leaks_over_documents(monkeypatch):
-    monkeypatch.setattr(mamba2, "causal_conv1d", replacing(mamba2.causal_conv1d, segments=None))
+    monkeypatch.setattr(recurrent, "causal_conv1d", replacing(recurrent.causal_conv1d, segments=None))
     assert broken_laws(Mamba2) == "packed"
 
 
@@ -53,6 +53,16 @@ def test_state_is_not_reset(monkeypatch):
 def test_state_is_forgotten(monkeypatch):
     monkeypatch.setattr(mamba2, "ssd", replacing(mamba2.ssd, initial_state=None))
     assert broken_laws(Mamba2) == "split"
+
+
+def test_channel_states_are_not_reset(monkeypatch):
+    monkeypatch.setattr(mamba1, "selective_scan", replacing(mamba1.selective_scan, segments=None))
+    assert broken_laws(Mamba1) == "packed"
+
+
+def test_channel_states_are_forgotten(monkeypatch):
+    monkeypatch.setattr(mamba1, "selective_scan", replacing(mamba1.selective_scan, initial_state=None))
+    assert broken_laws(Mamba1) == "split"
 
 
 def test_attention_sees_other_documents(monkeypatch):

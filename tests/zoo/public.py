@@ -39,6 +39,25 @@ MAMBA2 = {
     **{name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
     **{"num_heads": 12, "head_dim": 8, "state_size": 16, "n_groups": 2, "conv_kernel": 4, "chunk_size": 16},
 }
+MAMBA = {
+    **{name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+    **{"state_size": 8, "conv_kernel": 4},
+}
+MORE_OF_MAMBA = {
+    **{"intermediate_size": 72, "time_step_rank": 5, "conv_kernel": 3, "layer_norm_epsilon": 1e-4},
+    **{"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
+}
+JAMBA = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"},
+    **{"num_hidden_layers": 5, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8},
+    "pad_token_id": None,  # transformers gives its embedding no gradient
+}
+MORE_OF_JAMBA = {
+    **{"num_hidden_layers": 3, "attn_layer_period": 8, "attn_layer_offset": 2, "head_dim": 16},
+    **{"num_experts": 4, "expert_layer_period": 8, "expert_layer_offset": 3},  # in no layer
+    **{"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5, "mamba_d_conv": 3, "mamba_expand": 3},
+    **{"tie_word_embeddings": True, "rms_norm_eps": 1e-4},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -50,6 +69,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba2",
         MAMBA2 | {"time_step_limit": (0.01, 0.5), "use_bias": True, "tie_word_embeddings": True, "n_groups": 1},
     ),
+    "mamba": ("mamba", MAMBA),
+    "mamba, another width, biases, no convolution bias, untied": ("mamba", MAMBA | MORE_OF_MAMBA),
+    "falcon_mamba": ("falcon_mamba", MAMBA),
+    "falcon_mamba, another width, biases, no convolution bias, untied": (
+        "falcon_mamba",
+        MAMBA | MORE_OF_MAMBA | {"mixer_rms_eps": 1e-3},
+    ),
+    "jamba": ("jamba", JAMBA),
+    "jamba, attention once, biases, no convolution bias, tied": ("jamba", JAMBA | MORE_OF_JAMBA),
+    "jamba, no attention": ("jamba", JAMBA | {"attn_layer_period": 9, "attn_layer_offset": 8}),
+    "jamba, no mamba": ("jamba", JAMBA | {"attn_layer_period": 1, "attn_layer_offset": 0}),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),

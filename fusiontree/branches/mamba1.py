@@ -1,0 +1,163 @@
+"""Mamba: a selective state-space model where each channel has a state and rates of decay of its own (S6; Gu and Dao,
+arXiv 2312.00752).
+
+The state of a channel is h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t, its output y_t = h_t . C_t + D x_t, times silu(z).
+x stands behind a short causal convolution; dt, B and C are linear maps of what comes out of it, all channels sharing
+B and C, and dt going through a low rank.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Generator, Tensor, nn
+
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Norm, Normalise, constant, wide
+from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.kernels import selective_scan, selective_scan_step
+
+Stream = Float[Tensor, "batch time width"]
+Inner = Float[Tensor, "batch time inner"]
+Shared = Float[Tensor, "batch time state"]
+
+
+@branches.register
+class Mamba1(BranchSpec):
+    """A state-space model whose every channel decays at rates of its own (S6).
+
+    Attributes:
+        inner: channels, each with `state` entries.
+        conv: taps.
+        rank: of the map that makes dt; a sixteenth of the width in the paper.
+        norm: of dt before it leaves the low rank, of B and of C (Jamba, arXiv 2403.19887; without a gain in
+            FalconMamba, arXiv 2410.05355).
+        bias: of the maps in.
+        project: false returns the channels, for a fusion with a projection.
+    """
+
+    rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    kind: Literal["mamba1"] = "mamba1"
+    inner: Count
+    state: Count
+    rank: Count
+    conv: Count = 4
+    conv_bias: Flag = True
+    norm: Norm | None = None
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _has_an_output_map(self) -> Self:
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """As wide as no other part, with norms and every bias."""
+        return cls(inner=12, state=4, rank=3, conv=3, norm=Norm(), bias=True, out_bias=True)
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the channels."""
+        return scope.width if self.project else self.inner
+
+    def build(self, scope: Scope) -> "Mamba1Branch":
+        """The module."""
+        return Mamba1Branch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, the convolution, and the recurrence: one outer product and one read of every state."""
+        maps = scope.width * (3 if self.project else 2) + 2 * self.rank + 2 * self.state
+        return self.inner * (2.0 * maps + 2.0 * self.conv + 4.0 * self.state)
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The convolution's last inputs, and the states in float32 or better."""
+        return self.inner * ((self.conv - 1) * dtype.itemsize + self.state * wide(dtype).itemsize)
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Everything but the norms runs over the channels."""
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": ("inner", "width") for name in ("z", "x")}
+        axes |= {f"{name}.bias": ("inner",) for name in ("z", "x")} if self.bias else {}
+        axes |= {"conv.weight": ("inner", "conv")} | ({"conv.bias": ("inner",)} if self.conv_bias else {})
+        axes |= {"dt_down.weight": ("rank", "inner"), "dt_up.weight": ("inner", "rank"), "dt_bias": ("inner",)}
+        axes |= {f"{name}.weight": ("state", "inner") for name in ("B", "C")}
+        axes |= {"A_log": ("inner", "state"), "D": ("inner",)}
+        if self.norm and self.norm.gain != "none":
+            axes |= {"norm.dt.weight": ("rank",), "norm.B.weight": ("state",), "norm.C.weight": ("state",)}
+        axes |= {"out.weight": ("width", "inner")} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": scope.width, **{name: getattr(self, name) for name in ("inner", "state", "rank", "conv")}}
+
+
+class Mamba1Branch(Node):
+    """The module of `Mamba1`: z, x, dt, B and C are separate parameters."""
+
+    def __init__(self, spec: Mamba1, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        shared = {"dt": spec.rank, "B": spec.state, "C": spec.state}
+        self.z, self.x = (Linear(width, spec.inner, bias=spec.bias) for _ in ("z", "x"))
+        self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
+        self.dt_down, self.B, self.C = (Linear(spec.inner, rows) for rows in shared.values())
+        self.norm = nn.ModuleDict({name: Normalise(spec.norm, rows) for name, rows in shared.items() if spec.norm})
+        self.dt_up = Linear(spec.rank, spec.inner, init=_uniform_of_rank)
+        self.dt_bias = self.declare("dt_bias", (spec.inner,), inverse_softplus_of_dt)
+        self.A_log = self.declare("A_log", (spec.inner, spec.state), _log_of_one_to_state)
+        self.D = self.declare("D", (spec.inner,), constant(1.0))
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Convolve, select, scan, gate."""
+        state = context.state(self)
+        x = context.encode(self.spec.encodings, x)
+        u = self.conv(self.x(x), context, state, "conv")
+        y = self._scan(u, context, state) + u * self.D.to(u.dtype)
+        y = y * F.silu(self.z(x))
+        return y if self.out is None else self.out(y)
+
+    def _selected(self, u: Inner) -> tuple[Inner, Shared, Shared]:
+        """dt, in float32 or better, B and C: what the input says of how it is remembered."""
+        found = {"dt": self.dt_down(u), "B": self.B(u), "C": self.C(u)}
+        found |= {name: norm(found[name]) for name, norm in self.norm.items()}
+        precise = wide(u.dtype)
+        dt = F.softplus(self.dt_up(found["dt"]).to(precise) + self.dt_bias.to(precise))
+        return dt, found["B"], found["C"]
+
+    def _scan(self, u: Inner, context: Context, state: State | None) -> Inner:
+        dt, B, C = self._selected(u)
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        if state is not None and is_step(u, context):
+            y, _ = selective_scan_step(state["ssm"], u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
+            return y[:, None]
+        start = None if state is None else state["ssm"]
+        y, end = selective_scan(u, dt, A, B, C, initial_state=start, segments=context.segments)
+        if state is not None:
+            state["ssm"].copy_(end.detach())
+        return y
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """The convolution's last inputs, oldest first, and the channels' states."""
+        spec = self.spec
+        ssm = like.new_zeros((batch, spec.inner, spec.state), dtype=wide(like.dtype))
+        return {"conv": like.new_zeros(batch, spec.conv - 1, spec.inner), "ssm": ssm}
+
+
+def _log_of_one_to_state(tensor: Tensor, generator: Generator) -> None:
+    """A = -1, -2, ..., as the paper's code starts it (S4D-real, arXiv 2206.11893)."""
+    tensor.copy_(torch.arange(1.0, tensor.shape[-1] + 1).log().expand_as(tensor))
+
+
+def _uniform_of_rank(tensor: Tensor, generator: Generator) -> None:
+    """Uniform in +-rank^-1/2, as the paper's code starts it, so that dt varies as much for every rank."""
+    limit = tensor.shape[-1] ** -0.5
+    tensor.uniform_(-limit, limit, generator=generator)

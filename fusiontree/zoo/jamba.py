@@ -1,0 +1,168 @@
+"""Jamba (arXiv 2403.19887, 2408.12570) without experts: attention without positions in one layer of a period, Mamba
+with norms on dt, B and C in the others, a gated feed-forward network in each."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.branches import Attention
+from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.errors import FusionTreeError
+from fusiontree.zoo import parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options
+from fusiontree.zoo.tensors import Same, below
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    options.only("hidden_act", "silu")
+    options.only("mamba_inner_layernorms", True)
+    _refuse_experts(options)
+    norm, mamba, attention = parts.rms(options), _mamba(options), _attention(options)
+    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"]}
+    kinds = (attention if attends else mamba for attends in _attends(options))
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "layers": [{"mixer": mixer, "ffn": ffn, "norm": norm} for mixer in kinds],
+        "norm": norm,
+        "head": {"tied": options["tie_word_embeddings"]},
+    }
+
+
+def _attends(options: Options) -> list[bool]:
+    """Which layers have attention; one layer more than a spec may have is enough for it to be refused."""
+    period, offset = options.count("attn_layer_period"), options.count("attn_layer_offset", 0)
+    layers = min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
+    return [index % period == offset for index in range(layers)]
+
+
+def _refuse_experts(options: Options) -> None:
+    for key in ("num_experts_per_tok", "router_aux_loss_coef"):
+        options.get(key, None)  # says nothing of a model without experts
+    experts, layers = options.count("num_experts"), options.count("num_hidden_layers")
+    period, first = options.count("expert_layer_period"), options.count("expert_layer_offset", 0)
+    if experts > 1 and first < min(layers, period):
+        text = f"jamba is known with 1, layer {first} would have more"
+        raise FusionTreeError(f"config.json: num_experts: found {experts}, {text}")
+
+
+def _mamba(options: Options) -> dict[str, Any]:
+    return {
+        "kind": "mamba1",
+        "inner": _inner(options),
+        "state": options["mamba_d_state"],
+        "rank": parts.dt_rank(options, "mamba_dt_rank"),
+        "conv": options["mamba_d_conv"],
+        "conv_bias": options["mamba_conv_bias"],
+        "norm": parts.rms(options),
+        "bias": options["mamba_proj_bias"],
+        "out_bias": options["mamba_proj_bias"],
+    }
+
+
+def _inner(options: Options) -> int:
+    return options.count("mamba_expand") * options.count("hidden_size")
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    heads = options.count("num_attention_heads")
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options.get("num_key_value_heads", heads),
+        "head_dim": options.get("head_dim", options.count("hidden_size") // heads),
+    }
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, ffn = reader.spec, reader.first("swiglu")
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        "intermediate_size": ffn.hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "num_experts": 1,
+        "tie_word_embeddings": spec.head.tied,
+        **_period_of(reader),
+        **_attention_of(reader),
+        **_mamba_of(reader),
+    }
+
+
+def _period_of(reader: Reader) -> dict[str, Any]:
+    """Where attention stands; the period is longer than the stack where it does so once or never."""
+    count = len(reader.layers)
+    places = [index for index, layer in enumerate(reader.layers) if isinstance(layer.mixer, Attention)]
+    offset = places[0] if places else count
+    return {
+        "attn_layer_offset": offset,
+        "attn_layer_period": places[1] - offset if len(places) > 1 else count + 1,
+    }
+
+
+def _attention_of(reader: Reader) -> dict[str, Any]:
+    attention = reader.find("attention")
+    if attention is None:
+        return {}
+    return {
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+    }
+
+
+def _mamba_of(reader: Reader) -> dict[str, Any]:
+    mamba = reader.find("mamba1")
+    if mamba is None:
+        return {}
+    return {
+        "mamba_expand": parts.expand(reader, mamba.inner),
+        "mamba_d_state": mamba.state,
+        "mamba_dt_rank": mamba.rank,
+        "mamba_d_conv": mamba.conv,
+        "mamba_conv_bias": mamba.conv_bias,
+        "mamba_proj_bias": mamba.bias,
+    }
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    yield from parts.whole(options, "final_layernorm")
+    for index, attends in enumerate(_attends(options)):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
+        yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
+        if attends:
+            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias=False, out_bias=False))
+        else:
+            yield from below(f"{theirs}.mamba", f"{ours}.mixer", _mamba_tensors(options))
+        yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(bias=False))
+
+
+def _mamba_tensors(options: Options) -> Iterator[Same]:
+    rank, state = parts.dt_rank(options, "mamba_dt_rank"), options["mamba_d_state"]
+    bias, conv_bias = options["mamba_proj_bias"], options["mamba_conv_bias"]
+    yield from parts.mamba1(_inner(options), rank, state, bias=bias, conv_bias=conv_bias)
+    for name in ("dt", "B", "C"):
+        yield Same(f"{name.lower()}_layernorm.weight", (f"norm.{name}.weight",))
+
+
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_experts": 16,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "attn_layer_period": 8,
+    "attn_layer_offset": 4,
+    "mamba_expand": 2,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_dt_rank": "auto",
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+JAMBA = register(Family("jamba", "JambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
