@@ -88,9 +88,8 @@ def mamba2s(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 @st.composite
 def feed_forwards(draw: st.DrawFn) -> Data:
-    kind = draw(
-        st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in ("gelu", "relu2", "geglu"))])
-    )
+    activations = ("gelu", "gelu_tanh", "relu2", "geglu", "geglu_tanh")
+    kind = draw(st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in activations)]))
     return {**kind, "hidden": 8, "bias": draw(st.booleans()), "encodings": draw(named(rotates=False))}
 
 

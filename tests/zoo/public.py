@@ -39,12 +39,62 @@ MAMBA2 = {
     **{name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
     **{"num_heads": 12, "head_dim": 8, "state_size": 16, "n_groups": 2, "conv_kernel": 4, "chunk_size": 16},
 }
+GEMMA = SMALL | {
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 11,
+    "pad_token_id": None,  # a padding token's embedding would get no gradient from the input
+}
+TYPES = ["full_attention", "sliding_attention", "sliding_attention"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 0.25,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def scaled(**parameters: Any) -> dict[str, Any]:
+    """A Llama whose rotations are scaled; some of its channel pairs turn fast, some slowly, some between."""
+    theta = {"rope_theta": 100.0}
+    return SMALL | {"head_dim": 16, "max_position_embeddings": 64, "rope_parameters": theta | parameters}
+
+
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
     "llama, biases, tied": ("llama", SMALL | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama, linear": ("llama", scaled(rope_type="linear", factor=4.0)),
+    "llama, llama3": ("llama", scaled(**LLAMA3)),
+    "llama, yarn": ("llama", scaled(**YARN)),
+    "llama, yarn, all options": (
+        "llama",
+        scaled(**YARN, beta_fast=1.5, beta_slow=0.5, attention_factor=1.3, truncate=False),
+    ),
+    "llama, yarn, mscale": ("llama", scaled(**YARN, mscale=0.7, mscale_all_dim=1.2)),
     "mistral": ("mistral", SMALL | {"sliding_window": 11}),
     "mistral, no window": ("mistral", SMALL | {"sliding_window": None}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma2, no caps, biases, untied": (
+        "gemma2",
+        GEMMA
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"attention_bias": True, "tie_word_embeddings": False, "layer_types": TYPES, "query_pre_attn_scalar": 8},
+    ),
+    "gemma2, low caps": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text": ("gemma3_text", GEMMA | {"num_hidden_layers": 7}),
+    "gemma3_text, scaled, capped, biases": (
+        "gemma3_text",
+        GEMMA
+        | {"layer_types": TYPES, "attention_bias": True, "final_logit_softcapping": 3.0}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 5e5, "rope_local_base_freq": 2e4},
+    ),
+    "gemma3_text, only global, untied": (
+        "gemma3_text",
+        GEMMA | {"layer_types": ["full_attention"] * 3, "tie_word_embeddings": False},
+    ),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2, limits, biases, tied": (
         "mamba2",
