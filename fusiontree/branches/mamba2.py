@@ -151,7 +151,9 @@ class Mamba2Branch(Node):
         self.z = Linear(width, spec.inner, bias=spec.bias)
         self.x, self.B, self.C = (Linear(width, rows, bias=spec.bias) for rows in convolved.values())
         self.dt = Linear(width, spec.heads, bias=spec.bias)
-        self.conv = nn.ModuleDict({name: Convolution(spec, rows) for name, rows in convolved.items()})
+        self.conv = nn.ModuleDict(
+            {name: Convolution(rows, spec.conv, bias=spec.conv_bias) for name, rows in convolved.items()}
+        )
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
         self.D = self.declare("D", (spec.heads,), constant(1.0))
         self.dt_bias = self.declare("dt_bias", (spec.heads,), _inverse_softplus_of_dt)
@@ -165,7 +167,8 @@ class Mamba2Branch(Node):
         x = scaled(context.encode(spec.encodings, x), times.input)
         z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))
         inputs = {"x": scaled(self.x(x), times.x), "B": scaled(self.B(x), times.B), "C": scaled(self.C(x), times.C)}
-        inputs = {name: self.conv[name](u, name, context, state) for name, u in inputs.items()}
+        past = {name: None if state is None else state[f"conv.{name}"] for name in inputs}
+        inputs = {name: F.silu(self.conv[name](u, context, past[name])) for name, u in inputs.items()}
         u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
         B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)
@@ -207,23 +210,21 @@ class Mamba2Branch(Node):
 
 
 class Convolution(Module):
-    """A depthwise causal convolution and SiLU."""
+    """A depthwise causal convolution."""
 
-    def __init__(self, spec: Mamba2, channels: int) -> None:
+    def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
         super().__init__()
-        self.weight = self.declare("weight", (channels, spec.conv), fan_in())
-        self.bias = self.declare("bias", (channels,), constant(0.0)) if spec.conv_bias else None
+        self.weight = self.declare("weight", (channels, taps), fan_in())
+        self.bias = self.declare("bias", (channels,), constant(0.0)) if bias else None
 
-    def forward(self, x: Inner, name: str, context: Context, state: State | None) -> Inner:
-        """Convolve a chunk; the state `conv.<name>` is read and brought up to date."""
-        key = f"conv.{name}"
-        start = None if state is None else state[key]
-        if start is not None and _is_step(x, context):
-            return F.silu(causal_conv1d_step(start, x[:, 0], self.weight, self.bias))[:, None]
-        y, end = causal_conv1d(x, self.weight, self.bias, initial_state=start, segments=context.segments)
-        if start is not None:
-            start.copy_(end.detach())
-        return F.silu(y)
+    def forward(self, x: Inner, context: Context, past: Float[Tensor, "batch taps-1 inner"] | None) -> Inner:
+        """Convolve a chunk; `past`, the last inputs before it, is read and brought up to date."""
+        if past is not None and _is_step(x, context):
+            return causal_conv1d_step(past, x[:, 0], self.weight, self.bias)[:, None]
+        y, end = causal_conv1d(x, self.weight, self.bias, initial_state=past, segments=context.segments)
+        if past is not None:
+            past.copy_(end.detach())
+        return y
 
 
 def _is_step(x: Tensor, context: Context) -> bool:

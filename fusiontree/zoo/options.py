@@ -70,7 +70,7 @@ def rope_theta(options: Options, default: float = 10000.0) -> dict[str, Any]:
     """The rotary encoding of a config, in the form of transformers 5 (`rope_parameters`) or the one before
     (`rope_theta` and `rope_scaling`)."""
     found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
-    return rope(options, found, default if found.get("rope_theta") else options.get("rope_theta", default))
+    return rope(options, found, options.get("rope_theta", default))
 
 
 def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[str, Any]:

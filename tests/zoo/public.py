@@ -62,6 +62,12 @@ def scaled(**parameters: Any) -> dict[str, Any]:
     return SMALL | {"head_dim": 16, "max_position_embeddings": 64, "rope_parameters": theta | parameters}
 
 
+LFM2 = SMALL | {
+    "num_hidden_layers": 5,
+    "full_attn_idxs": [1, 3],
+    "block_multiple_of": 16,
+    "pad_token_id": None,
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -95,6 +101,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         GEMMA | {"layer_types": ["full_attention"] * 3, "tie_word_embeddings": False},
     ),
+    "lfm2": ("lfm2", LFM2),
+    "lfm2, biases, untied, four taps": (
+        "lfm2",
+        LFM2
+        | {"conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 4, "head_dim": 12}
+        | {"block_auto_adjust_ff_dim": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "lfm2, only attention": (
+        "lfm2",
+        LFM2 | {"full_attn_idxs": None, "num_hidden_layers": 2, "block_ffn_dim_multiplier": 1.7},
+    ),
+    "lfm2, only convolutions": ("lfm2", LFM2 | {"full_attn_idxs": []}),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2, limits, biases, tied": (
         "mamba2",

@@ -1,42 +1,16 @@
-"""Scaled rotations in configs: both forms that transformers has had, and one line for what is not expressed."""
+"""Scaled rotations in configs: one line for what is not expressed."""
 
 import pytest
-from public import LLAMA3, SMALL, YARN, config_of
+from public import LLAMA3, SMALL, YARN
 
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import family_of
 
-LLAMA, GEMMA3 = family_of("llama"), family_of("gemma3_text")
+LLAMA = family_of("llama")
 
 
 def spec(**options):
     return LLAMA.spec_of(SMALL | options)
-
-
-@pytest.mark.parametrize(
-    "scaling", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}], ids=lambda s: s["rope_type"]
-)
-def test_the_older_form_says_the_same(scaling):
-    new = spec(rope_parameters={"rope_theta": 5e5, **scaling})
-    assert new == spec(rope_theta=5e5, rope_scaling=scaling)
-    older = {key: value for key, value in scaling.items() if key != "rope_type"} | {"type": scaling["rope_type"]}
-    assert new == spec(rope_theta=5e5, rope_scaling=older)
-    assert new.encodings["rope"].scaling.kind == scaling["rope_type"]
-
-
-def test_the_older_form_of_gemma_says_the_same():
-    config = config_of("gemma3_text, scaled, capped, biases").to_dict()
-    older = {key: value for key, value in config.items() if key != "rope_parameters"}
-    older |= {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8}}
-    found = GEMMA3.spec_of(older)
-    assert found == GEMMA3.spec_of(config)
-    assert found.encodings["local_rope"].scaling is None
-
-
-def test_an_original_length_that_is_left_out_is_the_longest():
-    assert spec(max_position_embeddings=64, rope_scaling={"type": "yarn", "factor": 2.0}) == spec(
-        rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-    )
 
 
 @pytest.mark.parametrize(
