@@ -47,7 +47,7 @@ AnyScaling = Annotated[RopeScaling, scalings]
 
 @scalings.register
 class Linear(RopeScaling):
-    """Position interpolation: every rotation slows down (arXiv 2306.15595)."""
+    """Position interpolation (arXiv 2306.15595): every pair of channels slows down."""
 
     kind: Literal["linear"] = "linear"
 
@@ -58,10 +58,11 @@ class Linear(RopeScaling):
 
 @scalings.register
 class Yarn(RopeScaling):
-    """YaRN (arXiv 2309.00071): pairs that turn `beta_fast` times or more within the `original_length` stay as they
-    are, those that turn `beta_slow` times or less slow down, and between the two the share falls linearly.
+    """YaRN (arXiv 2309.00071): pairs of channels that turn slowly slow down.
 
-    `truncate` rounds the two ends outwards to whole pairs. Rotated channels are multiplied by `attention_factor`,
+    Pairs that turn `beta_fast` times or more within the `original_length` stay as they are, those that turn
+    `beta_slow` times or less slow down, and between the two the share falls linearly from pair to pair. `truncate`
+    rounds the two ends outwards to whole pairs. Rotated channels are multiplied by `attention_factor`,
     0.1 ln(factor) + 1 unless given.
     """
 
@@ -105,9 +106,11 @@ def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
 
 @scalings.register
 class Llama3(RopeScaling):
-    """Llama 3.1 (arXiv 2407.21783): pairs that turn `high_freq_factor` times or more within the `original_length`
-    stay as they are, those that turn `low_freq_factor` times or less slow down, and between the two the share falls
-    linearly with the frequency."""
+    """The rule of Llama 3.1 (arXiv 2407.21783): pairs of channels that turn slowly slow down.
+
+    Pairs that turn `high_freq_factor` times or more within the `original_length` stay as they are, those that turn
+    `low_freq_factor` times or less slow down, and between the two the share falls linearly with the frequency.
+    """
 
     kind: Literal["llama3"] = "llama3"
     original_length: Count

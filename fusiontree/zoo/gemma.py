@@ -97,7 +97,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
-        "query_pre_attn_scalar": round(attention.scale**-2) if attention.scale else attention.head_dim,
+        "query_pre_attn_scalar": max(1, round(attention.scale**-2)) if attention.scale else attention.head_dim,
         "attention_bias": attention.bias,
         "intermediate_size": ffn.hidden,
         "hidden_activation": "gelu_pytorch_tanh",

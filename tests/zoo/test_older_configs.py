@@ -30,6 +30,7 @@ LFM2 = WITHOUT_HEADS | {
     "tie_embedding": False,
     "use_pos_enc": True,
 }
+LEAST = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 7}
 OLDER = {
     "llama": WITHOUT_HEADS | {"rope_theta": 5e5, "rope_scaling": None},
     "llama, llama3": SMALL | {"rope_theta": 5e5, "rope_scaling": LLAMA3},
@@ -42,6 +43,7 @@ OLDER = {
     | {"num_hidden_layers": 7, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 3}
     | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "query_pre_attn_scalar": 256},
     "lfm2": LFM2,
+    **{f"{name}, nothing but sizes": LEAST for name in ("gemma2", "gemma3_text", "lfm2")},
 }
 
 
