@@ -7,7 +7,7 @@ from typing import Any
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Same, below
 
 PACKED = ("z", "x", "B", "C", "dt")
@@ -120,7 +120,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "mamba_rms_norm": mamba.norm is not None,
         "mamba_norm_before_gate": mamba.norm is None or mamba.norm.order == "norm_first",
         "time_step_limit": parts.time_step_limit(mamba.dt_limit),
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta if rope else 10000.0},
+        "rope_parameters": rope_parameters(rope),
         "tie_word_embeddings": spec.head.tied,
         "embedding_multiplier": spec.embedding.multiplier,
         "lm_head_multiplier": spec.head.multiplier,

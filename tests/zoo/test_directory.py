@@ -86,8 +86,8 @@ def refused(directory, tmp_path):
         ({"mamba_n_heads": ...}, "config.json: falcon_h1 needs 'mamba_n_heads'"),
         ({"sliding_window": 5}, "config.json: sliding_window: falcon_h1 is not known to have it, found 5"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            "config.json: rope_parameters.rope_type: found 'yarn'",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "config.json: rope_parameters.rope_type: found 'dynamic', falcon_h1 is known with 'default' or 'linear'",
         ),
         ({"mamba_d_state": 17}, "tensor 'model.layers.0.mamba.in_proj.weight': found 268 rows, the config says 272"),
         ({"intermediate_size": 81}, "tensor 'layers.0.ffn.gate.weight' has the shape (80, 48), the spec says (81, 48)"),
