@@ -53,7 +53,7 @@ def _mamba(options: Options) -> dict[str, Any]:
     options.get("mamba_norm_before_gate", None)
     return {
         "kind": "mamba2",
-        "heads": options["mamba_n_heads"],
+        "heads": options.count("mamba_n_heads"),
         "head_dim": _head_dim(options),
         "state": options["mamba_d_state"],
         "groups": options["mamba_n_groups"],
@@ -70,7 +70,7 @@ def _mamba(options: Options) -> dict[str, Any]:
 def _head_dim(options: Options) -> int:
     inner, given = options.get("mamba_d_ssm", None), options["mamba_d_head"]
     inner = options["mamba_expand"] * options["hidden_size"] if inner is None else inner
-    head_dim = inner // options["mamba_n_heads"]
+    head_dim = inner // options.count("mamba_n_heads")
     if given not in ("auto", head_dim):
         raise FusionTreeError(
             f"config.json: mamba_d_head: found {given!r}, mamba_d_ssm and mamba_n_heads say {head_dim}"
@@ -79,7 +79,7 @@ def _head_dim(options: Options) -> int:
 
 
 def _attention(options: Options) -> dict[str, Any]:
-    heads, bias = options["num_attention_heads"], options["attention_bias"]
+    heads, bias = options.count("num_attention_heads"), options["attention_bias"]
     times = {"input": options["attention_in_multiplier"], "key": options["key_multiplier"]}
     return {
         "kind": "attention",
@@ -147,7 +147,7 @@ def _tensors(options: Options) -> Iterator[Same]:
 
 
 def _mamba_tensors(options: Options) -> Iterator[Same]:
-    heads, shared = options["mamba_n_heads"], options["mamba_n_groups"] * options["mamba_d_state"]
+    heads, shared = options.count("mamba_n_heads"), options["mamba_n_groups"] * options["mamba_d_state"]
     inner = heads * _head_dim(options)
     yield from parts.mamba2(
         inner,

@@ -73,7 +73,7 @@ def _attention(options: Options, kind: str) -> dict[str, Any]:
     bias, window = options["attention_bias"], options["sliding_window"]
     return {
         "kind": "attention",
-        "heads": options["num_attention_heads"],
+        "heads": options.count("num_attention_heads"),
         "kv_heads": options["num_key_value_heads"],
         "head_dim": head_dim,
         "window": window if kind == LOCAL else None,

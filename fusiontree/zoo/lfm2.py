@@ -35,7 +35,7 @@ def _said_twice(options: Options) -> None:
     """Keys of published configs that transformers does not read: they have to agree with those that it reads."""
     width = options["hidden_size"]
     same = {"block_dim": width, "conv_dim": width, "conv_dim_out": width, "block_norm_eps": options["norm_eps"]}
-    same |= {"num_heads": options["num_attention_heads"], "block_use_swiglu": True, "use_pos_enc": True}
+    same |= {"num_heads": options.count("num_attention_heads"), "block_use_swiglu": True, "use_pos_enc": True}
     for key, value in same.items():
         options.only(key, value)
 
@@ -52,7 +52,7 @@ def _short_conv(options: Options) -> dict[str, Any]:
 
 
 def _attention(options: Options) -> dict[str, Any]:
-    heads = options["num_attention_heads"]
+    heads = options.count("num_attention_heads")
     return {
         "kind": "attention",
         "heads": heads,

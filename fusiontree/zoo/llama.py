@@ -11,7 +11,7 @@ from fusiontree.zoo.tensors import Same, below
 
 def _spec(options: Options) -> dict[str, Any]:
     options.only("hidden_act", "silu")
-    heads = options["num_attention_heads"]
+    heads = options.count("num_attention_heads")
     bias = options.get("attention_bias", False)
     attention = {
         "kind": "attention",

@@ -24,25 +24,31 @@ ABOUT_OTHER_THINGS = frozenset(
 class Options:
     """The fields of a config, with what the family's class has for those that are left out.
 
-    What a family reads is remembered; `finish` refuses a config that says something more.
+    What a family reads is remembered; `finish` refuses a config that says something more. `last` is what was read
+    last: the likely cause where reading fails.
     """
 
     def __init__(self, family: str, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.family, self._defaults = family, defaults
         self._data = {**defaults, **data}
         self._read: set[str] = set()
+        self.last = ""
 
     def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
+        self._note(key)
         if key not in self._data:
             raise FusionTreeError(f"config.json: {self.family} needs {key!r}{suggest(key, self._data)}")
         return self._data[key]
 
     def get(self, key: str, default: Any) -> Any:
         """A field, or the default where it is absent or null."""
-        self._read.add(key)
+        self._note(key)
         found = self._data.get(key)
         return default if found is None else found
+
+    def _note(self, key: str) -> None:
+        self._read.add(key)
+        self.last = key
 
     def count(self, key: str, least: int = 1) -> int:
         """A field to compute with.

@@ -94,6 +94,14 @@ def refused(directory, tmp_path):
         ({"num_hidden_layers": 3}, "tensor 'model.layers.2.input_layernorm.weight' is missing"),
         ({"num_hidden_layers": 1}, "is not one that the config asks for"),
         ({"vocab_size": "many"}, "vocab_size"),
+        ({"mlp_multipliers": 3}, "config.json: mlp_multipliers: falcon_h1 cannot read 3"),
+        (
+            {"num_attention_heads": 0},
+            "config.json: num_attention_heads: has to be a whole number of at least 1, found 0",
+        ),
+        ({"hidden_size": "48"}, "hidden_size"),
+        ({"ssm_multipliers": [1, 2]}, "config.json: ssm_multipliers: falcon_h1 cannot read [1, 2]"),
+        ({"time_step_limit": 3}, "config.json: time_step_limit: falcon_h1 cannot read 3"),
     ],
     ids=str,
 )
