@@ -148,6 +148,9 @@ def test_prune_end_to_end(folder):
         ),
         (["prune", "apply", "{folder}/model", "{folder}/gates.json", "{folder}/out"], "gates.json"),
         (["train", "no/such.yaml"], "no/such.yaml"),
+        (["import", "{folder}", "{folder}/out"], "it has no config.json"),
+        (["export", "{folder}/model", "{folder}/out", "--to", "lama"], "did you mean 'llama'"),
+        (["export", "{folder}/model", "{folder}/out", "--to", "llama"], "llama has swiglu, found only gated"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(folder, arguments, said):
@@ -158,6 +161,17 @@ def test_bad_input_is_one_line_and_exit_2(folder, arguments, said):
     assert said in done.stderr
     assert not (folder / "p.json").exists()
     assert not (folder / "out").exists()
+
+
+def test_models_go_out_and_come_back(folder):
+    done = fusiontree("export", folder / "model", folder / "theirs", "--to", "hf")
+    assert (done.returncode, done.stdout) == (0, f"written to {folder / 'theirs'}\n")
+    assert json.loads((folder / "theirs" / "config.json").read_text())["model_type"] == "fusiontree"
+    done = fusiontree("import", folder / "theirs", folder / "back")
+    digest = ft.load_spec(folder / "small.yaml").digest()
+    assert done.stdout == f"imported from fusiontree, digest {digest}, written to {folder / 'back'}\n"
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("model", "back")]
+    assert weights[0] == weights[1]
 
 
 def test_generate_takes_any_bytes(folder):
