@@ -1,5 +1,6 @@
 """A model's config.json, read so that nothing in it is overlooked."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,43 @@ class Options:
             text = f"config.json: {key}: has to be a whole number of at least {least}, found {found!r:.60}"
             raise FusionTreeError(text)
         return found
+
+    def number(self, key: str) -> float:
+        """A field to divide by.
+
+        Raises:
+            FusionTreeError: it is no finite number above 0.
+        """
+        found = self[key]
+        if type(found) not in (int, float) or not 0 < found < math.inf:
+            raise FusionTreeError(f"config.json: {key}: has to be a finite number above 0, found {found!r:.60}")
+        return float(found)
+
+    def places(self, key: str) -> frozenset[int]:
+        """A list of layers, by their indices; null is none.
+
+        Raises:
+            FusionTreeError: it is no list of whole numbers.
+        """
+        found = self.get(key, ())
+        if not isinstance(found, list | tuple) or any(type(index) is not int for index in found):
+            raise FusionTreeError(f"config.json: {key}: has to be a list of whole numbers, found {found!r:.60}")
+        return frozenset(found)
+
+    def words(self, key: str, meanings: Mapping[str, str]) -> list[str]:
+        """A list of words, one a layer, as what they mean.
+
+        Raises:
+            FusionTreeError: it is no list, or has a word without a meaning.
+        """
+        found = self[key]
+        if not isinstance(found, list | tuple):
+            raise FusionTreeError(f"config.json: {key}: has to be a list, found {found!r:.60}")
+        for word in found:
+            if not isinstance(word, str) or word not in meanings:
+                near = suggest(str(word), meanings)
+                raise FusionTreeError(f"config.json: {key}: {self.family} knows no layer {word!r:.60}{near}")
+        return [meanings[word] for word in found]
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse all other values of a field; one that is absent is the first."""

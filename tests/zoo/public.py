@@ -58,6 +58,17 @@ MORE_OF_JAMBA = {
     **{"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5, "mamba_d_conv": 3, "mamba_expand": 3},
     **{"tie_word_embeddings": True, "rms_norm_eps": 1e-4},
 }
+BAMBA = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"},
+    **{"num_hidden_layers": 3, "attn_layer_indices": [1], "pad_token_id": None},
+    **{"mamba_n_heads": 12, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 16},
+}
+MORE_OF_BAMBA = {
+    **{"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    **{"mamba_expand": 3, "mamba_d_conv": 3, "tie_word_embeddings": True, "time_step_limit": (0.01, 0.5)},
+    **{"attn_layer_indices": [0, 2], "head_dim": 16, "rms_norm_eps": 1e-4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -80,6 +91,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba, attention once, biases, no convolution bias, tied": ("jamba", JAMBA | MORE_OF_JAMBA),
     "jamba, no attention": ("jamba", JAMBA | {"attn_layer_period": 9, "attn_layer_offset": 8}),
     "jamba, no mamba": ("jamba", JAMBA | {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    "bamba": ("bamba", BAMBA),
+    "bamba, another width, limits, biases, no convolution bias, tied": ("bamba", BAMBA | MORE_OF_BAMBA),
+    "bamba, no attention": ("bamba", BAMBA | {"attn_layer_indices": None}),
+    "bamba, no mamba": ("bamba", BAMBA | {"attn_layer_indices": [0, 1, 2]}),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
