@@ -69,6 +69,15 @@ MORE_OF_BAMBA = {
     **{"attn_layer_indices": [0, 2], "head_dim": 16, "rms_norm_eps": 1e-4},
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
 }
+NEMOTRON_H = {
+    **{name: value for name, value in SMALL.items() if name != "num_hidden_layers"},
+    **{"mamba_num_heads": 12, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16},
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+}
+MORE_OF_NEMOTRON_H = {
+    **{"use_bias": True, "mlp_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_min": 0.2},
+    **{"mamba_head_dim": 6, "layer_norm_epsilon": 1e-4, "num_key_value_heads": 3},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -95,6 +104,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba, another width, limits, biases, no convolution bias, tied": ("bamba", BAMBA | MORE_OF_BAMBA),
     "bamba, no attention": ("bamba", BAMBA | {"attn_layer_indices": None}),
     "bamba, no mamba": ("bamba", BAMBA | {"attn_layer_indices": [0, 1, 2]}),
+    "nemotron_h": ("nemotron_h", NEMOTRON_H),
+    "nemotron_h, another width, limit, biases, no convolution bias": ("nemotron_h", NEMOTRON_H | MORE_OF_NEMOTRON_H),
+    "nemotron_h, no mamba": ("nemotron_h", NEMOTRON_H | {"layers_block_type": ["full_attention", "mlp"]}),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
