@@ -10,7 +10,7 @@ from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, below, linear
+from fusiontree.zoo.tensors import Part, Same, below, linear
 
 KINDS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp"}
 """Their words for layers, and ours."""
@@ -149,12 +149,12 @@ def _mamba_config(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _tensors(options: Options) -> Iterator[Same]:
-    yield Same("model.embeddings.weight", ("embedding.weight",))
-    yield Same("model.norm_f.weight", ("norm.weight",))
+def _tensors(options: Options, root: str = "model") -> Iterator[Part]:
+    yield Same(f"{root}.embeddings.weight", ("embedding.weight",))
+    yield Same(f"{root}.norm_f.weight", ("norm.weight",))
     yield Same("lm_head.weight", ("head.weight",))
     for index, kind in enumerate(_kinds(options)):
-        theirs, ours, slot = f"model.layers.{index}", f"layers.{index}", _slot(kind)
+        theirs, ours, slot = f"{root}.layers.{index}", f"layers.{index}", _slot(kind)
         yield Same(f"{theirs}.norm.weight", (f"{ours}.norm.{slot}.before.weight",))
         yield from below(f"{theirs}.mixer", f"{ours}.{slot}", _sublayer(options, kind))
 
@@ -169,6 +169,10 @@ def _sublayer(options: Options, kind: str) -> Iterator[Same]:
         heads, shared = options.count("mamba_num_heads"), options.count("n_groups") * options.count("ssm_state_size")
         inner, bias, conv_bias = heads * options.count("mamba_head_dim"), options["use_bias"], options["use_conv_bias"]
         yield from parts.mamba2(inner, shared, heads, bias=bias, out_bias=bias, conv_bias=conv_bias, norm=True)
+
+
+def _files(options: Options) -> Iterator[Part]:
+    yield from _tensors(options, "backbone")
 
 
 DEFAULTS = {
@@ -188,4 +192,4 @@ DEFAULTS = {
     "use_bias": False,
     "layer_norm_epsilon": 1e-5,
 }
-NEMOTRON_H = register(Family("nemotron_h", "NemotronHForCausalLM", _spec, _config, _tensors, DEFAULTS))
+NEMOTRON_H = register(Family("nemotron_h", "NemotronHForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))

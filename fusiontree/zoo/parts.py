@@ -7,7 +7,7 @@ from typing import Any
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import TAPS, Same, linear
+from fusiontree.zoo.tensors import TAPS, Same, Stacked, linear
 
 
 def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
@@ -39,6 +39,18 @@ def gated_mlp(bias: bool) -> Iterator[Same]:
     """The maps of `mlp`."""
     for name in ("gate", "up", "down"):
         yield from linear(f"{name}_proj", name, bias)
+
+
+def experts(hidden: int, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Same]:
+    """Stacked experts, gate and up in one."""
+    yield Same(gate_up, ("gate", "up"), (hidden, hidden), dim=1)
+    yield Same(down, ("down",))
+
+
+def experts_apart(count: int, names: tuple[str, ...]) -> Iterator[Stacked]:
+    """Experts as modules of their own."""
+    for name in names:
+        yield Stacked(tuple(f"{index}.{name}_proj.weight" for index in range(count)), name)
 
 
 def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Same]:

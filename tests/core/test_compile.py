@@ -77,6 +77,7 @@ def assert_same_step(backend, documents, data=SPEC):
 def test_each_layer_is_one_graph_with_the_same_loss_and_gradients(documents, monkeypatch):
     monkeypatch.setattr(chunked, "piece", lambda function, compiled: function)  # no C++ compiler is needed
     assert_same_step("aot_eager", documents)
+    assert_same_step("aot_eager", documents, ROUTED)
 
 
 @pytest.mark.slow

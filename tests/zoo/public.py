@@ -58,6 +58,7 @@ MORE_OF_JAMBA = {
     **{"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5, "mamba_d_conv": 3, "mamba_expand": 3},
     **{"tie_word_embeddings": True, "rms_norm_eps": 1e-4},
 }
+JAMBA_EXPERTS = JAMBA | {"num_experts": 5, "num_experts_per_tok": 3, "num_hidden_layers": 4}
 BAMBA = {
     **{name: value for name, value in SMALL.items() if name != "head_dim"},
     **{"num_hidden_layers": 3, "attn_layer_indices": [1], "pad_token_id": None},
@@ -100,6 +101,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba, attention once, biases, no convolution bias, tied": ("jamba", JAMBA | MORE_OF_JAMBA),
     "jamba, no attention": ("jamba", JAMBA | {"attn_layer_period": 9, "attn_layer_offset": 8}),
     "jamba, no mamba": ("jamba", JAMBA | {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    "jamba, experts": ("jamba", JAMBA_EXPERTS),
+    "jamba, experts everywhere": ("jamba", JAMBA_EXPERTS | {"expert_layer_period": 1, "expert_layer_offset": 0}),
+    "jamba, experts once": (
+        "jamba",
+        JAMBA_EXPERTS | {"expert_layer_period": 7, "expert_layer_offset": 2, "num_experts_per_tok": 1},
+    ),
     "bamba": ("bamba", BAMBA),
     "bamba, another width, limits, biases, no convolution bias, tied": ("bamba", BAMBA | MORE_OF_BAMBA),
     "bamba, no attention": ("bamba", BAMBA | {"attn_layer_indices": None}),
@@ -135,6 +142,7 @@ def pair(name: str) -> Pair:
     torch.manual_seed(0)
     config = config_of(name)
     theirs: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
