@@ -1,6 +1,18 @@
 """Presets, and the maps between FusionTree and public model families, a file each."""
 
-from fusiontree.zoo import bamba, falcon_h1, jamba, llama, mamba, mamba2, nemotron_h
+from fusiontree.zoo import bamba, falcon_h1, granitemoehybrid, jamba, llama, mamba, mamba2, nemotron_h
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
-__all__ = ["FAMILIES", "Family", "bamba", "falcon_h1", "family_of", "jamba", "llama", "mamba", "mamba2", "nemotron_h"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "bamba",
+    "falcon_h1",
+    "family_of",
+    "granitemoehybrid",
+    "jamba",
+    "llama",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+]

@@ -70,6 +70,18 @@ MORE_OF_BAMBA = {
     **{"attn_layer_indices": [0, 2], "head_dim": 16, "rms_norm_eps": 1e-4},
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
 }
+GRANITE = {
+    **{name: value for name, value in BAMBA.items() if name != "attn_layer_indices"},
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 0},
+    **{"shared_intermediate_size": 56, "embedding_multiplier": 12, "logits_scaling": 6, "residual_multiplier": 0.22},
+    "attention_multiplier": 0.4,
+}
+MORE_OF_GRANITE = {
+    **{"attention_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_d_conv": 3},
+    **{"tie_word_embeddings": True, "logits_scaling": 1.7, "head_dim": 16, "position_embedding_type": "rope"},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-4},
+}
+GRANITE_EXPERTS = GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 24}
 NEMOTRON_H = {
     **{name: value for name, value in SMALL.items() if name != "num_hidden_layers"},
     **{"mamba_num_heads": 12, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16},
@@ -111,6 +123,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba, another width, limits, biases, no convolution bias, tied": ("bamba", BAMBA | MORE_OF_BAMBA),
     "bamba, no attention": ("bamba", BAMBA | {"attn_layer_indices": None}),
     "bamba, no mamba": ("bamba", BAMBA | {"attn_layer_indices": [0, 1, 2]}),
+    "granitemoehybrid": ("granitemoehybrid", GRANITE),
+    "granitemoehybrid, rope, biases, no convolution bias, tied": ("granitemoehybrid", GRANITE | MORE_OF_GRANITE),
+    "granitemoehybrid, no attention": ("granitemoehybrid", GRANITE | {"layer_types": None}),
+    "granitemoehybrid, no mamba": ("granitemoehybrid", GRANITE | {"layer_types": ["full_attention"] * 3}),
+    "granitemoehybrid, experts": ("granitemoehybrid", GRANITE_EXPERTS),
+    "granitemoehybrid, one expert, rope, tied": (
+        "granitemoehybrid",
+        GRANITE_EXPERTS | MORE_OF_GRANITE | {"num_local_experts": 1, "num_experts_per_tok": 1},
+    ),
     "nemotron_h": ("nemotron_h", NEMOTRON_H),
     "nemotron_h, another width, limit, biases, no convolution bias": ("nemotron_h", NEMOTRON_H | MORE_OF_NEMOTRON_H),
     "nemotron_h, no mamba": ("nemotron_h", NEMOTRON_H | {"layers_block_type": ["full_attention", "mlp"]}),
