@@ -14,7 +14,7 @@ from torch import Tensor
 from fusiontree.branches.experts import Choice, Experts, Shares, Tokens, hidden
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Node, Scope, branches
-from fusiontree.core.modules import Linear, Module, scaled, wide
+from fusiontree.core.modules import Linear, Module, constant, scaled, wide
 from fusiontree.core.spec import Count, Flag, Positive, Spec, invalid
 
 Stream = Float[Tensor, "batch time width"]
@@ -27,11 +27,14 @@ class Router(Spec):
         scores: softmax over all experts, or the sigmoid of each (DeepSeek-V3, arXiv 2412.19437).
         renormalise: shares sum to 1. Of a softmax this is the softmax over the chosen alone.
         multiplier: a constant times the shares.
+        correction: what is added to the scores for the choice alone, to balance loads; no gradient reaches it
+            (arXiv 2408.15664).
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: Flag = True
     multiplier: Positive = 1.0
+    correction: Flag = False
 
 
 @branches.register
@@ -66,7 +69,8 @@ class Moe(BranchSpec):
     @classmethod
     def example(cls, width: int) -> Self:
         """Five experts of which two are visited, and a gated shared network."""
-        return cls(experts=5, top_k=2, hidden=6, shared_hidden=10, shared_gate=True)
+        router = Router(scores="sigmoid", multiplier=1.5, correction=True)
+        return cls(experts=5, top_k=2, hidden=6, router=router, shared_hidden=10, shared_gate=True)
 
     @property
     def gated(self) -> bool:
@@ -90,6 +94,7 @@ class Moe(BranchSpec):
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Experts are the outermost dimension of their maps."""
         axes: dict[str, tuple[str, ...]] = {"router.weight": ("experts", "width")}
+        axes |= {"correction": ("experts",)} if self.router.correction else {}
         axes |= {f"experts.{name}": ("experts", "hidden", "width") for name in self.maps}
         axes["experts.down"] = ("experts", "width", "hidden")
         if self.shared_hidden:
@@ -110,6 +115,8 @@ class MoeBranch(Node):
         super().__init__()
         self.spec = spec
         self.router = Linear(width, spec.experts)
+        added, start = (spec.experts,), constant(0.0)
+        self.correction = self.declare_unlearned("correction", added, start) if spec.router.correction else None
         self.experts = Experts((spec.experts, spec.hidden, width), gated=spec.gated)
         self.shared = Shared(spec.shared_hidden, width, gated=spec.gated) if spec.shared_hidden else None
         self.shared_gate = Linear(width, 1) if spec.shared_gate else None
@@ -128,7 +135,8 @@ class MoeBranch(Node):
         """The experts that tokens visit and their shares, worked out in float32 or better."""
         router, logits = self.spec.router, self.router(tokens).to(wide(tokens.dtype))
         scores = logits.softmax(-1) if router.scores == "softmax" else logits.sigmoid()
-        choice = scores.topk(self.spec.top_k).indices
+        ranks = scores if self.correction is None else scores + self.correction.to(scores.dtype)
+        choice = ranks.topk(self.spec.top_k).indices
         if router.renormalise and router.scores == "softmax":
             shares = logits.gather(-1, choice).softmax(-1)
         else:

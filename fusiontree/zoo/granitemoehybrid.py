@@ -55,13 +55,18 @@ def _rotates(options: Options) -> bool:
 
 
 def _attention(options: Options) -> dict[str, Any]:
-    heads, bias = options.count("num_attention_heads"), options["attention_bias"]
+    heads, bias, scale = (
+        options.count("num_attention_heads"),
+        options["attention_bias"],
+        options["attention_multiplier"],
+    )
+    head_dim = options.get("head_dim", options.count("hidden_size") // heads)
     return {
         "kind": "attention",
         "heads": heads,
         "kv_heads": options.get("num_key_value_heads", heads),
-        "head_dim": options.get("head_dim", options.count("hidden_size") // heads),
-        "scale": options["attention_multiplier"],
+        "head_dim": head_dim,
+        "scale": None if scale == head_dim**-0.5 else scale,
         "bias": bias,
         "out_bias": bias,
         "encodings": ["rope"] if _rotates(options) else [],

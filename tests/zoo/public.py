@@ -91,6 +91,10 @@ MORE_OF_NEMOTRON_H = {
     **{"use_bias": True, "mlp_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_min": 0.2},
     **{"mamba_head_dim": 6, "layer_norm_epsilon": 1e-4, "num_key_value_heads": 3},
 }
+EXPERTS_OF_NEMOTRON_H = {
+    **{"layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"], "n_routed_experts": 5},
+    **{"num_experts_per_tok": 3, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -135,6 +139,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", NEMOTRON_H),
     "nemotron_h, another width, limit, biases, no convolution bias": ("nemotron_h", NEMOTRON_H | MORE_OF_NEMOTRON_H),
     "nemotron_h, no mamba": ("nemotron_h", NEMOTRON_H | {"layers_block_type": ["full_attention", "mlp"]}),
+    "nemotron_h, experts": ("nemotron_h", NEMOTRON_H | EXPERTS_OF_NEMOTRON_H),
+    "nemotron_h, experts, scaled, not renormalised": (
+        "nemotron_h",
+        NEMOTRON_H | EXPERTS_OF_NEMOTRON_H | {"routed_scaling_factor": 1.7, "norm_topk_prob": False},
+    ),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
@@ -164,9 +173,12 @@ def pair(name: str) -> Pair:
     config = config_of(name)
     theirs: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     theirs.set_experts_implementation("eager")
+    saved = theirs.state_dict()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in (buffer for name, buffer in theirs.named_buffers() if name in saved):
+            buffer.add_(0.1 * torch.randn_like(buffer))
     family = family_of(config.model_type)
     data = config.to_dict()
     ours = ft.build(family.spec_of(data)).eval()

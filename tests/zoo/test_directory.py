@@ -60,7 +60,7 @@ def test_import_and_export_give_back_every_bit(theirs, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["jamba, experts", "granitemoehybrid, experts", "nemotron_h"])
+@pytest.mark.parametrize("name", ["jamba, experts", "granitemoehybrid, experts", "nemotron_h, experts"])
 def test_tensors_that_are_named_otherwise_in_files(name, tmp_path):
     family, _, ours, theirs = pair(name)
     theirs.save_pretrained(tmp_path / "theirs")
