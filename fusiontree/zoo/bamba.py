@@ -39,7 +39,7 @@ def _attends(options: Options) -> list[bool]:
 def _rope(options: Options) -> dict[str, Any]:
     """Turns half of a head's channels, whatever stands beside `rope_parameters`."""
     options.only("partial_rotary_factor", 0.5)
-    rope, head_dim = rope_theta(options), _head_dim(options)
+    rope, head_dim = rope_theta(options), parts.head_dim(options)
     part = (options.get("rope_parameters", None) or {}).get("partial_rotary_factor", 0.5)
     if type(part) not in (int, float) or not 0 < part <= 1:
         text = f"has to be a number above 0, at most 1, found {part!r:.60}"
@@ -49,19 +49,13 @@ def _rope(options: Options) -> dict[str, Any]:
     return rope | {"dim": None if dim == head_dim else dim}
 
 
-def _head_dim(options: Options) -> int:
-    if options.get("head_dim", None) is not None:
-        return options.count("head_dim")
-    return options.count("hidden_size") // options.count("num_attention_heads")
-
-
 def _attention(options: Options) -> dict[str, Any]:
     heads, bias = options.count("num_attention_heads"), options["attention_bias"]
     return {
         "kind": "attention",
         "heads": heads,
         "kv_heads": options.get("num_key_value_heads", heads),
-        "head_dim": _head_dim(options),
+        "head_dim": parts.head_dim(options),
         "bias": bias,
         "out_bias": bias,
         "encodings": ["rope"],

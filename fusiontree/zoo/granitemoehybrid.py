@@ -60,7 +60,7 @@ def _attention(options: Options) -> dict[str, Any]:
         options["attention_bias"],
         options["attention_multiplier"],
     )
-    head_dim = options.get("head_dim", options.count("hidden_size") // heads)
+    head_dim = parts.head_dim(options)
     return {
         "kind": "attention",
         "heads": heads,

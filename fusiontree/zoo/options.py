@@ -1,6 +1,6 @@
 """A model's config.json, read so that nothing in it is overlooked."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +62,7 @@ class Options:
             FusionTreeError: it is no finite number above 0.
         """
         found = self[key]
-        if type(found) not in (int, float) or not 0 < found < math.inf:
+        if type(found) not in (int, float) or not 0 < found <= sys.float_info.max:
             raise FusionTreeError(f"config.json: {key}: has to be a finite number above 0, found {found!r:.60}")
         return float(found)
 
@@ -78,14 +78,15 @@ class Options:
         return frozenset(found)
 
     def words(self, key: str, meanings: Mapping[str, str]) -> list[str]:
-        """A list of words, one a layer, as what they mean.
+        """A list of words, one a layer, as what they mean; where all are letters, a text.
 
         Raises:
-            FusionTreeError: it is no list, or has a word without a meaning.
+            FusionTreeError: it is no list or no text, or has a word without a meaning.
         """
-        found = self[key]
-        if not isinstance(found, list | tuple):
-            raise FusionTreeError(f"config.json: {key}: has to be a list, found {found!r:.60}")
+        found, letters = self[key], all(len(word) == 1 for word in meanings)
+        if not isinstance(found, str if letters else list | tuple):
+            form = "text" if letters else "list"
+            raise FusionTreeError(f"config.json: {key}: has to be a {form}, found {found!r:.60}")
         for word in found:
             if not isinstance(word, str) or word not in meanings:
                 near = suggest(str(word), meanings)

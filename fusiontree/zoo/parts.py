@@ -88,6 +88,13 @@ def mamba1(inner: int, rank: int, state: int, *, bias: bool, conv_bias: bool) ->
     yield from linear("out_proj", "out", bias)
 
 
+def head_dim(options: Options) -> int:
+    """Channels of an attention head: the width's share, unless the config says it."""
+    if options.get("head_dim", None) is not None:
+        return options.count("head_dim")
+    return options.count("hidden_size") // options.count("num_attention_heads")
+
+
 def dt_rank(options: Options, key: str) -> int:
     """The rank of dt; "auto" is a sixteenth of the width."""
     return math.ceil(options.count("hidden_size") / 16) if options[key] == "auto" else options.count(key)
