@@ -42,16 +42,17 @@ def one_by_one(visits: Visits) -> Float[Tensor, "visits width"]:
     parts = visits.x.split(visits.counts.tolist())
     gates = [None] * len(parts) if visits.gate is None else visits.gate.unbind()
     experts = zip(parts, gates, visits.up.unbind(), visits.down.unbind(), strict=True)
-    made = [F.linear(hidden(x, gate, up), down) for x, gate, up, down in experts if len(x)]
-    return torch.cat(made or [visits.x]).to(visits.x.dtype)  # which autocast would change
+    made = [_expert(*expert) for expert in experts if len(expert[0])]
+    return torch.cat(made).to(visits.x.dtype)  # which autocast would change
 
 
-def hidden(
-    x: Tokens, gate: Float[Tensor, "hidden width"] | None, up: Float[Tensor, "hidden width"]
-) -> Float[Tensor, "tokens hidden"]:
-    """silu(W_gate x) * W_up x, and relu(W_up x)^2 where there is no gate."""
-    found = F.linear(x, up)
-    return F.relu(found).square() if gate is None else F.silu(F.linear(x, gate)) * found
+def _expert(x: Tokens, gate: Tensor | None, up: Tensor, down: Tensor) -> Tokens:
+    return F.linear(hidden(None if gate is None else F.linear(x, gate), F.linear(x, up)), down)
+
+
+def hidden(gate: Float[Tensor, "tokens hidden"] | None, up: Float[Tensor, "tokens hidden"]) -> Tensor:
+    """silu(gate) * up, and relu(up)^2 where there is no gate."""
+    return F.relu(up).square() if gate is None else F.silu(gate) * up
 
 
 class Experts(Module):

@@ -135,7 +135,8 @@ class MoeBranch(Node):
         """The experts that tokens visit and their shares, worked out in float32 or better."""
         router, logits = self.spec.router, self.router(tokens).to(wide(tokens.dtype))
         scores = logits.softmax(-1) if router.scores == "softmax" else logits.sigmoid()
-        ranks = scores if self.correction is None else scores + self.correction.to(scores.dtype)
+        # Where nothing is added, logits have the order of the scores, and no ties where those are rounded to 0 or 1.
+        ranks = logits if self.correction is None else scores + self.correction.to(scores.dtype)
         choice = ranks.topk(self.spec.top_k).indices
         if router.renormalise and router.scores == "softmax":
             shares = logits.gather(-1, choice).softmax(-1)
@@ -155,4 +156,4 @@ class Shared(Module):
 
     def forward(self, x: Tokens) -> Tokens:
         """Each token on its own."""
-        return self.down(hidden(x, None if self.gate is None else self.gate.weight, self.up.weight))
+        return self.down(hidden(None if self.gate is None else self.gate(x), self.up(x)))
