@@ -6,6 +6,7 @@ from typing import Any
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.data.source import sources
+from fusiontree.encodings.rope_scaling import scalings
 from fusiontree.pruning import policies
 from fusiontree.reference import below, markdown
 from fusiontree.training import RunSpec
@@ -29,7 +30,7 @@ suppress_warnings = ["myst.xref_missing"]
 def _reference() -> str:
     parts = ["# Reference", "Every field of every spec, as `fusiontree kinds KIND` prints it.", "## The model"]
     parts += [markdown(spec.__name__, spec) for spec in below(ModelSpec)]
-    for registry in [*REGISTRIES.values(), sources, policies]:
+    for registry in [*REGISTRIES.values(), scalings, sources, policies]:
         parts.append(f"## Kinds: {registry.name}")
         parts += [markdown(kind, spec) for kind, spec in registry.usable()]
     own = [spec for spec in below(RunSpec) if spec not in below(ModelSpec)]

@@ -1,6 +1,7 @@
 """What feed-forward branches have in common: W_down act(W_up x), with a gate W_gate x where the kind has one."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Self
 
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
 

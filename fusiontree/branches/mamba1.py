@@ -120,7 +120,7 @@ class Mamba1Branch(Node):
         """Convolve, select, scan, gate."""
         state = context.state(self)
         x = context.encode(self.spec.encodings, x)
-        u = self.conv(self.x(x), context, state, "conv")
+        u = F.silu(self.conv(self.x(x), context, None if state is None else state["conv"]))
         y = self._scan(u, context, state) + u * self.D.to(u.dtype)
         y = y * F.silu(self.z(x))
         return y if self.out is None else self.out(y)

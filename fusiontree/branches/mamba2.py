@@ -166,7 +166,8 @@ class Mamba2Branch(Node):
         x = scaled(context.encode(spec.encodings, x), times.input)
         z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))
         inputs = {"x": scaled(self.x(x), times.x), "B": scaled(self.B(x), times.B), "C": scaled(self.C(x), times.C)}
-        inputs = {n: self.conv[n](u, context, state, f"conv.{n}") for n, u in inputs.items()}
+        past = {name: None if state is None else state[f"conv.{name}"] for name in inputs}
+        inputs = {name: F.silu(self.conv[name](u, context, past[name])) for name, u in inputs.items()}
         u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
         B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)

@@ -5,23 +5,27 @@ from typing import Literal
 from fusiontree.branches.feed_forward import FeedForwardSpec
 from fusiontree.core.contracts import branches
 
+GATED = {"geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+"""Activations with a gate, and the function that the gate goes through."""
+
 
 @branches.register
 class Mlp(FeedForwardSpec):
     """A feed-forward network with gelu, relu2 or geglu.
 
-    `geglu` has a gate map beside the other, gelu(W_gate x) * W_up x; the others have not.
+    `geglu` has a gate map beside the other, gelu(W_gate x) * W_up x; the others have not. `gelu_tanh` and
+    `geglu_tanh` are the same with gelu's approximation by tanh (GPT-2, Gemma).
     """
 
     kind: Literal["mlp"] = "mlp"
-    activation: Literal["gelu", "relu2", "geglu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "relu2", "geglu", "geglu_tanh"] = "gelu"
 
     @property
     def activation_name(self) -> str:
         """The function without the gate."""
-        return "gelu" if self.gated else self.activation
+        return GATED.get(self.activation, self.activation)
 
     @property
     def gated(self) -> bool:
-        """Only geglu."""
-        return self.activation == "geglu"
+        """Only geglu, either form."""
+        return self.activation in GATED

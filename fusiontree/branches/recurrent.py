@@ -1,20 +1,18 @@
-"""What state-space branches have in common: the short convolution in front, and how step sizes start."""
+"""What recurrent branches have in common: the short convolution, and how step sizes start."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from fusiontree.core.context import Context
-from fusiontree.core.contracts import State
 from fusiontree.core.modules import Module, constant, fan_in
 from fusiontree.kernels import causal_conv1d, causal_conv1d_step
 
 
 class Convolution(Module):
-    """A short depthwise causal convolution of `taps` taps, and SiLU."""
+    """A short depthwise causal convolution."""
 
     def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
         super().__init__()
@@ -22,16 +20,18 @@ class Convolution(Module):
         self.bias = self.declare("bias", (channels,), constant(0.0)) if bias else None
 
     def forward(
-        self, x: Float[Tensor, "batch time channels"], context: Context, state: State | None, key: str
+        self,
+        x: Float[Tensor, "batch time channels"],
+        context: Context,
+        past: Float[Tensor, "batch taps-1 channels"] | None,
     ) -> Float[Tensor, "batch time channels"]:
-        """Convolve a chunk; `state[key]` [batch, taps-1, channels] is read and brought up to date."""
-        start = None if state is None else state[key]
-        if start is not None and is_step(x, context):
-            return F.silu(causal_conv1d_step(start, x[:, 0], self.weight, self.bias))[:, None]
-        y, end = causal_conv1d(x, self.weight, self.bias, initial_state=start, segments=context.segments)
-        if start is not None:
-            start.copy_(end.detach())
-        return F.silu(y)
+        """Convolve a chunk; `past`, the last inputs before it, is read and brought up to date."""
+        if past is not None and is_step(x, context):
+            return causal_conv1d_step(past, x[:, 0], self.weight, self.bias)[:, None]
+        y, end = causal_conv1d(x, self.weight, self.bias, initial_state=past, segments=context.segments)
+        if past is not None:
+            past.copy_(end.detach())
+        return y
 
 
 def is_step(x: Tensor, context: Context) -> bool:

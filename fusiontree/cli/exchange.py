@@ -26,11 +26,12 @@ def import_(
 def export(
     model: Saved,
     out: Out,
-    to: Annotated[str, typer.Option(help="A family, by the model_type that transformers gives it.")],
+    to: Annotated[str, typer.Option(help="A family, by the model_type that transformers gives it; hf: our own class.")],
 ) -> None:
-    """Write a model of ours as one of a public family, where that can express it."""
+    """Write a model of ours for transformers: as one of a public family that can express it, or as our own class
+    (`import fusiontree.zoo.hf` there)."""
     from fusiontree.zoo import family_of
     from fusiontree.zoo.directory import export_model
 
-    export_model(model, out, family_of(to))
+    export_model(model, out, family_of("fusiontree" if to == "hf" else to))
     console.print(f"written to {out}")

@@ -9,18 +9,22 @@ from fusiontree.cli.console import AsJson, Model, Overrides, console, print_json
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.cost import Cost, costs
 from fusiontree.core.model_spec import ModelSpec
+from fusiontree.encodings.rope_scaling import scalings
 from fusiontree.errors import FusionTreeError, suggest
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
+
+KINDS = {**REGISTRIES, scalings.name: scalings}
+"""What a spec of a model is made of, by family."""
 
 
 def kinds(
     kind: Annotated[str | None, typer.Argument(help="Show the fields of this kind.")] = None, as_json: AsJson = False
 ) -> None:
-    """List every branch, fusion, gate and encoding, plugins included; or the fields of one."""
+    """List every branch, fusion, gate, encoding and scaling, plugins included; or the fields of one."""
     if kind is not None:
         return _show_kind(kind, as_json)
-    rows = [row for family in REGISTRIES for row in _kind_rows(family)]
+    rows = [row for family in KINDS for row in _kind_rows(family)]
     if as_json:
         return print_json([dict(zip(("family", "kind", "from", "what"), row, strict=True)) for row in rows])
     table = Table("family", "kind", "from", "what", box=None, pad_edge=False)
@@ -33,7 +37,7 @@ def kinds(
 def _show_kind(kind: str, as_json: bool) -> None:
     from fusiontree.reference import fields, summary
 
-    homes = {name: registry for registry in REGISTRIES.values() for name in registry.names()}
+    homes = {name: registry for registry in KINDS.values() for name in registry.names()}
     if kind not in homes:
         raise FusionTreeError(f"kinds: no kind is called {kind!r}{suggest(kind, homes)}")
     spec = homes[kind].get(kind)
@@ -48,7 +52,7 @@ def _show_kind(kind: str, as_json: bool) -> None:
 
 
 def _kind_rows(family: str) -> list[tuple[str, str, str, str]]:
-    registry = REGISTRIES[family]
+    registry = KINDS[family]
     rows = []
     for kind in registry.names():
         try:

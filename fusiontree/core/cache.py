@@ -133,6 +133,14 @@ class Cache:
         self._most += tokens
         return self._most if self.capacity is None else None
 
+    @torch.no_grad()
+    def select(self, rows: Int[Tensor, "batch"]) -> None:
+        """Let row i go on where row `rows[i]` stands, as a search with beams wants it."""
+        for state in self.states.values():
+            for tensor in state.values():
+                tensor.copy_(tensor[rows])
+        self.seen, self.positions, self.documents = (each[rows] for each in (self.seen, self.positions, self.documents))
+
     def advance(self, rows: Rows) -> None:
         """Take note of a chunk that every node has seen."""
         self.seen, self.positions, self.documents = rows.after, rows.positions, rows.documents

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
@@ -73,6 +74,8 @@ class LanguageModel(nn.Module):
     """Tokens to logits. Module paths are the paths of the expanded spec."""
 
     compiled = False
+    checkpointing = False
+    """Whether training keeps the inputs of layers alone and runs each again for its gradient (arXiv 1604.06174)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -169,8 +172,12 @@ class LanguageModel(nn.Module):
         """Embed, run the layers, each with its own part of the cache, normalise."""
         x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
         for index, layer in enumerate(self.layers):
-            states = None if cache is None else cache.layers.get(f"layers.{index}", {})
-            x = layer(x, context if states is None else replace(context, states=states))
+            if cache is not None:
+                x = layer(x, replace(context, states=cache.layers.get(f"layers.{index}", {})))
+            elif self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
         return self.norm(x)
 
     def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:

@@ -66,11 +66,12 @@ class Module(nn.Module):
         return self.get_buffer(name)
 
 
-class Linear(Module):
-    """y = x W^T + b."""
+class Linear(nn.Linear, Module):
+    """y = x W^T + b. One of torch's, so that tools that look for those (LoRA, quantisation) find it."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
-        super().__init__()
+        Module.__init__(self)  # torch's would draw values
+        self.in_features, self.out_features = inputs, outputs
         self.weight = self.declare("weight", (outputs, inputs), init or fan_in())
         self.bias = self.declare("bias", (outputs,), constant(0.0)) if bias else None
 

@@ -8,12 +8,13 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
-from fusiontree.core.modules import wide
-from fusiontree.core.spec import Positive
+from fusiontree.core.modules import scaled, wide
+from fusiontree.core.spec import Positive, invalid
+from fusiontree.encodings.rope_scaling import AnyScaling
 
 Ids = Int[Tensor, "batch time"]
 Heads = Float[Tensor, "batch time heads channels"]
@@ -23,13 +24,21 @@ Heads = Float[Tensor, "batch time heads channels"]
 class Rope(EncodingSpec):
     """A rotation of queries and keys, or of C and B, by position.
 
-    `dim`: how many channels turn, the first ones; null: all.
+    `dim`: how many channels turn, the first ones; null: all. `scaling` slows rotations down, for sequences longer
+    than those that a model was trained on.
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"rotate"})
     kind: Literal["rope"] = "rope"
     theta: Positive = 10000.0
     dim: Annotated[int, Field(strict=True, ge=2, multiple_of=2)] | None = None
+    scaling: AnyScaling | None = None
+
+    @model_validator(mode="after")
+    def _frequencies_fall(self) -> Self:
+        if self.scaling and self.theta <= 1:
+            raise invalid({("theta",): f"has to be above 1 where there is scaling, found {self.theta}"})
+        return self
 
     @classmethod
     def example(cls, width: int) -> Self:
@@ -62,9 +71,15 @@ class Rotary(Encoding):
 
     def _angles(self, dim: int, positions: Ids) -> tuple[Tensor, Tensor]:
         """Cosine and sine [batch, time, 1, dim / 2], from float64 angles so that far positions stay exact."""
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-        angles = positions[..., None, None] * self.spec.theta**-exponents
-        return angles.cos(), angles.sin()
+        angles = positions[..., None, None] * self._frequencies(dim, positions.device)
+        magnitude = self.spec.scaling.magnitude if self.spec.scaling else 1.0
+        return scaled(angles.cos(), magnitude), scaled(angles.sin(), magnitude)
+
+    def _frequencies(self, dim: int, device: torch.device) -> Float[Tensor, "pairs"]:
+        """Radians a position."""
+        theta, scaling = self.spec.theta, self.spec.scaling
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        return frequencies if scaling is None else scaling.scaled(frequencies, theta)
 
 
 class Rotation(Table):

@@ -1,6 +1,6 @@
 """Presets, and the maps between FusionTree and public model families, a file each."""
 
-from fusiontree.zoo import bamba, falcon_h1, granitemoehybrid, jamba, llama, mamba, mamba2, nemotron_h
+from fusiontree.zoo import bamba, falcon_h1, gemma, granitemoehybrid, jamba, lfm2, llama, mamba, mamba2, nemotron_h, own
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
 __all__ = [
@@ -9,10 +9,13 @@ __all__ = [
     "bamba",
     "falcon_h1",
     "family_of",
+    "gemma",
     "granitemoehybrid",
     "jamba",
+    "lfm2",
     "llama",
     "mamba",
     "mamba2",
     "nemotron_h",
+    "own",
 ]

@@ -10,7 +10,7 @@ from fusiontree.core.stack import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.options import Options, rope, rope_parameters
 from fusiontree.zoo.tensors import Same, below
 
 
@@ -19,11 +19,11 @@ def _spec(options: Options) -> dict[str, Any]:
     options.get("z_loss_coefficient", None)  # of the loss
     norm, mixers = parts.rms(options), (mamba(options), _attention(options))
     ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
-    attends, rope = _attends(options), _rope(options)
+    attends, rotation = _attends(options), _rope(options)
     return {
         "vocab_size": options["vocab_size"],
         "width": options["hidden_size"],
-        "encodings": {"rope": rope} if any(attends) else {},
+        "encodings": {"rope": rotation} if any(attends) else {},
         "layers": [{"mixer": mixers[there], "ffn": ffn, "norm": norm} for there in attends],
         "norm": norm,
         "head": {"tied": options["tie_word_embeddings"]},
@@ -39,14 +39,16 @@ def _attends(options: Options) -> list[bool]:
 def _rope(options: Options) -> dict[str, Any]:
     """Turns half of a head's channels, whatever stands beside `rope_parameters`."""
     options.only("partial_rotary_factor", 0.5)
-    rope, head_dim = rope_theta(options), parts.head_dim(options)
-    part = (options.get("rope_parameters", None) or {}).get("partial_rotary_factor", 0.5)
+    head_dim = parts.head_dim(options)
+    found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
+    part = found.get("partial_rotary_factor", 0.5)
     if type(part) not in (int, float) or not 0 < part <= 1:
         text = f"has to be a number above 0, at most 1, found {part!r:.60}"
         raise FusionTreeError(f"config.json: rope_parameters.partial_rotary_factor: {text}")
     dim = int(head_dim * part)
     options.only("attn_rotary_emb", dim)  # says the same in first conversions
-    return rope | {"dim": None if dim == head_dim else dim}
+    plain = rope(options, found | {"partial_rotary_factor": None}, options.get("rope_theta", 10000.0))
+    return plain | {"dim": None if dim == head_dim else dim}
 
 
 def _attention(options: Options) -> dict[str, Any]:
@@ -134,17 +136,16 @@ def _config(reader: Reader) -> dict[str, Any]:
 
 
 def _attention_config(reader: Reader) -> dict[str, Any]:
-    attention, rope = reader.find("attention"), reader.encoding("rope")
+    attention, rotation = reader.find("attention"), reader.encoding("rope")
     if attention is None:
         return {}
-    rotated = {"rope_type": "default", "rope_theta": rope.theta if rope else 10000.0}
-    part = _part(rope.dim, attention.head_dim) if rope and rope.dim else 1.0
+    part = _part(rotation.dim, attention.head_dim) if rotation and rotation.dim else 1.0
     return {
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "attention_bias": attention.bias,
-        "rope_parameters": rotated | {"partial_rotary_factor": part},
+        "rope_parameters": rope_parameters(rotation) | {"partial_rotary_factor": part},
     }
 
 

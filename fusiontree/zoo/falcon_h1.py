@@ -7,7 +7,7 @@ from typing import Any
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Same, below
 
 PACKED = ("z", "x", "B", "C", "dt")
@@ -53,7 +53,7 @@ def _mamba(options: Options) -> dict[str, Any]:
     options.get("mamba_norm_before_gate", None)
     return {
         "kind": "mamba2",
-        "heads": options["mamba_n_heads"],
+        "heads": options.count("mamba_n_heads"),
         "head_dim": _head_dim(options),
         "state": options["mamba_d_state"],
         "groups": options["mamba_n_groups"],
@@ -70,7 +70,7 @@ def _mamba(options: Options) -> dict[str, Any]:
 def _head_dim(options: Options) -> int:
     inner, given = options.get("mamba_d_ssm", None), options["mamba_d_head"]
     inner = options["mamba_expand"] * options["hidden_size"] if inner is None else inner
-    head_dim = inner // options["mamba_n_heads"]
+    head_dim = inner // options.count("mamba_n_heads")
     if given not in ("auto", head_dim):
         raise FusionTreeError(
             f"config.json: mamba_d_head: found {given!r}, mamba_d_ssm and mamba_n_heads say {head_dim}"
@@ -79,7 +79,7 @@ def _head_dim(options: Options) -> int:
 
 
 def _attention(options: Options) -> dict[str, Any]:
-    heads, bias = options["num_attention_heads"], options["attention_bias"]
+    heads, bias = options.count("num_attention_heads"), options["attention_bias"]
     times = {"input": options["attention_in_multiplier"], "key": options["key_multiplier"]}
     return {
         "kind": "attention",
@@ -120,7 +120,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "mamba_rms_norm": mamba.norm is not None,
         "mamba_norm_before_gate": mamba.norm is None or mamba.norm.order == "norm_first",
         "time_step_limit": parts.time_step_limit(mamba.dt_limit),
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta if rope else 10000.0},
+        "rope_parameters": rope_parameters(rope),
         "tie_word_embeddings": spec.head.tied,
         "embedding_multiplier": spec.embedding.multiplier,
         "lm_head_multiplier": spec.head.multiplier,
@@ -147,7 +147,7 @@ def _tensors(options: Options) -> Iterator[Same]:
 
 
 def _mamba_tensors(options: Options) -> Iterator[Same]:
-    heads, shared = options["mamba_n_heads"], options["mamba_n_groups"] * options["mamba_d_state"]
+    heads, shared = options.count("mamba_n_heads"), options["mamba_n_groups"] * options["mamba_d_state"]
     inner = heads * _head_dim(options)
     yield from parts.mamba2(
         inner,

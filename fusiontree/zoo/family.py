@@ -53,7 +53,11 @@ class Family:
             FusionTreeError: it has an option that is missing, unknown, or not expressed; names the key.
         """
         options = self.options(config)
-        data = self.spec(options)
+        try:
+            data = self.spec(options)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = f"{options.last}: {self.name} cannot read {options.get(options.last, None)!r:.60}"
+            raise FusionTreeError(f"config.json: {found} ({error})") from None
         options.finish()
         return ModelSpec.parse({"format": 1, **data}).fold()
 

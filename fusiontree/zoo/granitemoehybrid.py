@@ -10,7 +10,7 @@ from fusiontree.core.stack import MAX_LAYERS
 from fusiontree.zoo import parts
 from fusiontree.zoo.bamba import MAMBA_DEFAULTS, mamba, mamba_config, mamba_tensors
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Part, Same, below
 
 KINDS = {
@@ -126,7 +126,7 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
     attention, rope = reader.find("attention"), reader.encoding("rope")
     if attention is None:
         return {}
-    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": rope.theta}} if rope else {}
+    turned = {"rope_parameters": rope_parameters(rope)} if rope else {}
     return {
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,

@@ -5,13 +5,13 @@ from typing import Any
 
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Same, below
 
 
 def _spec(options: Options) -> dict[str, Any]:
     options.only("hidden_act", "silu")
-    heads = options["num_attention_heads"]
+    heads = options.count("num_attention_heads")
     bias = options.get("attention_bias", False)
     attention = {
         "kind": "attention",
@@ -48,7 +48,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "intermediate_size": ffn.hidden,
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm.eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta if rope else 10000.0},
+        "rope_parameters": rope_parameters(rope),
         "tie_word_embeddings": spec.head.tied,
     }
     if reader.family.name == "mistral":

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from fusiontree.encodings.rope import Rope
+from fusiontree.encodings.rope_scaling import scalings, yarn_magnitude
 from fusiontree.errors import FusionTreeError, suggest
 
 ABOUT_OTHER_THINGS = frozenset(
@@ -12,7 +14,7 @@ ABOUT_OTHER_THINGS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "use_cache", "pretraining_tp"),
         *("initializer_range", "rescale_prenorm_residual", "attn_implementation", "num_logits_to_keep"),
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob"),
-        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "cache_implementation"),
         *("use_mamba_kernels", "use_mambapy", "use_falcon_mambapy", "use_associative_scan"),
         *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder"),
     ]
@@ -23,25 +25,31 @@ ABOUT_OTHER_THINGS = frozenset(
 class Options:
     """The fields of a config, with what the family's class has for those that are left out.
 
-    What a family reads is remembered; `finish` refuses a config that says something more.
+    What a family reads is remembered; `finish` refuses a config that says something more. `last` is what was read
+    last: the likely cause where reading fails.
     """
 
     def __init__(self, family: str, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.family, self._defaults = family, defaults
         self._data = {**defaults, **data}
         self._read: set[str] = set()
+        self.last = ""
 
     def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
+        self._note(key)
         if key not in self._data:
             raise FusionTreeError(f"config.json: {self.family} needs {key!r}{suggest(key, self._data)}")
         return self._data[key]
 
     def get(self, key: str, default: Any) -> Any:
         """A field, or the default where it is absent or null."""
-        self._read.add(key)
+        self._note(key)
         found = self._data.get(key)
         return default if found is None else found
+
+    def _note(self, key: str) -> None:
+        self._read.add(key)
+        self.last = key
 
     def count(self, key: str, least: int = 1) -> int:
         """A field to compute with.
@@ -110,11 +118,60 @@ class Options:
 
 
 def rope_theta(options: Options, default: float = 10000.0) -> dict[str, Any]:
-    """The rotary encoding of a config, in the form of transformers 5 (`rope_parameters`) or the one before."""
+    """The rotary encoding of a config, in the form of transformers 5 (`rope_parameters`) or the one before
+    (`rope_theta` and `rope_scaling`)."""
     found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
-    kind = found.get("rope_type", found.get("type", "default"))
+    return rope(options, found, options.get("rope_theta", default))
+
+
+def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """The rotary encoding that one `rope_parameters` describes; `theta` where it says none."""
+    given = {key: value for key, value in parameters.items() if value is not None}
+    names = given.pop("rope_type", None), given.pop("type", None)  # the older name; some configs have both
+    kind = names[0] or names[1] or "default"
+    encoding = {"kind": "rope", "theta": float(given.pop("rope_theta", theta))}
+    if given.get("partial_rotary_factor") == 1.0:
+        del given["partial_rotary_factor"]
     if kind != "default":
-        raise FusionTreeError(
-            f"config.json: rope_parameters.rope_type: found {kind!r}, {options.family} is known with 'default'"
-        )
-    return {"kind": "rope", "theta": float(found.get("rope_theta") or options.get("rope_theta", default))}
+        return encoding | {"scaling": {"kind": kind, **_scaling(options, kind, given)}}
+    if given:
+        key, value = next(iter(given.items()))
+        text = f"{options.family} is not known to have it without a scaling, found {value!r:.60}"
+        raise FusionTreeError(f"config.json: rope_parameters.{key}: {text}")
+    return encoding
+
+
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+
+
+def _scaling(options: Options, kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a scaling. An original length that a config leaves out is the model's longest."""
+    if kind not in scalings.names():
+        known = " or ".join(repr(name) for name in ("default", *scalings.names()))
+        text = f"found {kind!r}, {options.family} is known with {known}"
+        raise FusionTreeError(f"config.json: rope_parameters.rope_type: {text}")
+    if kind == "yarn":
+        given = _without_mscale(given)
+    if "original_length" in scalings.get(kind).model_fields:
+        length = given.pop(ORIGINAL_LENGTH, None) or options["max_position_embeddings"]
+        given = given | {"original_length": length}
+    return given
+
+
+def _without_mscale(given: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's attention factor, where a config says it by two others (DeepSeek-V2, arXiv 2405.04434)."""
+    rest = {key: value for key, value in given.items() if key not in ("mscale", "mscale_all_dim")}
+    if given.get("mscale") and given.get("mscale_all_dim") and "factor" in given:
+        above, below = (yarn_magnitude(given["factor"], given[key]) for key in ("mscale", "mscale_all_dim"))
+        return {"attention_factor": above / below, **rest}
+    return rest
+
+
+def rope_parameters(found: Rope | None, theta: float = 10000.0) -> dict[str, Any]:
+    """The reverse, in the form of transformers 5; `theta` where a spec has no rotation."""
+    if found is None or found.scaling is None:
+        return {"rope_type": "default", "rope_theta": found.theta if found else theta}
+    given = {key: value for key, value in found.scaling.data().items() if value is not None}
+    kind, length = given.pop("kind"), given.pop("original_length", None)
+    original = {} if length is None else {ORIGINAL_LENGTH: length}
+    return {"rope_type": kind, "rope_theta": found.theta, **original, **given}

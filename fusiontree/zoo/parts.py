@@ -1,7 +1,7 @@
 """What many families have in common: names of tensors, and what a few options mean."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fusiontree.errors import FusionTreeError
@@ -13,6 +13,19 @@ from fusiontree.zoo.tensors import TAPS, Same, Stacked, linear
 def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
     """The norm of all places."""
     return {"kind": "rms", "gain": gain, "eps": options[key]}
+
+
+def layer_types(options: Options, known: Sequence[str], default: Callable[[int], str]) -> list[str]:
+    """The type of each layer, from its index where the config says none."""
+    found = options.get("layer_types", None) or [default(index) for index in range(options["num_hidden_layers"])]
+    if len(found) != options["num_hidden_layers"]:
+        text = f"found {len(found)} layers, num_hidden_layers says {options['num_hidden_layers']}"
+        raise FusionTreeError(f"config.json: layer_types: {text}")
+    for each in found:
+        if each not in known:
+            text = f"found {each!r}, {options.family} is known with {' and '.join(map(repr, known))}"
+            raise FusionTreeError(f"config.json: layer_types: {text}")
+    return found
 
 
 def whole(options: Options, final_norm: str) -> Iterator[Same]:

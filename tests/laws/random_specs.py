@@ -14,8 +14,10 @@ ENCODINGS = {
     "low_rank": {"kind": "srte_learned", "max_length": 64, "rank": 3},
     "rope": {"kind": "rope"},
     "half_rope": {"kind": "rope", "theta": 100.0, "dim": 2},
+    "yarn": {"kind": "rope", "theta": 50.0, "scaling": {"kind": "yarn", "factor": 2.0, "original_length": 8}},
+    "llama3": {"kind": "rope", "theta": 50.0, "scaling": {"kind": "llama3", "factor": 2.0, "original_length": 8}},
 }
-ADDED, ROTATED = ["sincos", "learned", "low_rank"], ["rope", "half_rope"]
+ADDED, ROTATED = ["sincos", "learned", "low_rank"], ["rope", "half_rope", "yarn", "llama3"]
 Data = dict[str, Any]
 
 
@@ -104,10 +106,23 @@ def mamba1s(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def short_convs(draw: st.DrawFn, *, project: bool = True) -> Data:
+    return {
+        "kind": "short_conv",
+        "encodings": draw(named(rotates=False)),
+        "inner": 6 if project else INNER,
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def feed_forwards(draw: st.DrawFn) -> Data:
-    kind = draw(
-        st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in ("gelu", "relu2", "geglu"))])
-    )
+    activations = ("gelu", "gelu_tanh", "relu2", "geglu", "geglu_tanh")
+    kind = draw(st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in activations)]))
     return {**kind, "hidden": 8, "bias": draw(st.booleans()), "encodings": draw(named(rotates=False))}
 
 
@@ -154,7 +169,8 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    branch = st.one_of(*(kind(project=False) for kind in (attentions, mamba2s, mamba1s))) if inner else nodes(depth - 1)
+    inners = (attentions, mamba2s, mamba1s, short_convs)
+    branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
     data: Data = {
@@ -180,7 +196,7 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), feed_forwards(), moes())
+    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), short_convs(), feed_forwards(), moes())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 
 

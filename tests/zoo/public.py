@@ -95,12 +95,80 @@ EXPERTS_OF_NEMOTRON_H = {
     **{"layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"], "n_routed_experts": 5},
     **{"num_experts_per_tok": 3, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20},
 }
+GEMMA = SMALL | {
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 11,
+    "pad_token_id": None,  # a padding token's embedding would get no gradient from the input
+}
+TYPES = ["full_attention", "sliding_attention", "sliding_attention"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 0.25,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def scaled(**parameters: Any) -> dict[str, Any]:
+    """A Llama whose rotations are scaled; some of its channel pairs turn fast, some slowly, some between."""
+    theta = {"rope_theta": 100.0}
+    return SMALL | {"head_dim": 16, "max_position_embeddings": 64, "rope_parameters": theta | parameters}
+
+
+LFM2 = SMALL | {
+    "num_hidden_layers": 5,
+    "full_attn_idxs": [1, 3],
+    "block_multiple_of": 16,
+    "pad_token_id": None,
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
     "llama, biases, tied": ("llama", SMALL | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama, linear": ("llama", scaled(rope_type="linear", factor=4.0)),
+    "llama, llama3": ("llama", scaled(**LLAMA3)),
+    "llama, yarn": ("llama", scaled(**YARN)),
+    "llama, yarn, all options": (
+        "llama",
+        scaled(**YARN, beta_fast=1.5, beta_slow=0.5, attention_factor=1.3, truncate=False),
+    ),
+    "llama, yarn, mscale": ("llama", scaled(**YARN, mscale=0.7, mscale_all_dim=1.2)),
     "mistral": ("mistral", SMALL | {"sliding_window": 11}),
     "mistral, no window": ("mistral", SMALL | {"sliding_window": None}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma2, no caps, biases, untied": (
+        "gemma2",
+        GEMMA
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"attention_bias": True, "tie_word_embeddings": False, "layer_types": TYPES, "query_pre_attn_scalar": 8},
+    ),
+    "gemma2, low caps": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text": ("gemma3_text", GEMMA | {"num_hidden_layers": 7}),
+    "gemma3_text, scaled, capped, biases": (
+        "gemma3_text",
+        GEMMA
+        | {"layer_types": TYPES, "attention_bias": True, "final_logit_softcapping": 3.0}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 5e5, "rope_local_base_freq": 2e4},
+    ),
+    "gemma3_text, only global, untied": (
+        "gemma3_text",
+        GEMMA | {"layer_types": ["full_attention"] * 3, "tie_word_embeddings": False},
+    ),
+    "lfm2": ("lfm2", LFM2),
+    "lfm2, biases, untied, four taps": (
+        "lfm2",
+        LFM2
+        | {"conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 4, "head_dim": 12}
+        | {"block_auto_adjust_ff_dim": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "lfm2, only attention": (
+        "lfm2",
+        LFM2 | {"full_attn_idxs": None, "num_hidden_layers": 2, "block_ffn_dim_multiplier": 1.7},
+    ),
+    "lfm2, only convolutions": ("lfm2", LFM2 | {"full_attn_idxs": []}),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2, limits, biases, tied": (
         "mamba2",

@@ -1,0 +1,102 @@
+"""Gated short convolution (LFM2, arXiv 2511.23404): a few tokens of memory, and no recurrence.
+
+The output is W_out (C * conv(B * x)), with B, C and x linear in the input and a short causal convolution a channel.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.branches.recurrent import Convolution
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
+from fusiontree.core.modules import Linear
+from fusiontree.core.spec import Count, Flag, invalid
+
+Stream = Float[Tensor, "batch time width"]
+
+
+@branches.register
+class ShortConv(BranchSpec):
+    """A convolution over the last `conv` tokens, gated on both sides.
+
+    `inner` channels inside. `bias` is that of the maps to B, C and x. `project: false` returns the channels, for a
+    fusion with a projection.
+    """
+
+    rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    kind: Literal["short_conv"] = "short_conv"
+    inner: Count
+    conv: Count = 3
+    conv_bias: Flag = False
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _output_exists(self) -> Self:
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Wider inside, with all biases."""
+        return cls(inner=width + 4, conv_bias=True, bias=True, out_bias=True)
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that inside."""
+        return scope.width if self.project else self.inner
+
+    def build(self, scope: Scope) -> "ShortConvBranch":
+        """The module."""
+        return ShortConvBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps and the convolution."""
+        maps = 4 if self.project else 3
+        return 2.0 * self.inner * (maps * scope.width + self.conv)
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The convolution's last inputs."""
+        return (self.conv - 1) * self.inner * dtype.itemsize
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Maps in, the convolution, and the map out."""
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": ("inner", "width") for name in ("B", "C", "x")}
+        axes |= {f"{name}.bias": ("inner",) for name in ("B", "C", "x")} if self.bias else {}
+        axes |= {"conv.weight": ("inner", "conv")}
+        axes |= {"conv.bias": ("inner",)} if self.conv_bias else {}
+        axes |= {"out.weight": ("width", "inner")} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": scope.width, "inner": self.inner, "conv": self.conv}
+
+
+class ShortConvBranch(Node):
+    """The module of `ShortConv`: B, C and x are separate parameters."""
+
+    def __init__(self, spec: ShortConv, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.B, self.C, self.x = (Linear(width, spec.inner, bias=spec.bias) for _ in range(3))
+        self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Gate, convolve, gate."""
+        state = context.state(self)
+        x = context.encode(self.spec.encodings, x)
+        past = None if state is None else state["conv"]
+        y = self.C(x) * self.conv(self.B(x) * self.x(x), context, past)
+        return y if self.out is None else self.out(y)
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """The last inputs of the convolution, oldest first."""
+        return {"conv": like.new_zeros(batch, self.spec.conv - 1, self.spec.inner)}

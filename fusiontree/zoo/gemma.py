@@ -1,0 +1,153 @@
+"""Gemma 2 (arXiv 2408.00118) and the text model of Gemma 3 (arXiv 2503.19786): norms before and after each sub-layer,
+layers with a window between global ones.
+
+Gemma 2 caps its scores and logits. Gemma 3 normalises queries and keys instead, and turns them by another theta where
+there is a window.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.zoo import parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options, rope, rope_parameters, rope_theta
+from fusiontree.zoo.tensors import Same, below
+
+LOCAL, GLOBAL = TYPES = ("sliding_attention", "full_attention")
+THETA = {LOCAL: ("rope_local_base_freq", 10_000.0), GLOBAL: ("rope_theta", 1_000_000.0)}
+"""Of Gemma 3, by the type of a layer: where configs before transformers 5 have it, and what it is without."""
+ROPE = {LOCAL: "local_rope", GLOBAL: "global_rope"}
+"""The encodings of Gemma 3."""
+NORMS = {
+    "input_layernorm": "mixer.before",
+    "post_attention_layernorm": "mixer.after",
+    "pre_feedforward_layernorm": "ffn.before",
+    "post_feedforward_layernorm": "ffn.after",
+}
+
+
+def _spec2(options: Options) -> dict[str, Any]:
+    types = parts.layer_types(options, TYPES, lambda index: TYPES[index % 2])
+    data = _spec(options, [(_attention(options, each), "rope") for each in types])
+    return data | {"encodings": {"rope": rope_theta(options)}}
+
+
+def _spec3(options: Options) -> dict[str, Any]:
+    every = options.get("sliding_window_pattern", 6)
+    types = parts.layer_types(options, TYPES, lambda index: LOCAL if (index + 1) % every else GLOBAL)
+    qk_norm = {"qk_norm": _norm(options)}
+    data = _spec(options, [(_attention(options, each) | qk_norm, ROPE[each]) for each in types])
+    ropes = {ROPE[each]: found for each, found in _ropes(options).items() if each in types}
+    return data | {"encodings": ropes}
+
+
+def _ropes(options: Options) -> dict[str, dict[str, Any]]:
+    """The rotations of Gemma 3 by the type of a layer; scaling in a config before transformers 5 is of global ones."""
+    found = options.get("rope_parameters", None) or {GLOBAL: options.get("rope_scaling", None)}
+    thetas = {each: options.get(*THETA[each]) for each in TYPES}
+    return {each: rope(options, found.get(each) or {}, thetas[each]) for each in TYPES}
+
+
+def _spec(options: Options, mixers: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    """A model of these attention branches, each with the name of its rotation."""
+    options.only("hidden_activation", "gelu_pytorch_tanh")
+    options.get("hidden_act", None)  # which transformers does not look at
+    ffn = {"kind": "mlp", "hidden": options["intermediate_size"], "activation": "geglu_tanh"}
+    around = {"ffn": ffn, "norm": _norm(options), "placement": "sandwich"}
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "embedding": {"multiplier": options["hidden_size"] ** 0.5},
+        "layers": [{"mixer": mixer | {"encodings": [name]}, **around} for mixer, name in mixers],
+        "norm": _norm(options),
+        "head": {"tied": options["tie_word_embeddings"], "softcap": options["final_logit_softcapping"]},
+    }
+
+
+def _norm(options: Options) -> dict[str, Any]:
+    return parts.rms(options, gain="one_plus")
+
+
+def _attention(options: Options, kind: str) -> dict[str, Any]:
+    head_dim, scalar = options["head_dim"], options["query_pre_attn_scalar"]
+    bias, window = options["attention_bias"], options["sliding_window"]
+    return {
+        "kind": "attention",
+        "heads": options.count("num_attention_heads"),
+        "kv_heads": options["num_key_value_heads"],
+        "head_dim": head_dim,
+        "window": window if kind == LOCAL else None,
+        "softcap": options.get("attn_logit_softcapping", None),
+        "scale": None if scalar == head_dim else scalar**-0.5,
+        "bias": bias,
+        "out_bias": bias,
+    }
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    """What both have."""
+    spec, attention, ffn = reader.spec, reader.first("attention"), reader.first("mlp")
+    windows = [getattr(layer.mixer, "window", None) for layer in reader.layers]
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        "layer_types": [GLOBAL if window is None else LOCAL for window in windows],
+        "sliding_window": next((window for window in windows if window is not None), DEFAULTS["sliding_window"]),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "query_pre_attn_scalar": max(1, round(attention.scale**-2)) if attention.scale else attention.head_dim,
+        "attention_bias": attention.bias,
+        "intermediate_size": ffn.hidden,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": spec.norm.eps,
+        "tie_word_embeddings": spec.head.tied,
+        "final_logit_softcapping": spec.head.softcap,
+    }
+
+
+def _config2(reader: Reader) -> dict[str, Any]:
+    softcap = reader.first("attention").softcap
+    parameters = rope_parameters(reader.encoding("rope"))
+    return {**_config(reader), "attn_logit_softcapping": softcap, "rope_parameters": parameters}
+
+
+def _config3(reader: Reader) -> dict[str, Any]:
+    ropes: dict[str, Any] = {each: reader.spec.encodings.get(ROPE[each]) for each in TYPES}
+    parameters = {each: rope_parameters(found, THETA[each][1]) for each, found in ropes.items()}
+    return {**_config(reader), "rope_parameters": parameters}
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    yield from parts.whole(options, "norm")
+    bias = options["attention_bias"]
+    for index in range(options["num_hidden_layers"]):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        yield from (Same(f"{theirs}.{norm}.weight", (f"{ours}.norm.{NORMS[norm]}.weight",)) for norm in NORMS)
+        yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias, bias))
+        yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp(bias=False))
+
+
+def _tensors3(options: Options) -> Iterator[Same]:
+    yield from _tensors(options)
+    for index in range(options["num_hidden_layers"]):
+        names = [f"{name}_norm.weight" for name in ("q", "k")]
+        yield from (Same(f"model.layers.{index}.self_attn.{name}", (f"layers.{index}.mixer.{name}",)) for name in names)
+
+
+DEFAULTS = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": None,
+}
+CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+GEMMA2 = register(Family("gemma2", "Gemma2ForCausalLM", _spec2, _config2, _tensors, DEFAULTS | CAPS, parts.tied_head))
+GEMMA3 = register(Family("gemma3_text", "Gemma3ForCausalLM", _spec3, _config3, _tensors3, DEFAULTS, parts.tied_head))

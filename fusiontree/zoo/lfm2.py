@@ -1,0 +1,153 @@
+"""LFM2 (arXiv 2511.23404): gated short convolutions, a few layers of attention, and SwiGLU behind RMS norms."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.zoo import parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
+from fusiontree.zoo.tensors import TAPS, Same, below, linear
+
+CONV, ATTENTION = TYPES = ("conv", "full_attention")
+THETA = 1_000_000.0
+OF_INITIALISATION = ("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init", "conv_use_xavier_init")
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    for key in OF_INITIALISATION:
+        options.get(key, None)
+    _said_twice(options)
+    types, norm = _layer_types(options), parts.rms(options, "norm_eps")
+    mixers = {CONV: _short_conv(options), ATTENTION: _attention(options)}
+    ffn, rope = {"kind": "swiglu", "hidden": _hidden(options)}, rope_theta(options, THETA)
+    options.only("theta", rope["theta"])
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "encodings": {"rope": rope} if ATTENTION in types else {},
+        "layers": [{"mixer": mixers[each], "ffn": ffn, "norm": norm} for each in types],
+        "norm": norm,
+        "head": {"tied": _tied(options)},
+    }
+
+
+def _said_twice(options: Options) -> None:
+    """Keys of published configs that transformers does not read: they have to agree with those that it reads."""
+    width = options["hidden_size"]
+    same = {"block_dim": width, "conv_dim": width, "conv_dim_out": width, "block_norm_eps": options["norm_eps"]}
+    same |= {"num_heads": options.count("num_attention_heads"), "block_use_swiglu": True, "use_pos_enc": True}
+    for key, value in same.items():
+        options.only(key, value)
+
+
+def _layer_types(options: Options) -> list[str]:
+    """Attention where the config lists the layer, or everywhere if it lists none."""
+    listed = options.get("full_attn_idxs", range(options["num_hidden_layers"]))
+    return parts.layer_types(options, TYPES, lambda index: ATTENTION if index in listed else CONV)
+
+
+def _short_conv(options: Options) -> dict[str, Any]:
+    bias = {key: options["conv_bias"] for key in ("bias", "conv_bias", "out_bias")}
+    return {"kind": "short_conv", "inner": options["hidden_size"], "conv": options["conv_L_cache"], **bias}
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    heads = options.count("num_attention_heads")
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options["num_key_value_heads"],
+        "head_dim": options.get("head_dim", options["hidden_size"] // heads),
+        "qk_norm": parts.rms(options, "norm_eps"),
+        "encodings": ["rope"],
+    }
+
+
+def _hidden(options: Options) -> int:
+    """Two thirds of the size that is given, times a factor, up to a multiple, if the config asks for that."""
+    hidden, factor = options.get("block_ff_dim", options["intermediate_size"]), options["block_ffn_dim_multiplier"]
+    multiple = options["block_multiple_of"]
+    if not options["block_auto_adjust_ff_dim"]:
+        return hidden
+    hidden = int(2 * hidden / 3)
+    return hidden if factor is None else multiple * -(-int(factor * hidden) // multiple)
+
+
+def _tied(options: Options) -> bool:
+    return options.get("tie_embedding", options["tie_word_embeddings"])
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, attention, conv = reader.spec, reader.find("attention"), reader.find("short_conv")
+    kinds = [getattr(layer.mixer, "kind", None) for layer in reader.layers]
+    names = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        "layer_types": [CONV if kind == "short_conv" else ATTENTION for kind in kinds],
+        **({theirs: getattr(attention, ours) for ours, theirs in names.items()} if attention else {}),
+        "conv_L_cache": conv.conv if conv else DEFAULTS["conv_L_cache"],
+        "conv_bias": conv.bias if conv else False,
+        "intermediate_size": reader.first("swiglu").hidden,
+        "block_auto_adjust_ff_dim": False,
+        "norm_eps": spec.norm.eps,
+        "rope_parameters": rope_parameters(reader.encoding("rope"), THETA),
+        "tie_word_embeddings": spec.head.tied,
+    }
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    yield Same("model.embed_tokens.weight", ("embedding.weight",))
+    yield Same("model.embedding_norm.weight", ("norm.weight",))
+    if not _tied(options):
+        yield Same("lm_head.weight", ("head.weight",))
+    for index, kind in enumerate(_layer_types(options)):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        yield Same(f"{theirs}.operator_norm.weight", (f"{ours}.norm.mixer.before.weight",))
+        yield Same(f"{theirs}.ffn_norm.weight", (f"{ours}.norm.ffn.before.weight",))
+        if kind == CONV:
+            yield from below(f"{theirs}.conv", f"{ours}.mixer", _conv_tensors(options))
+        else:
+            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _attention_tensors())
+        maps = {"w1": "gate", "w3": "up", "w2": "down"}
+        yield from (
+            Same(f"{theirs}.feed_forward.{one}.weight", (f"{ours}.ffn.{two}.weight",)) for one, two in maps.items()
+        )
+
+
+def _conv_tensors(options: Options) -> Iterator[Same]:
+    bias, names = options["conv_bias"], ("B", "C", "x")
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in names), (options["hidden_size"],) * 3)
+    yield Same("conv.weight", ("conv.weight",), view=TAPS)
+    if bias:
+        yield Same("conv.bias", ("conv.bias",))
+    yield from linear("out_proj", "out", bias)
+
+
+def _attention_tensors() -> Iterator[Same]:
+    for name in ("q", "k", "v"):
+        yield from linear(f"{name}_proj", name)
+    for name in ("q", "k"):
+        yield Same(f"{name}_layernorm.weight", (f"{name}_norm.weight",))
+    yield from linear("out_proj", "out")
+
+
+def _tied_head(options: Options) -> set[str]:
+    return {"lm_head.weight"} if _tied(options) else set()
+
+
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 12288,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_multiple_of": 256,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": True,
+}
+LFM2 = register(Family("lfm2", "Lfm2ForCausalLM", _spec, _config, _tensors, DEFAULTS, _tied_head))

@@ -1,0 +1,34 @@
+"""Our own class in transformers (`fusiontree.zoo.hf`): its config holds the spec, in YAML; every spec has one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.core.model import build
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options
+from fusiontree.zoo.tensors import Same
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "seed"):
+        options.get(key, None)  # read off the spec
+    return _held(options).data(short=True)
+
+
+def _held(options: Options) -> ModelSpec:
+    return ModelSpec.from_yaml(options["spec"])
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec = reader.spec
+    sizes = {"hidden_size": spec.width, "num_hidden_layers": len(reader.layers), "vocab_size": spec.vocab_size}
+    return {"spec": spec.to_yaml(), "tie_word_embeddings": spec.head.tied, **sizes}
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    model = build(_held(options), device="meta")
+    yield from (Same(f"model.{name}", (name,)) for name in model.state_dict())
+
+
+OWN = register(Family("fusiontree", "FusionTreeForCausalLM", _spec, _config, _tensors))
