@@ -7,10 +7,24 @@ from fusiontree.branches.attention import Attention
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
 from fusiontree.branches.mlp import Mlp
+from fusiontree.branches.moe import Moe, Router
 from fusiontree.branches.short_conv import ShortConv
 from fusiontree.branches.swiglu import SwiGLU
 from fusiontree.core.contracts import branches as _registry
 
 register, names, get = _registry.register, _registry.names, _registry.get
 
-__all__ = ["Attention", "GatedNorm", "Mamba1", "Mamba2", "Mlp", "ShortConv", "SwiGLU", "get", "names", "register"]
+__all__ = [
+    "Attention",
+    "GatedNorm",
+    "Mamba1",
+    "Mamba2",
+    "Mlp",
+    "Moe",
+    "Router",
+    "ShortConv",
+    "SwiGLU",
+    "get",
+    "names",
+    "register",
+]

@@ -1,6 +1,7 @@
 """Starting values that depend on (seed, path) alone: not on world size, build order or other components."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ def generator(seed: int, path: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Give every parameter its starting value, in place; sharded (DTensor) parameters get their shards of it."""
+    """Give everything declared its starting value, in place; sharded (DTensor) parameters get their shards of it."""
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in _own(module):
             if not isinstance(module, Module):
                 found = f"{prefix}: {type(module).__name__} has parameters but does not say how they start"
                 raise FusionTreeError(f"{found}; use fusiontree.core.modules.Linear, or `declare` of its Module")
@@ -28,6 +29,13 @@ def initialise(model: nn.Module, seed: int) -> None:
             value = torch.empty(parameter.shape, dtype=torch.float32)
             module.initial[name](value, generator(seed, path))
             _fill(parameter, value)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters, and those of its buffers that are declared."""
+    yield from module.named_parameters(recurse=False)
+    if isinstance(module, Module):
+        yield from ((name, each) for name, each in module.named_buffers(recurse=False) if name in module.initial)
 
 
 def _fill(parameter: Tensor, value: Tensor) -> None:

@@ -59,6 +59,12 @@ class Module(nn.Module):
         self.initial[name] = init
         return parameter
 
+    def declare_unlearned(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
+        """Add numbers that belong to the weights, though no gradient reaches them."""
+        self.register_buffer(name, torch.empty(shape))
+        self.initial[name] = init
+        return self.get_buffer(name)
+
 
 class Linear(nn.Linear, Module):
     """y = x W^T + b. One of torch's, so that tools that look for those (LoRA, quantisation) find it."""

@@ -127,7 +127,7 @@ def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> st
     module = subject.model.get_submodule(path)
     own = {
         name: tuple(p.shape)
-        for name, p in module.named_parameters()
+        for name, p in module.state_dict().items()
         if not any(f"{path}.{name}".startswith(f"{child}.") for child in children)
     }
     said = {name: tuple(axes.size(d, sizes) for d in dimensions) for name, dimensions in table.items()}

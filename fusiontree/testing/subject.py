@@ -34,9 +34,9 @@ class Subject:
 
 @torch.no_grad()
 def randomised(model: LanguageModel, seed: int) -> LanguageModel:
-    """The model with noise on every parameter, in place."""
+    """The model with noise on every parameter and buffer, in place."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for parameter in model.state_dict().values():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.add_((0.2 * noise).to(parameter.dtype))
     return model

@@ -1,18 +1,21 @@
 """Presets, and the maps between FusionTree and public model families, a file each."""
 
-from fusiontree.zoo import falcon_h1, gemma, jamba, lfm2, llama, mamba, mamba2, own
+from fusiontree.zoo import bamba, falcon_h1, gemma, granitemoehybrid, jamba, lfm2, llama, mamba, mamba2, nemotron_h, own
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "bamba",
     "falcon_h1",
     "family_of",
     "gemma",
+    "granitemoehybrid",
     "jamba",
     "lfm2",
     "llama",
     "mamba",
     "mamba2",
+    "nemotron_h",
     "own",
 ]

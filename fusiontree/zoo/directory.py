@@ -39,7 +39,7 @@ def import_model(source: Path | str, target: Path | str) -> ModelSpec:
     family = family_of(config.get("model_type"))
     spec = family.spec_of(config)
     with Tensors(source) as theirs:
-        ours = family.weights_of(config, theirs)
+        ours = family.in_files().weights_of(config, theirs)
         wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
         weights.check_shapes(source, wanted, {name: tuple(tensor.shape) for name, tensor in ours.items()})
         spec = spec.model_copy(update={"lineage": (_lineage(config, family),)})
@@ -58,7 +58,9 @@ def export_model(source: Path | str, target: Path | str, family: Family) -> None
     config = family.config_of(model.spec)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FusionTreeError(f"{target}: exists and is not an empty directory; choose a new one")
-    tensors = family.weights_to(config, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    tensors = family.in_files().weights_to(
+        config, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    )
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     with weights.complete_directory(target) as new:
         text = json.dumps(_finite({**config, "dtype": dtype}), indent=2, allow_nan=False) + "\n"

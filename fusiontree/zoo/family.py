@@ -1,7 +1,7 @@
 """What the zoo knows of a public model family: its config as a spec, its tensors as ours, and both ways back."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from fusiontree.core.contracts import NodeSpec
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, to_ours, to_theirs
+from fusiontree.zoo.tensors import Part, to_ours, to_theirs
 
 Config = Mapping[str, Any]
 """What stands in a config.json."""
@@ -30,15 +30,17 @@ class Family:
         tensors: which of their tensors are which of ours.
         defaults: options of the family's class that published configs leave out.
         ignored: tensors that may be there and say nothing.
+        files: the same of the tensors in files, where transformers reads them into modules of other names.
     """
 
     name: str
     architecture: str
     spec: Callable[[Options], Data]
     config: Callable[["Reader"], Data]
-    tensors: Callable[[Options], Iterator[Same]]
+    tensors: Callable[[Options], Iterator[Part]]
     defaults: Config = field(default_factory=dict)
     ignored: Callable[[Options], set[str]] = lambda options: set()
+    files: Callable[[Options], Iterator[Part]] | None = None
 
     def options(self, config: Config) -> Options:
         """A config with the family's defaults."""
@@ -85,6 +87,10 @@ class Family:
     def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The family's state dict."""
         return to_theirs(self.tensors(self.options(config)), ours)
+
+    def in_files(self) -> "Family":
+        """The family whose tensors are those of files."""
+        return replace(self, tensors=self.files or self.tensors, files=None)
 
 
 class Reader:

@@ -1,49 +1,63 @@
-"""Jamba (arXiv 2403.19887, 2408.12570) without experts: attention without positions in one layer of a period, Mamba
-with norms on dt, B and C in the others, a gated feed-forward network in each."""
+"""Jamba (arXiv 2403.19887, 2408.12570): attention without positions in one layer of a period, Mamba with norms on dt, B
+and C in the others, a gated feed-forward network in each, of experts in one layer of another period."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from fusiontree.branches import Attention
+from fusiontree.branches import Attention, Moe
 from fusiontree.core.stack import MAX_LAYERS
-from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, below
+from fusiontree.zoo.tensors import Part, Same, below
 
 
 def _spec(options: Options) -> dict[str, Any]:
     options.only("hidden_act", "silu")
     options.only("mamba_inner_layernorms", True)
-    _refuse_experts(options)
-    norm, mamba, attention = parts.rms(options), _mamba(options), _attention(options)
-    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"]}
-    kinds = (attention if attends else mamba for attends in _attends(options))
+    options.get("router_aux_loss_coef", None)  # of the loss
+    norm, mixers, ffns = parts.rms(options), (_mamba(options), _attention(options)), (_mlp(options), _moe(options))
+    layers = zip(_attends(options), _routes(options), strict=True)
     return {
         "vocab_size": options["vocab_size"],
         "width": options["hidden_size"],
-        "layers": [{"mixer": mixer, "ffn": ffn, "norm": norm} for mixer in kinds],
+        "layers": [{"mixer": mixers[attends], "ffn": ffns[routes], "norm": norm} for attends, routes in layers],
         "norm": norm,
         "head": {"tied": options["tie_word_embeddings"]},
     }
 
 
 def _attends(options: Options) -> list[bool]:
-    """Which layers have attention; one layer more than a spec may have is enough for it to be refused."""
-    period, offset = options.count("attn_layer_period"), options.count("attn_layer_offset", 0)
+    """Which layers have attention."""
+    return _in_period(options, "attn")
+
+
+def _routes(options: Options) -> list[bool]:
+    """Which layers have experts."""
+    several = options.count("num_experts") > 1
+    return [several and routes for routes in _in_period(options, "expert")]
+
+
+def _in_period(options: Options, what: str) -> list[bool]:
+    """Layers of a period; one layer more than a spec may have is enough for it to be refused."""
+    period, offset = options.count(f"{what}_layer_period"), options.count(f"{what}_layer_offset", 0)
     layers = min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
     return [index % period == offset for index in range(layers)]
 
 
-def _refuse_experts(options: Options) -> None:
-    for key in ("num_experts_per_tok", "router_aux_loss_coef"):
-        options.get(key, None)  # says nothing of a model without experts
-    experts, layers = options.count("num_experts"), options.count("num_hidden_layers")
-    period, first = options.count("expert_layer_period"), options.count("expert_layer_offset", 0)
-    if experts > 1 and first < min(layers, period):
-        text = f"jamba is known with 1, layer {first} would have more"
-        raise FusionTreeError(f"config.json: num_experts: found {experts}, {text}")
+def _mlp(options: Options) -> dict[str, Any]:
+    return {"kind": "swiglu", "hidden": options["intermediate_size"]}
+
+
+def _moe(options: Options) -> dict[str, Any]:
+    """Shares are those of a softmax over all experts."""
+    return {
+        "kind": "moe",
+        "experts": options["num_experts"],
+        "top_k": options["num_experts_per_tok"],
+        "hidden": options["intermediate_size"],
+        "router": {"renormalise": False},
+    }
 
 
 def _mamba(options: Options) -> dict[str, Any]:
@@ -75,7 +89,8 @@ def _attention(options: Options) -> dict[str, Any]:
 
 
 def _config(reader: Reader) -> dict[str, Any]:
-    spec, ffn = reader.spec, reader.first("swiglu")
+    spec, moe = reader.spec, reader.find("moe")
+    ffn = moe or reader.first("swiglu")
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.width,
@@ -83,23 +98,22 @@ def _config(reader: Reader) -> dict[str, Any]:
         "intermediate_size": ffn.hidden,
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm.eps,
-        "num_experts": 1,
+        "num_experts": moe.experts if moe else 1,
+        "num_experts_per_tok": moe.top_k if moe else 1,
         "tie_word_embeddings": spec.head.tied,
-        **_period_of(reader),
+        **_period_of("attn", [isinstance(layer.mixer, Attention) for layer in reader.layers]),
+        **_period_of("expert", [isinstance(layer.ffn, Moe) for layer in reader.layers]),
         **_attention_of(reader),
         **_mamba_of(reader),
     }
 
 
-def _period_of(reader: Reader) -> dict[str, Any]:
-    """Where attention stands; the period is longer than the stack where it does so once or never."""
-    count = len(reader.layers)
-    places = [index for index, layer in enumerate(reader.layers) if isinstance(layer.mixer, Attention)]
-    offset = places[0] if places else count
-    return {
-        "attn_layer_offset": offset,
-        "attn_layer_period": places[1] - offset if len(places) > 1 else count + 1,
-    }
+def _period_of(what: str, there: list[bool]) -> dict[str, Any]:
+    """Where something stands; the period is longer than the stack where it does so once or never."""
+    places = [index for index, stands in enumerate(there) if stands]
+    offset = places[0] if places else len(there)
+    period = places[1] - offset if len(places) > 1 else len(there) + 1
+    return {f"{what}_layer_offset": offset, f"{what}_layer_period": period}
 
 
 def _attention_of(reader: Reader) -> dict[str, Any]:
@@ -127,9 +141,19 @@ def _mamba_of(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _tensors(options: Options) -> Iterator[Same]:
+def _tensors(options: Options) -> Iterator[Part]:
+    hidden = options.count("intermediate_size")
+    yield from _tensors_with(options, lambda: parts.experts(hidden))
+
+
+def _files(options: Options) -> Iterator[Part]:
+    count = options.count("num_experts")
+    yield from _tensors_with(options, lambda: parts.experts_apart(count, ("gate", "up", "down")))
+
+
+def _tensors_with(options: Options, experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
     yield from parts.whole(options, "final_layernorm")
-    for index, attends in enumerate(_attends(options)):
+    for index, (attends, routes) in enumerate(zip(_attends(options), _routes(options), strict=True)):
         theirs, ours = f"model.layers.{index}", f"layers.{index}"
         yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
         yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
@@ -137,7 +161,11 @@ def _tensors(options: Options) -> Iterator[Same]:
             yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias=False, out_bias=False))
         else:
             yield from below(f"{theirs}.mamba", f"{ours}.mixer", _mamba_tensors(options))
-        yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(bias=False))
+        if routes:
+            yield Same(f"{theirs}.feed_forward.router.weight", (f"{ours}.ffn.router.weight",))
+            yield from below(f"{theirs}.feed_forward.experts", f"{ours}.ffn.experts", experts())
+        else:
+            yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(bias=False))
 
 
 def _mamba_tensors(options: Options) -> Iterator[Same]:
@@ -152,6 +180,7 @@ DEFAULTS = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "num_experts": 16,
+    "num_experts_per_tok": 2,
     "expert_layer_period": 2,
     "expert_layer_offset": 1,
     "attn_layer_period": 8,
@@ -165,4 +194,4 @@ DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-JAMBA = register(Family("jamba", "JambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+JAMBA = register(Family("jamba", "JambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head, _files))

@@ -1,5 +1,6 @@
 """A model's config.json, read so that nothing in it is overlooked."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,44 @@ class Options:
             text = f"config.json: {key}: has to be a whole number of at least {least}, found {found!r:.60}"
             raise FusionTreeError(text)
         return found
+
+    def number(self, key: str) -> float:
+        """A field to divide by.
+
+        Raises:
+            FusionTreeError: it is no finite number above 0.
+        """
+        found = self[key]
+        if type(found) not in (int, float) or not 0 < found <= sys.float_info.max:
+            raise FusionTreeError(f"config.json: {key}: has to be a finite number above 0, found {found!r:.60}")
+        return float(found)
+
+    def places(self, key: str) -> frozenset[int]:
+        """A list of layers, by their indices; null is none.
+
+        Raises:
+            FusionTreeError: it is no list of whole numbers.
+        """
+        found = self.get(key, ())
+        if not isinstance(found, list | tuple) or any(type(index) is not int for index in found):
+            raise FusionTreeError(f"config.json: {key}: has to be a list of whole numbers, found {found!r:.60}")
+        return frozenset(found)
+
+    def words(self, key: str, meanings: Mapping[str, str]) -> list[str]:
+        """A list of words, one a layer, as what they mean; where all are letters, a text.
+
+        Raises:
+            FusionTreeError: it is no list or no text, or has a word without a meaning.
+        """
+        found, letters = self[key], all(len(word) == 1 for word in meanings)
+        if not isinstance(found, str if letters else list | tuple):
+            form = "text" if letters else "list"
+            raise FusionTreeError(f"config.json: {key}: has to be a {form}, found {found!r:.60}")
+        for word in found:
+            if not isinstance(word, str) or word not in meanings:
+                near = suggest(str(word), meanings)
+                raise FusionTreeError(f"config.json: {key}: {self.family} knows no layer {word!r:.60}{near}")
+        return [meanings[word] for word in found]
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse all other values of a field; one that is absent is the first."""

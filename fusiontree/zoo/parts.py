@@ -7,7 +7,7 @@ from typing import Any
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import TAPS, Same, linear
+from fusiontree.zoo.tensors import TAPS, Same, Stacked, linear
 
 
 def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
@@ -54,6 +54,18 @@ def gated_mlp(bias: bool) -> Iterator[Same]:
         yield from linear(f"{name}_proj", name, bias)
 
 
+def experts(hidden: int, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Same]:
+    """Stacked experts, gate and up in one."""
+    yield Same(gate_up, ("gate", "up"), (hidden, hidden), dim=1)
+    yield Same(down, ("down",))
+
+
+def experts_apart(count: int, names: tuple[str, ...]) -> Iterator[Stacked]:
+    """Experts as modules of their own."""
+    for name in names:
+        yield Stacked(tuple(f"{index}.{name}_proj.weight" for index in range(count)), name)
+
+
 def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Same]:
     """A depthwise convolution over channels that have one each with us."""
     yield Same(f"{theirs}.weight", tuple(f"{ours}.{name}.weight" for name in rows), tuple(rows.values()), TAPS)
@@ -87,6 +99,13 @@ def mamba1(inner: int, rank: int, state: int, *, bias: bool, conv_bias: bool) ->
     yield Same("dt_proj.bias", ("dt_bias",))
     yield from (Same(name, (name,)) for name in ("A_log", "D"))
     yield from linear("out_proj", "out", bias)
+
+
+def head_dim(options: Options) -> int:
+    """Channels of an attention head: the width's share, unless the config says it."""
+    if options.get("head_dim", None) is not None:
+        return options.count("head_dim")
+    return options.count("hidden_size") // options.count("num_attention_heads")
 
 
 def dt_rank(options: Options, key: str) -> int:

@@ -2,7 +2,7 @@
 directions follow."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,35 +22,92 @@ TAPS = View(lambda tensor: tensor.squeeze(1), lambda tensor: tensor.unsqueeze(1)
 """A depthwise convolution's [channels, 1, taps] as [channels, taps]."""
 
 
-class Same(NamedTuple):
-    """One of their tensors, and ours that stand in it one behind the other along the first dimension.
+class Part(Protocol):
+    """Some of their tensors and some of ours that hold the same numbers."""
 
-    `rows`: the size of each of ours; may be left out for a single one.
+    def names(self) -> tuple[str, ...]:
+        """Those of theirs."""
+        ...
+
+    def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Ours."""
+        ...
+
+    def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Theirs."""
+        ...
+
+    def within(self, theirs: str, ours: str) -> Self:
+        """The same below a prefix on either side."""
+        ...
+
+
+PartT = TypeVar("PartT", bound=Part)
+
+
+class Same(NamedTuple):
+    """One of their tensors, and ours that stand in it one behind the other.
+
+    `rows`: the size of each of ours along the dimension `dim`; may be left out for a single one.
     """
 
     theirs: str
     ours: tuple[str, ...]
     rows: tuple[int, ...] = ()
     view: View = PLAIN
+    dim: int = 0
 
-    def read(self, theirs: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def names(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.theirs,)
+
+    def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Ours."""
-        whole = self.view.read(theirs)
+        whole = self.view.read(theirs[self.theirs])
         if len(self.ours) == 1:
             yield self.ours[0], whole
             return
-        if whole.shape[0] != sum(self.rows):
-            raise WeightsError(f"tensor {self.theirs!r}: found {whole.shape[0]} rows, the config says {sum(self.rows)}")
-        yield from zip(self.ours, whole.split(self.rows), strict=True)
+        found = whole.shape[self.dim] if whole.ndim > self.dim else 0
+        if found != sum(self.rows):
+            raise WeightsError(f"tensor {self.theirs!r}: found {found} rows, the config says {sum(self.rows)}")
+        yield from zip(self.ours, whole.split(self.rows, self.dim), strict=True)
 
-    def write(self, ours: Mapping[str, Tensor]) -> Tensor:
+    def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Theirs."""
         parts = [ours[name] for name in self.ours]
-        return self.view.write(parts[0] if len(parts) == 1 else torch.cat(parts))
+        yield self.theirs, self.view.write(parts[0] if len(parts) == 1 else torch.cat(parts, self.dim))
 
-    def within(self, theirs: str, ours: str) -> "Same":
+    def within(self, theirs: str, ours: str) -> Self:
         """The same below a prefix on either side."""
         return self._replace(theirs=f"{theirs}{self.theirs}", ours=tuple(f"{ours}{name}" for name in self.ours))
+
+
+class Stacked(NamedTuple):
+    """One of our tensors, whose parts along the first dimension are tensors of theirs."""
+
+    theirs: tuple[str, ...]
+    ours: str
+
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.theirs
+
+    def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Ours."""
+        parts = [theirs[name] for name in self.theirs]
+        for name, part in zip(self.theirs, parts, strict=True):
+            if part.shape != parts[0].shape:
+                found = f"has the shape {tuple(part.shape)}, the first of its stack {tuple(parts[0].shape)}"
+                raise WeightsError(f"tensor {name!r} {found}")
+        yield self.ours, torch.stack(parts)
+
+    def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Theirs."""
+        yield from zip(self.theirs, ours[self.ours].unbind(), strict=True)
+
+    def within(self, theirs: str, ours: str) -> Self:
+        """The same below a prefix on either side."""
+        return self._replace(theirs=tuple(f"{theirs}{name}" for name in self.theirs), ours=f"{ours}{self.ours}")
 
 
 def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Same]:
@@ -60,28 +117,28 @@ def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Same]:
         yield Same(f"{theirs}.bias", (f"{ours}.bias",))
 
 
-def below(theirs: str, ours: str, parts: Iterable[Same]) -> Iterator[Same]:
+def below(theirs: str, ours: str, parts: Iterable[PartT]) -> Iterator[PartT]:
     """Correspondences inside a module."""
     yield from (part.within(f"{theirs}.", f"{ours}.") for part in parts)
 
 
-def to_ours(parts: Iterable[Same], theirs: Mapping[str, Tensor], *, ignored: Iterable[str] = ()) -> dict[str, Tensor]:
+def to_ours(parts: Iterable[Part], theirs: Mapping[str, Tensor], *, ignored: Iterable[str] = ()) -> dict[str, Tensor]:
     """Their tensors under our names.
 
     Raises:
         WeightsError: one is missing, or there is one that the config does not ask for.
     """
     parts = list(parts)
-    known = {part.theirs for part in parts}
-    for part in parts:
-        if part.theirs not in theirs:
-            raise WeightsError(f"tensor {part.theirs!r} is missing")
-    extra = sorted(set(theirs) - known - set(ignored))
+    known = [name for part in parts for name in part.names()]
+    for name in known:
+        if name not in theirs:
+            raise WeightsError(f"tensor {name!r} is missing")
+    extra = sorted(set(theirs) - set(known) - set(ignored))
     if extra:
         raise WeightsError(f"tensor {extra[0]!r} is not one that the config asks for{suggest(extra[0], known):.200}")
-    return {name: tensor for part in parts for name, tensor in part.read(theirs[part.theirs])}
+    return {name: tensor for part in parts for name, tensor in part.read(theirs)}
 
 
-def to_theirs(parts: Iterable[Same], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_theirs(parts: Iterable[Part], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under their names."""
-    return {part.theirs: part.write(ours) for part in parts}
+    return {name: tensor for part in parts for name, tensor in part.write(ours)}

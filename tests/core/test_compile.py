@@ -40,6 +40,8 @@ SPEC = {
 }
 MAMBA1 = {"kind": "mamba1", "inner": 48, "state": 4, "rank": 3, "norm": {"kind": "rms"}}
 CHANNELS = {"vocab_size": 61, "width": 32, "layers": [{"repeat": 2, "layers": [{"mixer": MAMBA1}]}]}
+EXPERTS = {"kind": "moe", "experts": 6, "top_k": 2, "hidden": 16, "shared_hidden": 8, "shared_gate": True}
+ROUTED = {"vocab_size": 61, "width": 32, "layers": [{"repeat": 2, "layers": [{"ffn": EXPERTS}]}]}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -75,6 +77,7 @@ def assert_same_step(backend, documents, data=SPEC):
 def test_each_layer_is_one_graph_with_the_same_loss_and_gradients(documents, monkeypatch):
     monkeypatch.setattr(chunked, "piece", lambda function, compiled: function)  # no C++ compiler is needed
     assert_same_step("aot_eager", documents)
+    assert_same_step("aot_eager", documents, ROUTED)
 
 
 @pytest.mark.slow

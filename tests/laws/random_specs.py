@@ -127,6 +127,22 @@ def feed_forwards(draw: st.DrawFn) -> Data:
 
 
 @st.composite
+def moes(draw: st.DrawFn) -> Data:
+    shared = draw(st.sampled_from([None, 5]))
+    return {
+        "kind": "moe",
+        "experts": draw(st.integers(2, 4)),
+        "top_k": 2,  # the share of a single one may always be 1
+        "hidden": 4,
+        "activation": draw(st.sampled_from(["swiglu", "relu2"])),
+        "router": {"scores": draw(st.sampled_from(["softmax", "sigmoid"])), "renormalise": draw(st.booleans())},
+        "shared_hidden": shared,
+        "shared_gate": shared is not None and draw(st.booleans()),
+        "encodings": draw(named(rotates=False)),
+    }
+
+
+@st.composite
 def gates(draw: st.DrawFn, names: list[str]) -> Data:
     kinds = ["softmax", "constant", *(["sigmoid", "hard_concrete"] if len(names) == 2 else [])]
     kind = draw(st.sampled_from(kinds))
@@ -180,7 +196,7 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), short_convs(), feed_forwards())
+    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), short_convs(), feed_forwards(), moes())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 
 
@@ -192,7 +208,7 @@ def layers(draw: st.DrawFn) -> Data:
         residual = residual | {"from": "normed"}
     return {
         "mixer": draw(st.one_of(fusions(2), nodes(1))),
-        "ffn": draw(st.one_of(st.none(), feed_forwards())),
+        "ffn": draw(st.one_of(st.none(), feed_forwards(), moes())),
         "norm": draw(norms()),
         "placement": placement,
         "residual": residual if draw(st.booleans()) else {},

@@ -58,6 +58,43 @@ MORE_OF_JAMBA = {
     **{"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5, "mamba_d_conv": 3, "mamba_expand": 3},
     **{"tie_word_embeddings": True, "rms_norm_eps": 1e-4},
 }
+JAMBA_EXPERTS = JAMBA | {"num_experts": 5, "num_experts_per_tok": 3, "num_hidden_layers": 4}
+BAMBA = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"},
+    **{"num_hidden_layers": 3, "attn_layer_indices": [1], "pad_token_id": None},
+    **{"mamba_n_heads": 12, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 16},
+}
+MORE_OF_BAMBA = {
+    **{"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    **{"mamba_expand": 3, "mamba_d_conv": 3, "tie_word_embeddings": True, "time_step_limit": (0.01, 0.5)},
+    **{"attn_layer_indices": [0, 2], "head_dim": 16, "rms_norm_eps": 1e-4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+}
+GRANITE = {
+    **{name: value for name, value in BAMBA.items() if name != "attn_layer_indices"},
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 0},
+    **{"shared_intermediate_size": 56, "embedding_multiplier": 12, "logits_scaling": 6, "residual_multiplier": 0.22},
+    "attention_multiplier": 0.4,
+}
+MORE_OF_GRANITE = {
+    **{"attention_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_d_conv": 3},
+    **{"tie_word_embeddings": True, "logits_scaling": 1.7, "head_dim": 16, "position_embedding_type": "rope"},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-4},
+}
+GRANITE_EXPERTS = GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 24}
+NEMOTRON_H = {
+    **{name: value for name, value in SMALL.items() if name != "num_hidden_layers"},
+    **{"mamba_num_heads": 12, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16},
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+}
+MORE_OF_NEMOTRON_H = {
+    **{"use_bias": True, "mlp_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_min": 0.2},
+    **{"mamba_head_dim": 6, "layer_norm_epsilon": 1e-4, "num_key_value_heads": 3},
+}
+EXPERTS_OF_NEMOTRON_H = {
+    **{"layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"], "n_routed_experts": 5},
+    **{"num_experts_per_tok": 3, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20},
+}
 GEMMA = SMALL | {
     "num_hidden_layers": 3,
     "query_pre_attn_scalar": 10,
@@ -148,6 +185,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba, attention once, biases, no convolution bias, tied": ("jamba", JAMBA | MORE_OF_JAMBA),
     "jamba, no attention": ("jamba", JAMBA | {"attn_layer_period": 9, "attn_layer_offset": 8}),
     "jamba, no mamba": ("jamba", JAMBA | {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    "jamba, experts": ("jamba", JAMBA_EXPERTS),
+    "jamba, experts everywhere": ("jamba", JAMBA_EXPERTS | {"expert_layer_period": 1, "expert_layer_offset": 0}),
+    "jamba, experts once": (
+        "jamba",
+        JAMBA_EXPERTS | {"expert_layer_period": 7, "expert_layer_offset": 2, "num_experts_per_tok": 1},
+    ),
+    "bamba": ("bamba", BAMBA),
+    "bamba, another width, limits, biases, no convolution bias, tied": ("bamba", BAMBA | MORE_OF_BAMBA),
+    "bamba, no attention": ("bamba", BAMBA | {"attn_layer_indices": None}),
+    "bamba, no mamba": ("bamba", BAMBA | {"attn_layer_indices": [0, 1, 2]}),
+    "granitemoehybrid": ("granitemoehybrid", GRANITE),
+    "granitemoehybrid, rope, biases, no convolution bias, tied": ("granitemoehybrid", GRANITE | MORE_OF_GRANITE),
+    "granitemoehybrid, no attention": ("granitemoehybrid", GRANITE | {"layer_types": None}),
+    "granitemoehybrid, no mamba": ("granitemoehybrid", GRANITE | {"layer_types": ["full_attention"] * 3}),
+    "granitemoehybrid, experts": ("granitemoehybrid", GRANITE_EXPERTS),
+    "granitemoehybrid, one expert, rope, tied": (
+        "granitemoehybrid",
+        GRANITE_EXPERTS | MORE_OF_GRANITE | {"num_local_experts": 1, "num_experts_per_tok": 1},
+    ),
+    "nemotron_h": ("nemotron_h", NEMOTRON_H),
+    "nemotron_h, another width, limit, biases, no convolution bias": ("nemotron_h", NEMOTRON_H | MORE_OF_NEMOTRON_H),
+    "nemotron_h, no mamba": ("nemotron_h", NEMOTRON_H | {"layers_block_type": ["full_attention", "mlp"]}),
+    "nemotron_h, experts": ("nemotron_h", NEMOTRON_H | EXPERTS_OF_NEMOTRON_H),
+    "nemotron_h, experts, scaled, not renormalised": (
+        "nemotron_h",
+        NEMOTRON_H | EXPERTS_OF_NEMOTRON_H | {"routed_scaling_factor": 1.7, "norm_topk_prob": False},
+    ),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
@@ -176,9 +240,13 @@ def pair(name: str) -> Pair:
     torch.manual_seed(0)
     config = config_of(name)
     theirs: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs.set_experts_implementation("eager")
+    saved = theirs.state_dict()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in (buffer for name, buffer in theirs.named_buffers() if name in saved):
+            buffer.add_(0.1 * torch.randn_like(buffer))
     family = family_of(config.model_type)
     data = config.to_dict()
     ours = ft.build(family.spec_of(data)).eval()

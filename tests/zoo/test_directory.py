@@ -59,6 +59,23 @@ def test_import_and_export_give_back_every_bit(theirs, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.ssm_in_multiplier == 1.2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["jamba, experts", "granitemoehybrid, experts", "nemotron_h, experts"])
+def test_tensors_that_are_named_otherwise_in_files(name, tmp_path):
+    family, _, ours, theirs = pair(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    assert load_file(tmp_path / "theirs" / "model.safetensors").keys() != theirs.state_dict().keys()
+    state = ft.load(tmp_path / "ours").state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in ours.state_dict().items())
+    export_model(tmp_path / "ours", tmp_path / "back", family)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in theirs.state_dict().items())
+
+
 def test_bfloat16_stays_bfloat16(theirs, copy, tmp_path):
     weights = {name: tensor.bfloat16() for name, tensor in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors")

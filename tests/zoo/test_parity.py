@@ -47,10 +47,12 @@ def test_gradients(both, tokens):
     (both.theirs(tokens, use_cache=False).logits * weights).sum().backward()
     (both.ours(tokens) * weights).sum().backward()
     theirs = {name: parameter.grad for name, parameter in both.theirs.named_parameters()}
-    found = both.family.weights_to(both.config, {n: p.grad for n, p in both.ours.named_parameters()})
+    here = {n: p.grad for n, p in both.ours.named_parameters()} | dict(both.ours.named_buffers())
+    found = both.family.weights_to(both.config, here)
     for module in (both.ours, both.theirs):
         module.zero_grad()
-    assert len(found) == len(theirs)
+    saved = both.theirs.state_dict()
+    assert set(found) == set(theirs) | {name for name, _ in both.theirs.named_buffers() if name in saved}
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name, gradient in theirs.items():
         scale = max(float(gradient.abs().max()), 1e-3 * largest)  # sums of large terms that cancel

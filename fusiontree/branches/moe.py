@@ -1,0 +1,159 @@
+"""A feed-forward network of experts, of which every token visits a few (Shazeer et al., arXiv 1701.06538).
+
+No token is dropped and none waits for a place: tokens are sorted by expert, and each expert that has some makes its
+products with all of them. What a token gets depends on nothing but the token.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.branches.experts import Choice, Experts, Shares, Tokens, hidden
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Node, Scope, branches
+from fusiontree.core.modules import Linear, Module, constant, scaled, wide
+from fusiontree.core.spec import Count, Flag, Positive, Spec, invalid
+
+Stream = Float[Tensor, "batch time width"]
+
+
+class Router(Spec):
+    """How a token's scores, a linear map of it, become shares of the experts with the highest.
+
+    Attributes:
+        scores: softmax over all experts, or the sigmoid of each (DeepSeek-V3, arXiv 2412.19437).
+        renormalise: shares sum to 1. Of a softmax this is the softmax over the chosen alone.
+        multiplier: a constant times the shares.
+        correction: what is added to the scores for the choice alone, to balance loads; no gradient reaches it
+            (arXiv 2408.15664).
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: Flag = True
+    multiplier: Positive = 1.0
+    correction: Flag = False
+
+
+@branches.register
+class Moe(BranchSpec):
+    """A mixture of experts: every token visits `top_k` of `experts` feed-forward networks.
+
+    Attributes:
+        hidden: features of each expert.
+        activation: `swiglu` has a gate, W_down (silu(W_gate x) * W_up x); `relu2` has none.
+        router: see there.
+        shared_hidden: features of one more network, which every token visits (DeepSeekMoE, arXiv 2401.06066).
+        shared_gate: that network's output is times sigmoid(w x) (Qwen-MoE).
+    """
+
+    kind: Literal["moe"] = "moe"
+    experts: Count
+    top_k: Count
+    hidden: Count
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    router: Router = Router()
+    shared_hidden: Count | None = None
+    shared_gate: Flag = False
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.top_k > self.experts:
+            raise invalid({("top_k",): f"found {self.top_k}, there are {self.experts} experts"})
+        if self.shared_gate and self.shared_hidden is None:
+            raise invalid({("shared_gate",): "shared_hidden is null: there is no shared network"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Five experts of which two are visited, and a gated shared network."""
+        router = Router(scores="sigmoid", multiplier=1.5, correction=True)
+        return cls(experts=5, top_k=2, hidden=6, router=router, shared_hidden=10, shared_gate=True)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a second map gates the first."""
+        return self.activation == "swiglu"
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The maps into the hidden features."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    def build(self, scope: Scope) -> "MoeBranch":
+        """The module."""
+        return MoeBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The router, the visited experts, and the shared network."""
+        hidden = self.top_k * self.hidden + (self.shared_hidden or 0)
+        return 2.0 * scope.width * (self.experts + (len(self.maps) + 1) * hidden + self.shared_gate)
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Experts are the outermost dimension of their maps."""
+        axes: dict[str, tuple[str, ...]] = {"router.weight": ("experts", "width")}
+        axes |= {"correction": ("experts",)} if self.router.correction else {}
+        axes |= {f"experts.{name}": ("experts", "hidden", "width") for name in self.maps}
+        axes["experts.down"] = ("experts", "width", "hidden")
+        if self.shared_hidden:
+            axes |= {f"shared.{name}.weight": ("shared_hidden", "width") for name in self.maps}
+            axes["shared.down.weight"] = ("width", "shared_hidden")
+        return axes | ({"shared_gate.weight": ("one", "width")} if self.shared_gate else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        sizes = {"width": scope.width, "experts": self.experts, "hidden": self.hidden, "one": 1}
+        return sizes | ({"shared_hidden": self.shared_hidden} if self.shared_hidden else {})
+
+
+class MoeBranch(Node):
+    """The module of `Moe`."""
+
+    def __init__(self, spec: Moe, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.router = Linear(width, spec.experts)
+        added, start = (spec.experts,), constant(0.0)
+        self.correction = self.declare_unlearned("correction", added, start) if spec.router.correction else None
+        self.experts = Experts((spec.experts, spec.hidden, width), gated=spec.gated)
+        self.shared = Shared(spec.shared_hidden, width, gated=spec.gated) if spec.shared_hidden else None
+        self.shared_gate = Linear(width, 1) if spec.shared_gate else None
+
+    def forward(self, x: Stream, context: Context) -> Stream:
+        """Each position on its own."""
+        x = context.encode(self.spec.encodings, x)
+        tokens = x.flatten(0, 1)
+        y = self.experts(tokens, *self.choose(tokens))
+        if self.shared is not None:
+            shared = self.shared(tokens)
+            y = y + (shared if self.shared_gate is None else shared * self.shared_gate(tokens).sigmoid())
+        return y.view_as(x)
+
+    def choose(self, tokens: Tokens) -> tuple[Shares, Choice]:
+        """The experts that tokens visit and their shares, worked out in float32 or better."""
+        router, logits = self.spec.router, self.router(tokens).to(wide(tokens.dtype))
+        scores = logits.softmax(-1) if router.scores == "softmax" else logits.sigmoid()
+        # Where nothing is added, logits have the order of the scores, and no ties where those are rounded to 0 or 1.
+        ranks = logits if self.correction is None else scores + self.correction.to(scores.dtype)
+        choice = ranks.topk(self.spec.top_k).indices
+        if router.renormalise and router.scores == "softmax":
+            shares = logits.gather(-1, choice).softmax(-1)
+        else:
+            shares = scores.gather(-1, choice)
+            shares = shares / shares.sum(-1, keepdim=True) if router.renormalise else shares
+        return scaled(shares, router.multiplier).to(tokens.dtype), choice
+
+
+class Shared(Module):
+    """The network that every token visits."""
+
+    def __init__(self, inner: int, width: int, *, gated: bool) -> None:
+        super().__init__()
+        self.gate = Linear(width, inner) if gated else None
+        self.up, self.down = Linear(width, inner), Linear(inner, width)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Each token on its own."""
+        return self.down(hidden(None if self.gate is None else self.gate(x), self.up(x)))

@@ -1,0 +1,191 @@
+"""Bamba (IBM, 2024; huggingface.co/blog/bamba): Mamba-2 in most layers, attention that rotates half of its channels in
+some, a gated feed-forward network in each."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.branches import Attention
+from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.errors import FusionTreeError
+from fusiontree.zoo import parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options, rope, rope_parameters
+from fusiontree.zoo.tensors import Same, below
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    options.only("hidden_act", "silu")
+    options.get("z_loss_coefficient", None)  # of the loss
+    norm, mixers = parts.rms(options), (mamba(options), _attention(options))
+    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
+    attends, rotation = _attends(options), _rope(options)
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "encodings": {"rope": rotation} if any(attends) else {},
+        "layers": [{"mixer": mixers[there], "ffn": ffn, "norm": norm} for there in attends],
+        "norm": norm,
+        "head": {"tied": options["tie_word_embeddings"]},
+    }
+
+
+def _attends(options: Options) -> list[bool]:
+    """Which layers have attention; one layer more than a spec may have is enough for it to be refused."""
+    places, layers = options.places("attn_layer_indices"), min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
+    return [index in places for index in range(layers)]
+
+
+def _rope(options: Options) -> dict[str, Any]:
+    """Turns half of a head's channels, whatever stands beside `rope_parameters`."""
+    options.only("partial_rotary_factor", 0.5)
+    head_dim = parts.head_dim(options)
+    found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
+    part = found.get("partial_rotary_factor", 0.5)
+    if type(part) not in (int, float) or not 0 < part <= 1:
+        text = f"has to be a number above 0, at most 1, found {part!r:.60}"
+        raise FusionTreeError(f"config.json: rope_parameters.partial_rotary_factor: {text}")
+    dim = int(head_dim * part)
+    options.only("attn_rotary_emb", dim)  # says the same in first conversions
+    plain = rope(options, found | {"partial_rotary_factor": None}, options.get("rope_theta", 10000.0))
+    return plain | {"dim": None if dim == head_dim else dim}
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    heads, bias = options.count("num_attention_heads"), options["attention_bias"]
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options.get("num_key_value_heads", heads),
+        "head_dim": parts.head_dim(options),
+        "bias": bias,
+        "out_bias": bias,
+        "encodings": ["rope"],
+    }
+
+
+def mamba(options: Options) -> dict[str, Any]:
+    """The Mamba-2 of Bamba and of Granite: as many norms as groups, behind the gate."""
+    options.get("mamba_chunk_size", None)  # of no consequence for the function
+    groups, bias = options.count("mamba_n_groups"), options["mamba_proj_bias"]
+    return {
+        "kind": "mamba2",
+        "heads": options.count("mamba_n_heads"),
+        "head_dim": _mamba_head_dim(options),
+        "state": options["mamba_d_state"],
+        "groups": groups,
+        "conv": options["mamba_d_conv"],
+        "conv_bias": options["mamba_conv_bias"],
+        "dt_limit": parts.dt_limit(options),
+        "norm": parts.rms(options) | {"groups": groups},
+        "bias": bias,
+        "out_bias": bias,
+    }
+
+
+def _mamba_head_dim(options: Options) -> int:
+    """What `mamba_expand` says; `mamba_d_head` may say it once more."""
+    inner, heads = options.count("mamba_expand") * options.count("hidden_size"), options.count("mamba_n_heads")
+    if inner % heads:
+        raise FusionTreeError(f"config.json: mamba_n_heads: {heads} heads do not divide {inner} features")
+    options.only("mamba_d_head", "auto", inner // heads)
+    return inner // heads
+
+
+def mamba_config(reader: Reader) -> dict[str, Any]:
+    """The options of `mamba`; none where no layer has it."""
+    found = reader.find("mamba2")
+    if found is None:
+        return {"mamba_n_heads": 1}  # transformers wants some that divide the width
+    return {
+        "mamba_expand": parts.expand(reader, found.inner),
+        "mamba_n_heads": found.heads,
+        "mamba_d_head": found.head_dim,
+        "mamba_n_groups": found.groups,
+        "mamba_d_state": found.state,
+        "mamba_d_conv": found.conv,
+        "mamba_conv_bias": found.conv_bias,
+        "mamba_proj_bias": found.bias,
+        "time_step_limit": parts.time_step_limit(found.dt_limit),
+    }
+
+
+def mamba_tensors(options: Options) -> Iterator[Same]:
+    """The tensors of `mamba`."""
+    heads, shared = options.count("mamba_n_heads"), options.count("mamba_n_groups") * options.count("mamba_d_state")
+    bias, inner = options["mamba_proj_bias"], heads * _mamba_head_dim(options)
+    conv_bias = options["mamba_conv_bias"]
+    yield from parts.mamba2(inner, shared, heads, bias=bias, out_bias=bias, conv_bias=conv_bias, norm=True)
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, ffn, layers = reader.spec, reader.first("swiglu"), reader.layers
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(layers),
+        "attn_layer_indices": [index for index, layer in enumerate(layers) if isinstance(layer.mixer, Attention)],
+        "intermediate_size": ffn.hidden,
+        "mlp_bias": ffn.bias,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "tie_word_embeddings": spec.head.tied,
+        **_attention_config(reader),
+        **mamba_config(reader),
+    }
+
+
+def _attention_config(reader: Reader) -> dict[str, Any]:
+    attention, rotation = reader.find("attention"), reader.encoding("rope")
+    if attention is None:
+        return {}
+    part = _part(rotation.dim, attention.head_dim) if rotation and rotation.dim else 1.0
+    return {
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": attention.bias,
+        "rope_parameters": rope_parameters(rotation) | {"partial_rotary_factor": part},
+    }
+
+
+def _part(dim: int, head_dim: int) -> float:
+    """Which part of the channels turns, such that rounding loses none."""
+    part = dim / head_dim
+    return part if int(head_dim * part) == dim else math.nextafter(part, 1.0)
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    yield from parts.whole(options, "final_layernorm")
+    for index, attends in enumerate(_attends(options)):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
+        yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
+        if attends:
+            bias = options["attention_bias"]
+            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias, bias))
+        else:
+            yield from below(f"{theirs}.mamba", f"{ours}.mixer", mamba_tensors(options))
+        yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(options["mlp_bias"]))
+
+
+MAMBA_DEFAULTS = {
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_head": "auto",
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+"""Those of `mamba`."""
+DEFAULTS = MAMBA_DEFAULTS | {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+BAMBA = register(Family("bamba", "BambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))

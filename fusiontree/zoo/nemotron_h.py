@@ -1,0 +1,259 @@
+"""Nemotron-H (arXiv 2504.03624, 2508.14444): every layer is one sub-layer, Mamba-2, attention without positions, or a
+feed-forward network with relu2, in later models one of experts."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fusiontree.branches import Attention, Mamba2, Moe
+from fusiontree.core.stack import LayerSpec
+from fusiontree.errors import FusionTreeError
+from fusiontree.zoo import parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options
+from fusiontree.zoo.tensors import Part, Same, below, linear
+
+KINDS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp", "moe": "moe"}
+"""Their words for layers, and ours."""
+LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+"""The letters of `hybrid_override_pattern`."""
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    _read_idle(options)
+    norm = parts.rms(options, "layer_norm_epsilon")
+    made = {"mamba": _mamba(options, norm), "attention": _attention(options), "mlp": _mlp(options)}
+    kinds = _kinds(options)
+    if "moe" in kinds:
+        made["moe"] = _moe(options)
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "layers": [{_slot(kind): made[kind], "norm": norm} for kind in kinds],
+        "norm": norm,
+        "head": {"tied": False},
+    }
+
+
+def _read_idle(options: Options) -> None:
+    """What transformers does not look at, or in one way only."""
+    options.only("tie_word_embeddings", False)
+    options.only("attention_bias", False)
+    options.only("mamba_proj_bias", False)
+    options.only("num_nextn_predict_layers", 0)
+    for key in _IDLE:
+        options.get(key, None)
+
+
+_IDLE = (
+    *("expand", "chunk_size", "residual_in_fp32", "mamba_ssm_cache_dtype", "mtp_layers_block_type"),
+    *("time_step_limit", "time_step_max", "time_step_floor"),  # dt is cut to `time_step_min` alone
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob"),
+    *("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),  # read where experts are
+    *("moe_shared_expert_overlap", "n_group", "topk_group"),
+)
+
+
+def _kinds(options: Options) -> list[str]:
+    """The kind of each layer, said in words or, in first conversions, in letters."""
+    if options.get("layers_block_type", None) is not None:
+        options.get("hybrid_override_pattern", None)  # passed over by transformers too
+        kinds = options.words("layers_block_type", KINDS)
+    else:
+        kinds = options.words("hybrid_override_pattern", LETTERS)
+    options.only("num_hidden_layers", len(kinds))
+    return kinds
+
+
+def _slot(kind: str) -> str:
+    return "ffn" if kind in ("mlp", "moe") else "mixer"
+
+
+def _mamba(options: Options, norm: dict[str, Any]) -> dict[str, Any]:
+    options.only("mamba_hidden_act", "silu")
+    bias, groups = options["use_bias"], options["n_groups"]
+    return {
+        "kind": "mamba2",
+        "heads": options["mamba_num_heads"],
+        "head_dim": options["mamba_head_dim"],
+        "state": options["ssm_state_size"],
+        "groups": groups,
+        "conv": options["conv_kernel"],
+        "conv_bias": options["use_conv_bias"],
+        "dt_limit": (options["time_step_min"], None),
+        "norm": norm | {"groups": groups},
+        "bias": bias,
+        "out_bias": bias,
+    }
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    heads, head_dim = options["num_attention_heads"], options["head_dim"]
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options.get("num_key_value_heads", heads),
+        "head_dim": head_dim,
+    }
+
+
+def _mlp(options: Options) -> dict[str, Any]:
+    options.only("mlp_hidden_act", "relu2")
+    hidden, bias = options["intermediate_size"], options["mlp_bias"]
+    return {"kind": "mlp", "activation": "relu2", "hidden": hidden, "bias": bias}
+
+
+def _moe(options: Options) -> dict[str, Any]:
+    """Shares are sigmoids, the choice is balanced by a correction, and one more network is visited by all tokens."""
+    options.only("mlp_bias", False)
+    options.only("moe_latent_size", None)
+    options.only("n_group", 1)
+    options.only("topk_group", 1)
+    return {
+        "kind": "moe",
+        "experts": options["n_routed_experts"],
+        "top_k": options["num_experts_per_tok"],
+        "hidden": options["moe_intermediate_size"],
+        "activation": "relu2",
+        "router": {
+            "scores": "sigmoid",
+            "renormalise": options["norm_topk_prob"],
+            "multiplier": options["routed_scaling_factor"],
+            "correction": True,
+        },
+        "shared_hidden": options["moe_shared_expert_intermediate_size"],
+    }
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, mlp = reader.spec, reader.find("mlp")
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "layers_block_type": [_word(reader, index, layer) for index, layer in enumerate(reader.layers)],
+        "layer_norm_epsilon": spec.norm.eps,
+        "tie_word_embeddings": False,
+        **({"intermediate_size": mlp.hidden, "mlp_bias": mlp.bias} if mlp else {}),
+        **_moe_config(reader),
+        **_attention_config(reader),
+        **_mamba_config(reader),
+    }
+
+
+def _word(reader: Reader, index: int, layer: LayerSpec) -> str:
+    """Their word for a layer."""
+    if (layer.mixer is None) == (layer.ffn is None):
+        text = f"{reader.family.name} has one sub-layer in a layer"
+        raise FusionTreeError(f"layers.{index}: {text}, found {'none' if layer.mixer is None else 'two'}")
+    words = {Mamba2: "linear_attention", Attention: "full_attention", Moe: "moe"}
+    return words.get(type(layer.mixer or layer.ffn), "mlp")
+
+
+def _moe_config(reader: Reader) -> dict[str, Any]:
+    moe = reader.find("moe")
+    if moe is None:
+        return {}
+    return {
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "moe_shared_expert_intermediate_size": moe.shared_hidden or 1,
+        "norm_topk_prob": moe.router.renormalise,
+        "routed_scaling_factor": moe.router.multiplier,
+    }
+
+
+def _attention_config(reader: Reader) -> dict[str, Any]:
+    attention = reader.find("attention")
+    if attention is None:
+        return {}
+    return {
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+    }
+
+
+def _mamba_config(reader: Reader) -> dict[str, Any]:
+    mamba = reader.find("mamba2")
+    if mamba is None:
+        return {}
+    return {
+        "mamba_num_heads": mamba.heads,
+        "mamba_head_dim": mamba.head_dim,
+        "ssm_state_size": mamba.state,
+        "n_groups": mamba.groups,
+        "conv_kernel": mamba.conv,
+        "use_conv_bias": mamba.conv_bias,
+        "use_bias": mamba.bias,
+        "time_step_min": mamba.dt_limit[0],
+    }
+
+
+def _tensors(options: Options) -> Iterator[Part]:
+    stacked = [Same(f"{name}_proj", (name,)) for name in ("up", "down")]
+    yield from _tensors_below("model", options, stacked)
+
+
+def _files(options: Options) -> Iterator[Part]:
+    count = options.count("n_routed_experts")
+    yield from _tensors_below("backbone", options, parts.experts_apart(count, ("up", "down")))
+
+
+def _tensors_below(root: str, options: Options, experts: Iterable[Part]) -> Iterator[Part]:
+    yield Same(f"{root}.embeddings.weight", ("embedding.weight",))
+    yield Same(f"{root}.norm_f.weight", ("norm.weight",))
+    yield Same("lm_head.weight", ("head.weight",))
+    inside = {
+        "attention": [*parts.attention(bias=False, out_bias=False)],
+        "mlp": [*_mlp_tensors(options["mlp_bias"])],
+        "mamba": [*_mamba_tensors(options)],
+        "moe": [*_moe_tensors(experts)],
+    }
+    for index, kind in enumerate(_kinds(options)):
+        theirs, ours, slot = f"{root}.layers.{index}", f"layers.{index}", _slot(kind)
+        yield Same(f"{theirs}.norm.weight", (f"{ours}.norm.{slot}.before.weight",))
+        yield from below(f"{theirs}.mixer", f"{ours}.{slot}", inside[kind])
+
+
+def _mlp_tensors(bias: bool) -> Iterator[Same]:
+    for name in ("up", "down"):
+        yield from linear(f"{name}_proj", name, bias)
+
+
+def _moe_tensors(experts: Iterable[Part]) -> Iterator[Part]:
+    yield Same("gate.weight", ("router.weight",))
+    yield Same("gate.e_score_correction_bias", ("correction",))
+    yield from below("experts", "experts", experts)
+    yield from below("shared_experts", "shared", _mlp_tensors(bias=False))
+
+
+def _mamba_tensors(options: Options) -> Iterator[Same]:
+    heads, shared = options.count("mamba_num_heads"), options.count("n_groups") * options.count("ssm_state_size")
+    inner, bias, conv_bias = heads * options.count("mamba_head_dim"), options["use_bias"], options["use_conv_bias"]
+    yield from parts.mamba2(inner, shared, heads, bias=bias, out_bias=bias, conv_bias=conv_bias, norm=True)
+
+
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 21504,
+    "mlp_hidden_act": "relu2",
+    "mlp_bias": False,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7688,
+    "moe_shared_expert_intermediate_size": 7688,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "ssm_state_size": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "time_step_min": 0.001,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "layer_norm_epsilon": 1e-5,
+}
+NEMOTRON_H = register(Family("nemotron_h", "NemotronHForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))
