@@ -52,8 +52,9 @@ class Attention(BranchSpec):
 
     `heads` and `kv_heads` are totals, the global ones included; `window` counts visible keys, itself included
     (null: all). Scores are softcap * tanh(scale * q k / softcap); `scale` is head_dim ** -0.5 unless given.
-    `qk_norm` normalises each query and key head. `bias` is that of q, k and v. `project: false` returns the
-    heads side by side, for a fusion with a projection.
+    `qk_norm` normalises each query and key head. `gate` multiplies the heads by sigmoid(gate(x)) (Qwen3-Next;
+    arXiv 2505.06708). `bias` is that of q, k, v and the gate. `project: false` returns the heads side by side, for a
+    fusion with a projection.
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
@@ -68,6 +69,7 @@ class Attention(BranchSpec):
     qk_norm: Norm | None = None
     softcap: Positive | None = None
     scale: Positive | None = None
+    gate: Flag = False
     bias: Flag = False
     out_bias: Flag = False
     project: Flag = True
@@ -97,9 +99,17 @@ class Attention(BranchSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """Windowed and global heads with grouped queries."""
+        """Windowed and global heads with grouped queries, gated."""
         return cls(
-            heads=6, kv_heads=3, head_dim=4, value_dim=6, window=5, global_heads=2, global_kv_heads=1, qk_norm=Norm()
+            heads=6,
+            kv_heads=3,
+            head_dim=4,
+            value_dim=6,
+            window=5,
+            global_heads=2,
+            global_kv_heads=1,
+            qk_norm=Norm(),
+            gate=True,
         )
 
     def groups(self) -> list[Group]:
@@ -129,7 +139,7 @@ class Attention(BranchSpec):
         value_dim = self.value_dim or self.head_dim
         maps = self.heads * self.head_dim + self.kv_heads * (self.head_dim + value_dim)
         seen = sum(group.heads * mean_visible(group.window, length) for group in self.groups())
-        out = self.inner if self.project else 0
+        out = self.inner * (self.gate + self.project)
         return 2.0 * scope.width * (maps + out) + 2.0 * seen * (self.head_dim + value_dim)
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
@@ -141,6 +151,7 @@ class Attention(BranchSpec):
         """Query heads run within their key-value head."""
         q, kv = "{g}_kv_heads*{g}_queries*{d}", "{g}_kv_heads*{d}"
         rows = {"q": _both(q, "head_dim"), "k": _both(kv, "head_dim"), "v": _both(kv, "value_dim")}
+        rows |= {"gate": _both(q, "value_dim")} if self.gate else {}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
         axes |= {"out.weight": ("width", _both(q, "value_dim"))} if self.project else {}
@@ -183,6 +194,7 @@ class AttentionBranch(Node):
         self.v = Linear(width, spec.kv_heads * value_dim, bias=spec.bias)
         self.q_norm = Normalise(spec.qk_norm, spec.head_dim) if spec.qk_norm else None
         self.k_norm = Normalise(spec.qk_norm, spec.head_dim) if spec.qk_norm else None
+        self.gate = Linear(width, spec.inner, bias=spec.bias) if spec.gate else None
         self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
         self.scale = spec.scale or spec.head_dim**-0.5
 
@@ -198,6 +210,7 @@ class AttentionBranch(Node):
         parts = zip(groups, q.split(heads[0], 2), k.split(heads[1], 2), v.split(heads[1], 2), strict=True)
         y = torch.cat([self._attend(group, (q, k, v), context, state) for group, q, k, v in parts], 2)
         y = rearrange(y, "b t h d -> b t (h d)")
+        y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)
 
     def _rotated(self, x: Float[Tensor, "batch time channels"], norm: Normalise | None, context: Context) -> Heads:

@@ -59,6 +59,7 @@ def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
         "qk_norm": draw(st.one_of(st.none(), norms())),
         "softcap": draw(st.sampled_from([None, 2.0])),
         "scale": draw(st.sampled_from([None, 0.3])),
+        "gate": draw(st.booleans()),
         "bias": draw(st.booleans()),
         "out_bias": project and draw(st.booleans()),
         "project": project,
@@ -104,6 +105,26 @@ def mamba1s(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def gated_deltas(draw: st.DrawFn, *, project: bool = True) -> Data:
+    key_heads = draw(st.integers(1, 2))
+    shape = {"heads": key_heads * draw(st.integers(1, 2)), "value_dim": draw(st.sampled_from([None, 3]))}
+    return {
+        "kind": "gated_delta",
+        "encodings": draw(named(rotates=True)),
+        **(shape if project else {"heads": 4, "value_dim": INNER // 4}),
+        "key_heads": key_heads,
+        "head_dim": 4,
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "negative_eigenvalues": draw(st.booleans()),
+        "norm": draw(st.one_of(st.none(), norms())),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def feed_forwards(draw: st.DrawFn) -> Data:
     kind = draw(
         st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in ("gelu", "relu2", "geglu"))])
@@ -138,7 +159,8 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    branch = st.one_of(*(kind(project=False) for kind in (attentions, mamba2s, mamba1s))) if inner else nodes(depth - 1)
+    kinds = attentions, mamba2s, mamba1s, gated_deltas
+    branch = st.one_of(*(kind(project=False) for kind in kinds)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
     data: Data = {
@@ -164,7 +186,7 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), feed_forwards())
+    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), gated_deltas(), feed_forwards())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 
 

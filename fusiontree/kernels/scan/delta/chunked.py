@@ -61,7 +61,8 @@ def _scan_backward(
         own, running = steps.backward(_cut(tokens, span), documents, kept[place], grads, chunk)
         for whole, part in zip(found, own, strict=True):
             whole[:, span] = part
-    return running, *found
+    q, k, v, g, beta = found
+    return running, q, k, v, g, beta
 
 
 @_scan_backward.register_fake
