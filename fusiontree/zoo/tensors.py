@@ -22,6 +22,27 @@ TAPS = View(lambda tensor: tensor.squeeze(1), lambda tensor: tensor.unsqueeze(1)
 """A depthwise convolution's [channels, 1, taps] as [channels, taps]."""
 
 
+def interleaved(groups: int, *sizes: int) -> View:
+    """A map whose rows stand group by group, so many rows of each part in a group; ours are whole, one part behind
+    the other.
+
+    >>> interleaved(2, 1, 2).read(torch.tensor([0, 10, 11, 1, 12, 13]))
+    tensor([ 0,  1, 10, 11, 12, 13])
+    """
+
+    def read(tensor: Tensor) -> Tensor:
+        if tensor.shape[0] != groups * sum(sizes):
+            return tensor  # which then has not the rows that the config says
+        parts = tensor.unflatten(0, (groups, sum(sizes))).split(sizes, 1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def write(tensor: Tensor) -> Tensor:
+        parts = tensor.split([groups * size for size in sizes])
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+    return View(read, write)
+
+
 class Same(NamedTuple):
     """One of their tensors, and ours that stand in it one behind the other along the first dimension.
 
