@@ -3,7 +3,7 @@
 The spec classes, and the registry's `register`, `names` and `get`.
 """
 
-from fusiontree.branches.attention import Attention
+from fusiontree.branches.attention import Attention, QKNorm
 from fusiontree.branches.gated_delta import GatedDelta
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
@@ -13,4 +13,16 @@ from fusiontree.core.contracts import branches as _registry
 
 register, names, get = _registry.register, _registry.names, _registry.get
 
-__all__ = ["Attention", "GatedDelta", "GatedNorm", "Mamba1", "Mamba2", "Mlp", "SwiGLU", "get", "names", "register"]
+__all__ = [
+    "Attention",
+    "GatedDelta",
+    "GatedNorm",
+    "Mamba1",
+    "Mamba2",
+    "Mlp",
+    "QKNorm",
+    "SwiGLU",
+    "get",
+    "names",
+    "register",
+]

@@ -49,16 +49,15 @@ def mixer(options: Options) -> dict[str, Any]:
     }
 
 
-def mixer_of(reader: Reader) -> dict[str, Any]:
-    """The reverse of `mixer`; nothing where no layer has one."""
-    found = reader.find("gated_delta")
+def mixer_of(found: Any) -> dict[str, Any]:
+    """The reverse of `mixer`, of a `GatedDelta`; nothing of None."""
     if found is None:
         return {}
     return {
         "linear_num_value_heads": found.heads,
         "linear_num_key_heads": found.key_heads,
         "linear_key_head_dim": found.head_dim,
-        "linear_value_head_dim": found.value_dim,
+        "linear_value_head_dim": found.value_dim or found.head_dim,
         "linear_conv_kernel_dim": found.conv,
     }
 
@@ -70,9 +69,8 @@ def rows(options: Options) -> dict[str, int]:
     return {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": heads}
 
 
-def attention_of(reader: Reader) -> dict[str, Any]:
-    """The sizes of attention; nothing where no layer has it."""
-    found = reader.find("attention")
+def attention_of(found: Any) -> dict[str, Any]:
+    """The sizes of an `Attention`; nothing of None."""
     if found is None:
         return {}
     return {

@@ -10,7 +10,7 @@ from fusiontree.core.contracts import NodeSpec
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, to_ours, to_theirs
+from fusiontree.zoo.tensors import Same, joined, to_ours, to_theirs
 
 Config = Mapping[str, Any]
 """What stands in a config.json."""
@@ -30,6 +30,8 @@ class Family:
         tensors: which of their tensors are which of ours.
         defaults: options of the family's class that published configs leave out.
         ignored: tensors that may be there and say nothing.
+        published: for tensors that are called otherwise in files: the names there, several where the parts of one
+            stand alone.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Family:
     tensors: Callable[[Options], Iterator[Same]]
     defaults: Config = field(default_factory=dict)
     ignored: Callable[[Options], set[str]] = lambda options: set()
+    published: Callable[[Options], dict[str, tuple[str, ...]]] = lambda options: {}
 
     def options(self, config: Config) -> Options:
         """A config with the family's defaults."""
@@ -76,6 +79,7 @@ class Family:
             WeightsError: a tensor is missing, extra, or has other rows than the config says.
         """
         options = self.options(config)
+        theirs = joined(theirs, self.published(options))
         return to_ours(self.tensors(options), theirs, ignored=self.ignored(options))
 
     def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -80,8 +80,8 @@ def _config(reader: Reader) -> dict[str, Any]:
         "num_experts": 0,
         "layer_types": delta.layer_types(reader),
         "tie_word_embeddings": spec.head.tied,
-        **delta.attention_of(reader),
-        **delta.mixer_of(reader),
+        **delta.attention_of(reader.find("attention")),
+        **delta.mixer_of(reader.find("gated_delta")),
     }
     if rope:
         part = rope.dim / reader.first("attention").head_dim if rope.dim else 1.0

@@ -86,6 +86,20 @@ def below(theirs: str, ours: str, parts: Iterable[Same]) -> Iterator[Same]:
     yield from (part.within(f"{theirs}.", f"{ours}.") for part in parts)
 
 
+def joined(theirs: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]]) -> Mapping[str, Tensor]:
+    """Tensors with those under other names made of them: of `names[name]`, one behind the other, where they are there.
+
+    >>> joined({"a": torch.zeros(1), "b": torch.ones(2), "c": torch.ones(1)}, {"ab": ("a", "b"), "d": ("e",)})
+    {'c': tensor([1.]), 'ab': tensor([0., 1., 1.])}
+    """
+    made = {name: parts for name, parts in names.items() if all(part in theirs for part in parts)}
+    if not made:
+        return theirs
+    used = {part for parts in made.values() for part in parts}
+    rest = {name: theirs[name] for name in theirs if name not in used}
+    return rest | {name: torch.cat([theirs[part] for part in parts]) for name, parts in made.items()}
+
+
 def to_ours(parts: Iterable[Same], theirs: Mapping[str, Tensor], *, ignored: Iterable[str] = ()) -> dict[str, Tensor]:
     """Their tensors under our names.
 

@@ -55,8 +55,9 @@ def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
             "global_heads": 0,
             "global_kv_heads": 0,
         }
+    over = draw(st.sampled_from(["head", "all"]))
     options = {
-        "qk_norm": draw(st.one_of(st.none(), norms())),
+        "qk_norm": draw(st.one_of(st.none(), norms().map(lambda norm: norm | {"over": over}))),
         "softcap": draw(st.sampled_from([None, 2.0])),
         "scale": draw(st.sampled_from([None, 0.3])),
         "gate": draw(st.booleans()),

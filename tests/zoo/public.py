@@ -69,6 +69,11 @@ MORE_OF_QWEN3_NEXT = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
     **{"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-4},
 }
+OLMO_HYBRID = {name: value for name, value in (SMALL | LINEAR).items() if name != "head_dim"}
+MORE_OF_OLMO_HYBRID = {
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
+    **{"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16, "rms_norm_eps": 1e-4},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -96,6 +101,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         QWEN3_NEXT | MORE_OF_QWEN3_NEXT,
     ),
+    "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
+    "olmo_hybrid, no positions, positive eigenvalues, biases, tied": ("olmo_hybrid", OLMO_HYBRID | MORE_OF_OLMO_HYBRID),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
