@@ -13,7 +13,15 @@ from fusiontree.bench.machine import matrix_units, processor
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.memory import free_bytes
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import OPS, AttentionRequest, ConvRequest, SelectiveScanRequest, SSDRequest, StepRequest
+from fusiontree.kernels import (
+    OPS,
+    AttentionRequest,
+    ConvRequest,
+    GatedDeltaRequest,
+    SelectiveScanRequest,
+    SSDRequest,
+    StepRequest,
+)
 
 PACKAGES = {
     "torchtitan": "training (fusiontree[train])",
@@ -95,6 +103,9 @@ def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
     selective = SelectiveScanRequest(device, kind, segments=False, state=16)
     yield "training", "selective_scan", selective
     yield "packed documents", "selective_scan", selective._replace(segments=True)
+    delta = GatedDeltaRequest(device, kind, segments=False)
+    yield "training", "gated_delta", delta
+    yield "packed documents", "gated_delta", delta._replace(segments=True)
     conv = ConvRequest(device, kind, segments=False, taps=4, eights=True)
     yield "training", "causal_conv1d", conv
     yield "packed documents", "causal_conv1d", conv._replace(segments=True)

@@ -4,6 +4,7 @@ case = CASES["ssd"]
 OPS[case.op](case.inputs(4096, torch.bfloat16), "chunked")
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.bench.limits import Work
-from fusiontree.kernels import AttentionInputs, ConvInputs, SelectiveScanInputs, SSDInputs, StepInputs
+from fusiontree.kernels import AttentionInputs, ConvInputs, GatedDeltaInputs, SelectiveScanInputs, SSDInputs, StepInputs
 
 FORWARD, TRAINING = "forward", "training"
 TASKS = (FORWARD, TRAINING)
@@ -153,6 +154,39 @@ class SelectiveScanCase(Case):
 
 
 @dataclass(frozen=True)
+class GatedDeltaCase(Case):
+    """Gated DeltaNet's scan in a layer of width 512."""
+
+    op: ClassVar[str] = "gated_delta"
+    heads: int = 8
+    key_heads: int = 4
+    key_dim: int = 128
+    value_dim: int = 128
+
+    def about(self, tokens: int) -> str:
+        """See `Case`."""
+        return f"{self.heads} heads x {self.value_dim} on {self.key_heads} x {self.key_dim}"
+
+    def inputs(self, tokens: int, dtype: torch.dtype, device: Device = "cpu", seed: int = 0) -> GatedDeltaInputs:
+        """See `Case`."""
+        draw = Draw(dtype, device, seed)
+        keys = 1, tokens, self.key_heads, self.key_dim
+        return GatedDeltaInputs(
+            q=draw.normal(*keys) / self.key_dim,
+            k=draw.normal(*keys) / math.sqrt(self.key_dim),
+            v=draw.normal(1, tokens, self.heads, self.value_dim),
+            g=-draw.uniform(0.001, 0.1, 1, tokens, self.heads),
+            beta=draw.uniform(0.0, 1.0, 1, tokens, self.heads),
+            initial_state=None,
+            segments=None,
+        )
+
+    def flops(self, tokens: int) -> float:
+        """A read of every state for the error, an outer product, and a read for the output."""
+        return 6.0 * tokens * self.heads * self.key_dim * self.value_dim
+
+
+@dataclass(frozen=True)
 class ConvCase(Case):
     """The convolution of a layer with 1024 inner channels, and 128 each for B and C."""
 
@@ -275,6 +309,7 @@ class StepCase(Case):
 CASES: dict[str, Case] = {
     "ssd": SSDCase(),
     "selective_scan": SelectiveScanCase(),
+    "gated_delta": GatedDeltaCase(),
     "causal_conv1d": ConvCase(),
     "attention": AttentionCase(),
     "attention, windowed": AttentionCase(window=1024),

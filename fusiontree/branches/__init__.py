@@ -3,7 +3,8 @@
 The spec classes, and the registry's `register`, `names` and `get`.
 """
 
-from fusiontree.branches.attention import Attention
+from fusiontree.branches.attention import Attention, QKNorm
+from fusiontree.branches.gated_delta import GatedDelta
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
 from fusiontree.branches.mlp import Mlp
@@ -16,11 +17,13 @@ register, names, get = _registry.register, _registry.names, _registry.get
 
 __all__ = [
     "Attention",
+    "GatedDelta",
     "GatedNorm",
     "Mamba1",
     "Mamba2",
     "Mlp",
     "Moe",
+    "QKNorm",
     "Router",
     "ShortConv",
     "SwiGLU",

@@ -46,14 +46,21 @@ class AttentionMultipliers(Spec):
     key: Real = 1.0
 
 
+class QKNorm(Norm):
+    """A norm of queries and one of keys: each head by itself, or all heads as one (OLMo 2, arXiv 2501.00656)."""
+
+    over: Literal["head", "all"] = "head"
+
+
 @branches.register
 class Attention(BranchSpec):
     """Softmax attention with grouped queries, windowed heads and global ones.
 
     `heads` and `kv_heads` are totals, the global ones included; `window` counts visible keys, itself included
     (null: all). Scores are softcap * tanh(scale * q k / softcap); `scale` is head_dim ** -0.5 unless given.
-    `qk_norm` normalises each query and key head. `bias` is that of q, k and v. `project: false` returns the
-    heads side by side, for a fusion with a projection.
+    `qk_norm` normalises queries and keys before they rotate. `gate` multiplies the heads by sigmoid(gate(x))
+    (Qwen3-Next; arXiv 2505.06708). `bias` is that of q, k, v and the gate. `project: false` returns the heads side by
+    side, for a fusion with a projection.
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
@@ -65,9 +72,10 @@ class Attention(BranchSpec):
     window: Count | None = None
     global_heads: Natural = 0
     global_kv_heads: Natural = 0
-    qk_norm: Norm | None = None
+    qk_norm: QKNorm | None = None
     softcap: Positive | None = None
     scale: Positive | None = None
+    gate: Flag = False
     bias: Flag = False
     out_bias: Flag = False
     project: Flag = True
@@ -97,9 +105,17 @@ class Attention(BranchSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """Windowed and global heads with grouped queries."""
+        """Windowed and global heads with grouped queries, gated."""
         return cls(
-            heads=6, kv_heads=3, head_dim=4, value_dim=6, window=5, global_heads=2, global_kv_heads=1, qk_norm=Norm()
+            heads=6,
+            kv_heads=3,
+            head_dim=4,
+            value_dim=6,
+            window=5,
+            global_heads=2,
+            global_kv_heads=1,
+            qk_norm=QKNorm(),
+            gate=True,
         )
 
     def groups(self) -> list[Group]:
@@ -129,7 +145,7 @@ class Attention(BranchSpec):
         value_dim = self.value_dim or self.head_dim
         maps = self.heads * self.head_dim + self.kv_heads * (self.head_dim + value_dim)
         seen = sum(group.heads * mean_visible(group.window, length) for group in self.groups())
-        out = self.inner if self.project else 0
+        out = self.inner * (self.gate + self.project)
         return 2.0 * scope.width * (maps + out) + 2.0 * seen * (self.head_dim + value_dim)
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
@@ -141,12 +157,14 @@ class Attention(BranchSpec):
         """Query heads run within their key-value head."""
         q, kv = "{g}_kv_heads*{g}_queries*{d}", "{g}_kv_heads*{d}"
         rows = {"q": _both(q, "head_dim"), "k": _both(kv, "head_dim"), "v": _both(kv, "value_dim")}
+        rows |= {"gate": _both(q, "value_dim")} if self.gate else {}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
         axes |= {"out.weight": ("width", _both(q, "value_dim"))} if self.project else {}
         axes |= {"out.bias": ("width",)} if self.out_bias else {}
         if self.qk_norm and self.qk_norm.gain != "none":
-            axes |= {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)}
+            each = self.qk_norm.over == "head"
+            axes |= {f"{name}_norm.weight": ("head_dim" if each else rows[name],) for name in ("q", "k")}
         return axes
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
@@ -171,6 +189,12 @@ def mean_visible(window: int | None, length: int) -> float:
     return w - w * (w - 1) / (2 * length)
 
 
+def _qk_norm(spec: Attention, heads: int) -> Normalise | None:
+    if spec.qk_norm is None:
+        return None
+    return Normalise(spec.qk_norm, spec.head_dim if spec.qk_norm.over == "head" else heads * spec.head_dim)
+
+
 class AttentionBranch(Node):
     """The module of `Attention`: separate q, k, v and out; windowed heads come first."""
 
@@ -181,8 +205,8 @@ class AttentionBranch(Node):
         self.q = Linear(width, spec.heads * spec.head_dim, bias=spec.bias)
         self.k = Linear(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
         self.v = Linear(width, spec.kv_heads * value_dim, bias=spec.bias)
-        self.q_norm = Normalise(spec.qk_norm, spec.head_dim) if spec.qk_norm else None
-        self.k_norm = Normalise(spec.qk_norm, spec.head_dim) if spec.qk_norm else None
+        self.q_norm, self.k_norm = (_qk_norm(spec, heads) for heads in (spec.heads, spec.kv_heads))
+        self.gate = Linear(width, spec.inner, bias=spec.bias) if spec.gate else None
         self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
         self.scale = spec.scale or spec.head_dim**-0.5
 
@@ -198,11 +222,16 @@ class AttentionBranch(Node):
         parts = zip(groups, q.split(heads[0], 2), k.split(heads[1], 2), v.split(heads[1], 2), strict=True)
         y = torch.cat([self._attend(group, (q, k, v), context, state) for group, q, k, v in parts], 2)
         y = rearrange(y, "b t h d -> b t (h d)")
+        y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)
 
     def _rotated(self, x: Float[Tensor, "batch time channels"], norm: Normalise | None, context: Context) -> Heads:
-        heads = rearrange(x, "b t (h d) -> b t h d", d=self.spec.head_dim)
-        return context.rotate(self.spec.encodings, heads if norm is None else norm(heads))
+        spec = self.spec
+        together = spec.qk_norm is not None and spec.qk_norm.over == "all"
+        x = norm(x) if norm and together else x
+        heads = rearrange(x, "b t (h d) -> b t h d", d=spec.head_dim)
+        heads = norm(heads) if norm and not together else heads
+        return context.rotate(spec.encodings, heads)
 
     def _attend(self, group: Group, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
         q, k, v = qkv

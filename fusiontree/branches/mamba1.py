@@ -15,7 +15,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
-from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, constant, wide
@@ -120,7 +120,7 @@ class Mamba1Branch(Node):
         """Convolve, select, scan, gate."""
         state = context.state(self)
         x = context.encode(self.spec.encodings, x)
-        u = F.silu(self.conv(self.x(x), context, None if state is None else state["conv"]))
+        u = F.silu(self.conv(self.x(x), context, kept(state, "conv")))
         y = self._scan(u, context, state) + u * self.D.to(u.dtype)
         y = y * F.silu(self.z(x))
         return y if self.out is None else self.out(y)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
-from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, constant, scaled, wide
@@ -166,8 +166,7 @@ class Mamba2Branch(Node):
         x = scaled(context.encode(spec.encodings, x), times.input)
         z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))
         inputs = {"x": scaled(self.x(x), times.x), "B": scaled(self.B(x), times.B), "C": scaled(self.C(x), times.C)}
-        past = {name: None if state is None else state[f"conv.{name}"] for name in inputs}
-        inputs = {name: F.silu(self.conv[name](u, context, past[name])) for name, u in inputs.items()}
+        inputs = {n: F.silu(self.conv[n](u, context, kept(state, f"conv.{n}"))) for n, u in inputs.items()}
         u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
         B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from fusiontree.core.context import Context
+from fusiontree.core.contracts import State
 from fusiontree.core.modules import Module, constant, fan_in
 from fusiontree.kernels import causal_conv1d, causal_conv1d_step
 
@@ -32,6 +33,11 @@ class Convolution(Module):
         if past is not None:
             past.copy_(end.detach())
         return y
+
+
+def kept(state: State | None, name: str) -> Tensor | None:
+    """A part of a branch's memory; None where there is no cache."""
+    return None if state is None else state[name]
 
 
 def is_step(x: Tensor, context: Context) -> bool:

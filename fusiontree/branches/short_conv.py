@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.branches.recurrent import Convolution
+from fusiontree.branches.recurrent import Convolution, kept
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
 from fusiontree.core.modules import Linear
@@ -93,8 +93,7 @@ class ShortConvBranch(Node):
         """Gate, convolve, gate."""
         state = context.state(self)
         x = context.encode(self.spec.encodings, x)
-        past = None if state is None else state["conv"]
-        y = self.C(x) * self.conv(self.B(x) * self.x(x), context, past)
+        y = self.C(x) * self.conv(self.B(x) * self.x(x), context, kept(state, "conv"))
         return y if self.out is None else self.out(y)
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:

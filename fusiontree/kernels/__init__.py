@@ -10,6 +10,8 @@ from fusiontree.kernels.attn.step import ATTENTION_STEP, StepInputs, StepRequest
 from fusiontree.kernels.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
 from fusiontree.kernels.conv.op import CONV, ConvInputs, ConvRequest
 from fusiontree.kernels.registry import OPS, Choice, Op, UnsupportedError, use_backend
+from fusiontree.kernels.scan.delta.gated_delta import gated_delta, gated_delta_step
+from fusiontree.kernels.scan.delta.op import GATED_DELTA, GatedDeltaInputs, GatedDeltaRequest
 from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs, SelectiveScanRequest
 from fusiontree.kernels.scan.selective.selective_scan import selective_scan, selective_scan_step
@@ -19,6 +21,7 @@ __all__ = [
     "ATTENTION",
     "ATTENTION_STEP",
     "CONV",
+    "GATED_DELTA",
     "OPS",
     "SELECTIVE_SCAN",
     "SSD",
@@ -27,6 +30,8 @@ __all__ = [
     "Choice",
     "ConvInputs",
     "ConvRequest",
+    "GatedDeltaInputs",
+    "GatedDeltaRequest",
     "Op",
     "Past",
     "SSDInputs",
@@ -40,6 +45,8 @@ __all__ = [
     "attention_step",
     "causal_conv1d",
     "causal_conv1d_step",
+    "gated_delta",
+    "gated_delta_step",
     "selective_scan",
     "selective_scan_step",
     "ssd",

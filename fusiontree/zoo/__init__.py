@@ -1,6 +1,20 @@
 """Presets, and the maps between FusionTree and public model families, a file each."""
 
-from fusiontree.zoo import bamba, falcon_h1, gemma, granitemoehybrid, jamba, lfm2, llama, mamba, mamba2, nemotron_h, own
+from fusiontree.zoo import (
+    bamba,
+    falcon_h1,
+    gemma,
+    granitemoehybrid,
+    jamba,
+    lfm2,
+    llama,
+    mamba,
+    mamba2,
+    nemotron_h,
+    olmo_hybrid,
+    own,
+    qwen3_next,
+)
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
 __all__ = [
@@ -17,5 +31,7 @@ __all__ = [
     "mamba",
     "mamba2",
     "nemotron_h",
+    "olmo_hybrid",
     "own",
+    "qwen3_next",
 ]

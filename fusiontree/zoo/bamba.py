@@ -1,7 +1,6 @@
 """Bamba (IBM, 2024; huggingface.co/blog/bamba): Mamba-2 in most layers, attention that rotates half of its channels in
 some, a gated feed-forward network in each."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from fusiontree.core.stack import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope, rope_parameters
+from fusiontree.zoo.options import Options, partial_parameters, partial_rope
 from fusiontree.zoo.tensors import Same, below
 
 
@@ -40,15 +39,9 @@ def _rope(options: Options) -> dict[str, Any]:
     """Turns half of a head's channels, whatever stands beside `rope_parameters`."""
     options.only("partial_rotary_factor", 0.5)
     head_dim = parts.head_dim(options)
-    found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
-    part = found.get("partial_rotary_factor", 0.5)
-    if type(part) not in (int, float) or not 0 < part <= 1:
-        text = f"has to be a number above 0, at most 1, found {part!r:.60}"
-        raise FusionTreeError(f"config.json: rope_parameters.partial_rotary_factor: {text}")
-    dim = int(head_dim * part)
-    options.only("attn_rotary_emb", dim)  # says the same in first conversions
-    plain = rope(options, found | {"partial_rotary_factor": None}, options.get("rope_theta", 10000.0))
-    return plain | {"dim": None if dim == head_dim else dim}
+    rope = partial_rope(options, head_dim, 0.5)
+    options.only("attn_rotary_emb", rope["dim"] or head_dim)  # says the same in first conversions
+    return rope
 
 
 def _attention(options: Options) -> dict[str, Any]:
@@ -139,20 +132,13 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
     attention, rotation = reader.find("attention"), reader.encoding("rope")
     if attention is None:
         return {}
-    part = _part(rotation.dim, attention.head_dim) if rotation and rotation.dim else 1.0
     return {
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "attention_bias": attention.bias,
-        "rope_parameters": rope_parameters(rotation) | {"partial_rotary_factor": part},
+        "rope_parameters": partial_parameters(rotation, attention.head_dim),
     }
-
-
-def _part(dim: int, head_dim: int) -> float:
-    """Which part of the channels turns, such that rounding loses none."""
-    part = dim / head_dim
-    return part if int(head_dim * part) == dim else math.nextafter(part, 1.0)
 
 
 def _tensors(options: Options) -> Iterator[Same]:

@@ -1,5 +1,6 @@
 """A model's config.json, read so that nothing in it is overlooked."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -130,8 +131,8 @@ def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[
     names = given.pop("rope_type", None), given.pop("type", None)  # the older name; some configs have both
     kind = names[0] or names[1] or "default"
     encoding = {"kind": "rope", "theta": float(given.pop("rope_theta", theta))}
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
+    if given.get(PART) == 1.0:
+        del given[PART]
     if kind != "default":
         return encoding | {"scaling": {"kind": kind, **_scaling(options, kind, given)}}
     if given:
@@ -141,6 +142,19 @@ def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[
     return encoding
 
 
+def partial_rope(options: Options, head_dim: int, part: float) -> dict[str, Any]:
+    """`rope_theta` where the first channels of a head turn; `part` of them where a config does not say how many."""
+    found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
+    part = found.get(PART, part)
+    if type(part) not in (int, float) or not 0 < part <= 1:
+        text = f"has to be a number above 0, at most 1, found {part!r:.60}"
+        raise FusionTreeError(f"config.json: rope_parameters.{PART}: {text}")
+    dim = int(head_dim * part)
+    whole = rope(options, {**found, PART: None}, options.get("rope_theta", 10000.0))
+    return whole | {"dim": None if dim == head_dim else dim}
+
+
+PART = "partial_rotary_factor"
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
@@ -165,6 +179,14 @@ def _without_mscale(given: dict[str, Any]) -> dict[str, Any]:
         above, below = (yarn_magnitude(given["factor"], given[key]) for key in ("mscale", "mscale_all_dim"))
         return {"attention_factor": above / below, **rest}
     return rest
+
+
+def partial_parameters(found: Rope | None, head_dim: int) -> dict[str, Any]:
+    """The reverse of `partial_rope`."""
+    part = found.dim / head_dim if found and found.dim else 1.0
+    if found and found.dim and int(head_dim * part) != found.dim:
+        part = math.nextafter(part, 1.0)  # rounding must not lose a channel
+    return rope_parameters(found) | {PART: part}
 
 
 def rope_parameters(found: Rope | None, theta: float = 10000.0) -> dict[str, Any]:

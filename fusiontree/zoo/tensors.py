@@ -22,6 +22,27 @@ TAPS = View(lambda tensor: tensor.squeeze(1), lambda tensor: tensor.unsqueeze(1)
 """A depthwise convolution's [channels, 1, taps] as [channels, taps]."""
 
 
+def interleaved(groups: int, *sizes: int) -> View:
+    """A map whose rows stand group by group, so many rows of each part in a group; ours are whole, one part behind
+    the other.
+
+    >>> interleaved(2, 1, 2).read(torch.tensor([0, 10, 11, 1, 12, 13]))
+    tensor([ 0,  1, 10, 11, 12, 13])
+    """
+
+    def read(tensor: Tensor) -> Tensor:
+        if tensor.shape[0] != groups * sum(sizes):
+            return tensor  # which then has not the rows that the config says
+        parts = tensor.unflatten(0, (groups, sum(sizes))).split(sizes, 1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def write(tensor: Tensor) -> Tensor:
+        parts = tensor.split([groups * size for size in sizes])
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+    return View(read, write)
+
+
 class Part(Protocol):
     """Some of their tensors and some of ours that hold the same numbers."""
 
@@ -108,6 +129,31 @@ class Stacked(NamedTuple):
     def within(self, theirs: str, ours: str) -> Self:
         """The same below a prefix on either side."""
         return self._replace(theirs=tuple(f"{theirs}{name}" for name in self.theirs), ours=f"{ours}{self.ours}")
+
+
+class Joined(NamedTuple):
+    """Tensors of theirs that are one in `whole`, each of them one of ours there."""
+
+    theirs: tuple[str, ...]
+    whole: Same
+
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.theirs
+
+    def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Ours, wherever theirs are cut."""
+        yield from self.whole.read({self.whole.theirs: torch.cat([theirs[name] for name in self.theirs])})
+
+    def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Theirs."""
+        ((_, tensor),) = self.whole.write(ours)
+        yield from zip(self.theirs, tensor.split(self.whole.rows or len(tensor)), strict=True)
+
+    def within(self, theirs: str, ours: str) -> Self:
+        """The same below a prefix on either side."""
+        names = tuple(f"{theirs}{name}" for name in self.theirs)
+        return self._replace(theirs=names, whole=self.whole.within(theirs, ours))
 
 
 def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Same]:

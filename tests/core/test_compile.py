@@ -42,6 +42,8 @@ MAMBA1 = {"kind": "mamba1", "inner": 48, "state": 4, "rank": 3, "norm": {"kind":
 CHANNELS = {"vocab_size": 61, "width": 32, "layers": [{"repeat": 2, "layers": [{"mixer": MAMBA1}]}]}
 EXPERTS = {"kind": "moe", "experts": 6, "top_k": 2, "hidden": 16, "shared_hidden": 8, "shared_gate": True}
 ROUTED = {"vocab_size": 61, "width": 32, "layers": [{"repeat": 2, "layers": [{"ffn": EXPERTS}]}]}
+DELTA = {"kind": "gated_delta", "heads": 4, "key_heads": 2, "head_dim": 8, "encodings": ["rope"]}
+DELTAS = CHANNELS | {"encodings": {"rope": {"kind": "rope"}}, "layers": [{"mixer": DELTA}] * 2}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -153,3 +155,8 @@ def test_compiled_decode_steps():
 def test_mamba1_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, CHANNELS)
     assert_same_steps("aot_eager", CHANNELS)
+
+
+def test_gated_delta_in_training_and_in_decode():
+    assert_same_step("aot_eager", DOCUMENTS, DELTAS)
+    assert_same_steps("aot_eager", DELTAS)

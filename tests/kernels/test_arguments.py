@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import Past, attention, attention_step, causal_conv1d, selective_scan, ssd
+from fusiontree.kernels import Past, attention, attention_step, causal_conv1d, gated_delta, selective_scan, ssd
 
 R = torch.randn
 Q, K = R(2, 6, 4, 8), R(2, 6, 2, 8)
@@ -42,6 +42,12 @@ MISFITS = {
     "ssd: 4 heads are not a multiple of 3 groups": lambda: ssd(Q, R(2, 6, 4), R(4), R(2, 6, 3, 3), R(2, 6, 3, 3)),
     "selective_scan: initial_state: floating-point numbers [2, 4, 5] are needed, found [1, 4, 5]": (
         lambda: selective_scan(R(2, 6, 4), R(2, 6, 4), R(4, 5), R(2, 6, 5), R(2, 6, 5), initial_state=R(1, 4, 5))
+    ),
+    "gated_delta: initial_state: floating-point numbers [2, 4, 3, 8] are needed, found [2, 4, 8, 3]": (
+        lambda: gated_delta(R(2, 6, 2, 3), R(2, 6, 2, 3), Q, R(2, 6, 4), R(2, 6, 4), initial_state=R(2, 4, 8, 3))
+    ),
+    "gated_delta: 4 heads are not a multiple of 3 key_heads": (
+        lambda: gated_delta(R(2, 6, 3, 3), R(2, 6, 3, 3), Q, R(2, 6, 4), R(2, 6, 4))
     ),
     "causal_conv1d: initial_state: floating-point numbers [2, 2, 4] are needed, found [2, 5, 4]": (
         lambda: causal_conv1d(R(2, 6, 4), R(4, 3), initial_state=R(2, 5, 4))

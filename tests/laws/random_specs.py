@@ -57,10 +57,12 @@ def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
             "global_heads": 0,
             "global_kv_heads": 0,
         }
+    over = draw(st.sampled_from(["head", "all"]))
     options = {
-        "qk_norm": draw(st.one_of(st.none(), norms())),
+        "qk_norm": draw(st.one_of(st.none(), norms().map(lambda norm: norm | {"over": over}))),
         "softcap": draw(st.sampled_from([None, 2.0])),
         "scale": draw(st.sampled_from([None, 0.3])),
+        "gate": draw(st.booleans()),
         "bias": draw(st.booleans()),
         "out_bias": project and draw(st.booleans()),
         "project": project,
@@ -120,6 +122,26 @@ def short_convs(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def gated_deltas(draw: st.DrawFn, *, project: bool = True) -> Data:
+    key_heads = draw(st.integers(1, 2))
+    shape = {"heads": key_heads * draw(st.integers(1, 2)), "value_dim": draw(st.sampled_from([None, 3]))}
+    return {
+        "kind": "gated_delta",
+        "encodings": draw(named(rotates=True)),
+        **(shape if project else {"heads": 4, "value_dim": INNER // 4}),
+        "key_heads": key_heads,
+        "head_dim": 4,
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "negative_eigenvalues": draw(st.booleans()),
+        "norm": draw(st.one_of(st.none(), norms())),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def feed_forwards(draw: st.DrawFn) -> Data:
     activations = ("gelu", "gelu_tanh", "relu2", "geglu", "geglu_tanh")
     kind = draw(st.sampled_from([{"kind": "swiglu"}, *({"kind": "mlp", "activation": a} for a in activations)]))
@@ -169,7 +191,7 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    inners = (attentions, mamba2s, mamba1s, short_convs)
+    inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas)
     branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
@@ -196,7 +218,8 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    mixers = st.one_of(attentions(), mamba2s(), mamba1s(), short_convs(), feed_forwards(), moes())
+    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas()
+    mixers = st.one_of(attentions(), *recurrent, feed_forwards(), moes())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 
 

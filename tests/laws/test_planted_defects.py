@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from fusiontree.branches import Attention, Mamba1, Mamba2, Mlp, attention, mamba1, mamba2, recurrent
+from fusiontree.branches import (
+    Attention,
+    GatedDelta,
+    Mamba1,
+    Mamba2,
+    Mlp,
+    attention,
+    gated_delta,
+    mamba1,
+    mamba2,
+    recurrent,
+)
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
 from fusiontree.encodings.rope import Rotary
@@ -63,6 +74,16 @@ def test_channel_states_are_not_reset(monkeypatch):
 def test_channel_states_are_forgotten(monkeypatch):
     monkeypatch.setattr(mamba1, "selective_scan", replacing(mamba1.selective_scan, initial_state=None))
     assert broken_laws(Mamba1) == "split"
+
+
+def test_what_a_delta_rule_knows_is_not_reset(monkeypatch):
+    monkeypatch.setattr(gated_delta, "gated_delta", replacing(gated_delta.gated_delta, segments=None))
+    assert broken_laws(GatedDelta) == "packed"
+
+
+def test_what_a_delta_rule_knows_is_forgotten(monkeypatch):
+    monkeypatch.setattr(gated_delta, "gated_delta", replacing(gated_delta.gated_delta, initial_state=None))
+    assert broken_laws(GatedDelta) == "split"
 
 
 def test_attention_sees_other_documents(monkeypatch):

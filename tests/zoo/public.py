@@ -124,6 +124,22 @@ LFM2 = SMALL | {
     "block_multiple_of": 16,
     "pad_token_id": None,
 }
+LINEAR = {
+    **{"num_hidden_layers": 5, "layer_types": [*["linear_attention"] * 3, "full_attention", "linear_attention"]},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    "pad_token_id": None,
+}
+QWEN3_NEXT = SMALL | LINEAR | {"num_experts": 0}
+MORE_OF_QWEN3_NEXT = {
+    **{"num_experts": 4, "mlp_only_layers": [0, 1, 2, 3, 4], "attention_bias": True, "tie_word_embeddings": True},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+    **{"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-4},
+}
+OLMO_HYBRID = {name: value for name, value in (SMALL | LINEAR).items() if name != "head_dim"}
+MORE_OF_OLMO_HYBRID = {
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
+    **{"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16, "rms_norm_eps": 1e-4},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -212,6 +228,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "nemotron_h",
         NEMOTRON_H | EXPERTS_OF_NEMOTRON_H | {"routed_scaling_factor": 1.7, "norm_topk_prob": False},
     ),
+    "qwen3_next": ("qwen3_next", QWEN3_NEXT),
+    "qwen3_next, no experts in any layer, biases, full rotation, tied": (
+        "qwen3_next",
+        QWEN3_NEXT | MORE_OF_QWEN3_NEXT,
+    ),
+    "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
+    "olmo_hybrid, no positions, positive eigenvalues, biases, tied": ("olmo_hybrid", OLMO_HYBRID | MORE_OF_OLMO_HYBRID),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),

@@ -5,47 +5,24 @@ temporaries fit a cache; backward stores only the states between such steps and 
 is opaque to `torch.compile`: a compiled model calls it as it is, and then its steps are compiled as well.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.compiling import piece
 from fusiontree.kernels.documents import padding_joined, silence_padding
 from fusiontree.kernels.scan import step as steps
+from fusiontree.kernels.scan.chunks import Documents, spans
 from fusiontree.kernels.scan.op import SSD, SSDInputs
 from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.step import State, Step
 
-CHUNK = 64
-DECAYS_A_STEP = 2**18
-"""How many decays within chunks are held at once: a megabyte in float32."""
-
-
-def _chunks_a_step(x: Float[Tensor, "batch time heads head_dim"]) -> int:
-    return max(1, DECAYS_A_STEP // max(1, x.shape[0] * x.shape[2] * CHUNK * CHUNK))
-
-
-def _spans(x: Float[Tensor, "batch time heads head_dim"]) -> Iterator[tuple[slice, int]]:
-    """Cut the time into steps of whole chunks, then one shorter chunk: nothing is ever padded."""
-    time, tokens = x.shape[1], CHUNK * _chunks_a_step(x)
-    whole = time - time % CHUNK
-    for start in range(0, whole, tokens):
-        yield slice(start, min(start + tokens, whole)), CHUNK
-    if whole < time:
-        yield slice(whole, time), time - whole
-
 
 def _cut(tokens: list[Tensor], segments: Tensor | None, span: slice, chunk: int) -> Step:
     x, dt, B, C = (tensor[:, span] for tensor in tokens)
-    if segments is None:
-        return Step(x, dt, B, C, None, None)
-    own = rearrange(segments[:, span], "b (c q) -> b c q", q=chunk)
-    first = segments[:, span.start - 1, None] if span.start else torch.zeros_like(segments[:, :1])
-    return Step(x, dt, B, C, own, torch.cat([first, own[:, :-1, -1]], dim=1)[..., None])
+    return Step(x, dt, B, C, Documents.of(segments, span, chunk))
 
 
 @torch.library.custom_op("fusiontree::ssd_chunked", mutates_args=())
@@ -64,7 +41,7 @@ def _scan(
     forward, tokens = piece(steps.forward, compiled), [tensor.detach() for tensor in (x, dt, B, C)]
     A, state = A.detach(), state.contiguous()  # one compiled form, with and without gradients, for every step
     y, states = torch.empty_like(x, memory_format=torch.contiguous_format), []
-    for span, chunk in _spans(x):
+    for span, chunk in spans(x):
         if keep:
             states.append(state)
         y[:, span], state = forward(_cut(tokens, segments, span, chunk), A, state, chunk)
@@ -74,7 +51,7 @@ def _scan(
 @_scan.register_fake
 def _scan_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, state, _, keep, _ = others
-    count = len(list(_spans(x)))
+    count = len(list(spans(x)))
     states = state.new_empty(count, *state.shape) if keep else state.new_empty(0)
     return x.new_empty(x.shape), state.new_empty(state.shape), states
 
@@ -93,9 +70,9 @@ def _scan_backward(
     backward = piece(steps.backward, compiled)
     grad_A, grad_state = torch.zeros_like(A), grad_state.contiguous()
     x, dt, B, C = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tokens)
-    spans = list(_spans(x))
-    for index in reversed(range(len(spans))):
-        span, chunk = spans[index]
+    steps_taken = list(spans(x))
+    for index in reversed(range(len(steps_taken))):
+        span, chunk = steps_taken[index]
         step = _cut(tokens, segments, span, chunk)
         grads = backward(step, A, states[index], (grad_y[:, span], grad_state), chunk)
         grad_A, grad_state = grad_A + grads.A, grads.state

@@ -1,38 +1,30 @@
 """Some whole chunks of `ssd` at once, forward and backward: matrix products in x's dtype, decays in the wide one.
 
 B and C are never repeated to heads: C B^T is made once a group, and products with the state take all heads of a
-group at once. No exponent is ever positive, and cumulative sums of the log decay restart at each chunk. The
-functions hold no loop over tokens and no data-dependent shape, so that `torch.compile` makes one kernel of each.
+group at once. The functions hold no loop over tokens and no data-dependent shape, so that `torch.compile` makes one
+kernel of each.
 """
 
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from fusiontree.kernels.scan.chunks import Decays, Documents, by_chunk, by_token
 
 State = Float[Tensor, "batch groups state r*head_dim"]
 
 
 class Step(NamedTuple):
-    """The tokens of some whole chunks. `entering`: the segment of the state each chunk starts from."""
+    """The tokens of some whole chunks."""
 
     x: Float[Tensor, "batch chunks*chunk heads head_dim"]
     dt: Float[Tensor, "batch chunks*chunk heads"]
     B: Float[Tensor, "batch chunks*chunk groups state"]
     C: Float[Tensor, "batch chunks*chunk groups state"]
-    segments: Int[Tensor, "batch chunks chunk"] | None
-    entering: Int[Tensor, "batch chunks 1"] | None
-
-
-class Decays(NamedTuple):
-    """Factors in [0, 1], all per group and head of the group (`r`), zero across documents."""
-
-    within: Float[Tensor, "b c g r chunk chunk"]
-    entry: Float[Tensor, "b c g r chunk"]
-    exit: Float[Tensor, "b c g r chunk"]
-    across: Float[Tensor, "b c g r 1"]
+    documents: Documents | None
 
 
 class Chunks(NamedTuple):
@@ -71,36 +63,6 @@ class Gradients(NamedTuple):
     C: Float[Tensor, "batch chunks*chunk groups state"]
 
 
-def _exp_where(visible: Bool[Tensor, "..."] | None, exponent: Tensor) -> Tensor:
-    # The mask comes before exp: an exponent that looks ahead is positive and may overflow.
-    return torch.exp(exponent if visible is None else exponent.masked_fill(~visible, -torch.inf))
-
-
-def _decays(log_decay: Float[Tensor, "b c g r chunk"], step: Step) -> Decays:
-    total = log_decay.cumsum(-1)
-    causal = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).tril()
-    entry = exit = across = None
-    if step.segments is not None and step.entering is not None:
-        own = step.segments[:, :, None, None, :]
-        first, last = step.entering[:, :, None, None, :], own[..., -1:]
-        causal = causal & (own[..., :, None] == own[..., None, :])
-        entry, exit, across = own == first, own == last, first == last
-    return Decays(
-        within=_exp_where(causal, total[..., :, None] - total[..., None, :]),
-        entry=_exp_where(entry, total),
-        exit=_exp_where(exit, total[..., -1:] - total),
-        across=_exp_where(across, total[..., -1:]),
-    )
-
-
-def _by_chunk(values: Float[Tensor, "b c*q h *p"], chunk: int, groups: int) -> Float[Tensor, "b c g r q *p"]:
-    return rearrange(values, "b (c q) (g r) ... -> b c g r q ...", q=chunk, g=groups)
-
-
-def _by_token(values: Float[Tensor, "b c g r q *p"]) -> Float[Tensor, "b c*q h *p"]:
-    return rearrange(values, "b c g r q ... -> b (c q) (g r) ...")
-
-
 def _merged(values: Float[Tensor, "b c g r q p"]) -> Float[Tensor, "b c g q r*p"]:
     return rearrange(values, "b c g r q p -> b c g q (r p)")
 
@@ -112,9 +74,9 @@ def _split(values: Float[Tensor, "b c g q r*p"], heads: int) -> Float[Tensor, "b
 def _chunks(step: Step, A: Float[Tensor, "heads"], chunk: int) -> Chunks:
     groups = step.B.shape[2]
     B, C = (rearrange(values, "b (c q) g n -> b c g q n", q=chunk) for values in (step.B, step.C))
-    dt = _by_chunk(step.dt, chunk, groups)
-    decays = _decays(dt * rearrange(A, "(g r) -> g r 1", g=groups), step)
-    return Chunks(_by_chunk(step.x, chunk, groups), dt, B, C, decays)
+    dt = by_chunk(step.dt, chunk, groups)
+    decays = Decays.of(dt * rearrange(A, "(g r) -> g r 1", g=groups), step.documents)
+    return Chunks(by_chunk(step.x, chunk, groups), dt, B, C, decays)
 
 
 def _states(chunks: Chunks, state: State) -> tuple[Float[Tensor, "b c g n r*p"], Float[Tensor, "b c g 1 r*p"], State]:
@@ -136,7 +98,7 @@ def forward(step: Step, A: Float[Tensor, "heads"], state: State, chunk: int) -> 
     before, _, state = _states(chunks, state)
     read = _split(chunks.C @ before.to(dtype), y.shape[3])
     y = torch.addcmul(y.to(state.dtype), read.to(state.dtype), decays.entry[..., None])
-    return _by_token(y).to(dtype), state
+    return by_token(y).to(dtype), state
 
 
 class _Within(NamedTuple):
@@ -176,7 +138,7 @@ def backward(step: Step, A: Float[Tensor, "heads"], state: State, grads: tuple[T
     """The gradients of a step that started from `state`, from those of its outputs and of the state after it."""
     chunks, dtype, groups = _chunks(step, A, chunk), step.x.dtype, step.B.shape[2]
     decays, heads, precise = chunks.decays, chunks.x.shape[3], state.dtype
-    grad = _by_chunk(grads[0], chunk, groups)
+    grad = by_chunk(grads[0], chunk, groups)
     inner = _backward_within(chunks, grad)
 
     before, kept, _ = _states(chunks, state)
@@ -201,8 +163,8 @@ def backward(step: Step, A: Float[Tensor, "heads"], state: State, grads: tuple[T
     return Gradients(
         A=reduce(grad_log * chunks.dt, "b c g r q -> (g r)", "sum"),
         state=grad_state,
-        x=_by_token(grad_inflow * chunks.dt[..., None]).to(dtype),
-        dt=_by_token(grad_dt),
+        x=by_token(grad_inflow * chunks.dt[..., None]).to(dtype),
+        dt=by_token(grad_dt),
         B=rearrange(grad_B, "b c g q n -> b (c q) g n").to(dtype),
         C=rearrange(grad_C, "b c g q n -> b (c q) g n").to(dtype),
     )

@@ -1,0 +1,202 @@
+"""Gated DeltaNet: linear attention whose state decays and is told what it got wrong (arXiv 2412.06464).
+
+The state of a head is S_t = a_t S_(t-1) + beta_t k_t (v_t - a_t k_t^T S_(t-1))^T, its output q_t^T S_t, normalised over
+the head and times silu(z). q, k and v stand behind a short causal convolution, and q and k have length 1.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Generator, Tensor, nn
+
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Norm, Normalise, wide
+from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.kernels import gated_delta, gated_delta_step
+
+Stream = Float[Tensor, "batch time width"]
+Heads = Float[Tensor, "batch time heads channels"]
+PerHead = Float[Tensor, "batch time heads"]
+
+LENGTH_EPS = 1e-6
+"""Beside the squared length of a query or key, as in every implementation: a vector of zeros stays one."""
+
+
+@branches.register
+class GatedDelta(BranchSpec):
+    """Linear attention by the gated delta rule (Gated DeltaNet).
+
+    Attributes:
+        heads: of values, each with a state of head_dim x value_dim.
+        key_heads: of queries and keys; values of as many heads as fall to one share it.
+        head_dim: of queries and keys.
+        value_dim: of values; null: head_dim.
+        conv: taps.
+        negative_eigenvalues: beta goes up to 2 and not only to 1, so that a state can change its sign
+            (arXiv 2411.12537).
+        norm: of each head, before silu(z).
+        bias: of the maps in.
+        project: false returns the heads side by side, for a fusion with a projection.
+    """
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    kind: Literal["gated_delta"] = "gated_delta"
+    heads: Count
+    key_heads: Count
+    head_dim: Count
+    value_dim: Count | None = None
+    conv: Count = 4
+    conv_bias: Flag = False
+    negative_eigenvalues: Flag = False
+    norm: Norm | None = Norm()
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _parts_divide(self) -> Self:
+        if self.heads % self.key_heads:
+            raise invalid({("key_heads",): f"{self.key_heads} key heads do not divide {self.heads} heads"})
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Two heads a key head, values wider than keys, beta up to 2."""
+        return cls(heads=4, key_heads=2, head_dim=4, value_dim=6, conv=3, negative_eigenvalues=True)
+
+    @property
+    def keys(self) -> int:
+        """The width of all queries side by side, and of all keys."""
+        return self.key_heads * self.head_dim
+
+    @property
+    def inner(self) -> int:
+        """The width of all heads side by side."""
+        return self.heads * (self.value_dim or self.head_dim)
+
+    @property
+    def convolved(self) -> dict[str, int]:
+        """The widths of what is convolved."""
+        return {"q": self.keys, "k": self.keys, "v": self.inner}
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the heads."""
+        return scope.width if self.project else self.inner
+
+    def channels(self) -> Iterator[int]:
+        """Queries and keys rotate."""
+        yield self.head_dim
+
+    def build(self, scope: Scope) -> "GatedDeltaBranch":
+        """The module."""
+        return GatedDeltaBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, the convolution, and the recurrence: two reads of every state and one outer product."""
+        convolved = sum(self.convolved.values())
+        maps = convolved + self.inner * (2 if self.project else 1) + 2 * self.heads
+        return 2.0 * scope.width * maps + 2.0 * self.conv * convolved + 6.0 * self.inner * self.head_dim
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The convolution's last inputs, and the states in float32 or better."""
+        taps = (self.conv - 1) * sum(self.convolved.values())
+        return taps * dtype.itemsize + self.inner * self.head_dim * wide(dtype).itemsize
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Heads run within their key head."""
+        heads = "key_heads*group_heads"
+        keys, values = "key_heads*head_dim", f"{heads}*value_dim"
+        rows = {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": heads}
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
+        axes |= {f"{name}.bias": (row,) for name, row in rows.items() if name != "dt"} if self.bias else {}
+        axes |= {name: (heads,) for name in ("A_log", "dt_bias")}
+        for name in self.convolved:
+            axes[f"conv.{name}.weight"] = (rows[name], "conv")
+            axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
+        axes |= {"norm.weight": ("value_dim",)} if self.norm and self.norm.gain != "none" else {}
+        axes |= {"out.weight": ("width", values)} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        own = {name: getattr(self, name) for name in ("key_heads", "head_dim", "conv")}
+        shares = {"group_heads": self.heads // self.key_heads, "value_dim": self.value_dim or self.head_dim}
+        return {"width": scope.width, **own, **shares}
+
+
+class GatedDeltaBranch(Node):
+    """The module of `GatedDelta`: q, k, v, z, beta and dt are separate parameters."""
+
+    def __init__(self, spec: GatedDelta, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.value_dim = spec.value_dim or spec.head_dim
+        self.q, self.k, self.v = (Linear(width, rows, bias=spec.bias) for rows in spec.convolved.values())
+        self.z = Linear(width, spec.inner, bias=spec.bias)
+        self.beta = Linear(width, spec.heads, bias=spec.bias)
+        self.dt = Linear(width, spec.heads)
+        convolutions = {n: Convolution(rows, spec.conv, bias=spec.conv_bias) for n, rows in spec.convolved.items()}
+        self.conv = nn.ModuleDict(convolutions)
+        self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
+        self.dt_bias = self.declare("dt_bias", (spec.heads,), inverse_softplus_of_dt)
+        self.norm = Normalise(spec.norm, self.value_dim) if spec.norm else None
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Convolve, scan, normalise, gate."""
+        spec, state = self.spec, context.state(self)
+        x = context.encode(spec.encodings, x)
+        inputs = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}
+        inputs = {n: F.silu(self.conv[n](u, context, kept(state, f"conv.{n}"))) for n, u in inputs.items()}
+        q, k = (self._direction(inputs[name], context) for name in ("q", "k"))
+        v = rearrange(inputs["v"], "b t (h p) -> b t h p", h=spec.heads)
+        y = self._scan((q * spec.head_dim**-0.5, k, v, *self._rates(x)), context, state)
+        y = rearrange(y if self.norm is None else self.norm(y), "b t h p -> b t (h p)") * F.silu(self.z(x))
+        return y if self.out is None else self.out(y)
+
+    def _direction(self, x: Float[Tensor, "batch time keys"], context: Context) -> Heads:
+        """Queries or keys by head, of length 1."""
+        heads = rearrange(x, "b t (h n) -> b t h n", h=self.spec.key_heads)
+        precise = heads.to(wide(x.dtype))
+        unit = precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + LENGTH_EPS)
+        return context.rotate(self.spec.encodings, unit.to(x.dtype))
+
+    def _rates(self, x: Stream) -> tuple[PerHead, PerHead]:
+        """The log of the decay, and beta, in float32 or better."""
+        precise = wide(x.dtype)
+        dt = F.softplus(self.dt(x).to(precise) + self.dt_bias.to(precise))
+        beta = torch.sigmoid(self.beta(x).to(precise))
+        return -torch.exp(self.A_log.to(precise)) * dt, 2 * beta if self.spec.negative_eigenvalues else beta
+
+    def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Heads:
+        q, k, v, g, beta = inputs
+        if state is not None and is_step(v, context):
+            y, _ = gated_delta_step(state["delta"], q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])
+            return y[:, None]
+        start = None if state is None else state["delta"]
+        y, end = gated_delta(q, k, v, g, beta, initial_state=start, segments=context.segments)
+        if state is not None:
+            state["delta"].copy_(end.detach())
+        return y
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """The last inputs of each convolution, oldest first, and the heads' states."""
+        spec = self.spec
+        taps = {f"conv.{name}": like.new_zeros(batch, spec.conv - 1, rows) for name, rows in spec.convolved.items()}
+        shape = (batch, spec.heads, spec.head_dim, self.value_dim)
+        return taps | {"delta": like.new_zeros(shape, dtype=wide(like.dtype))}
+
+
+def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:
+    """A uniform in (0, 16], as the paper's code starts it, but for what is next to 0."""
+    tensor.uniform_(0.01, 16.0, generator=generator).log_()

@@ -1,0 +1,59 @@
+"""The operator `gated_delta`: its arguments, and what the choice of a backend depends on."""
+
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusiontree.kernels.documents import silence_padding, wide
+from fusiontree.kernels.registry import Op
+from fusiontree.kernels.shapes import Shapes
+
+
+class GatedDeltaRequest(NamedTuple):
+    """What is asked of a backend of `gated_delta`."""
+
+    device: str
+    dtype: torch.dtype
+    segments: bool
+
+
+class GatedDeltaInputs(NamedTuple):
+    """The arguments of `gated_delta`; `segments` as in `fusiontree.kernels.documents`."""
+
+    q: Float[Tensor, "batch time key_heads key_dim"]
+    k: Float[Tensor, "batch time key_heads key_dim"]
+    v: Float[Tensor, "batch time heads value_dim"]
+    g: Float[Tensor, "batch time heads"]
+    beta: Float[Tensor, "batch time heads"]
+    initial_state: Float[Tensor, "batch heads key_dim value_dim"] | None
+    segments: Int[Tensor, "batch time"] | None
+
+    @property
+    def request(self) -> GatedDeltaRequest:
+        """See `registry.Inputs`."""
+        return GatedDeltaRequest(self.v.device.type, self.v.dtype, segments=self.segments is not None)
+
+    def results(self) -> list[Tensor]:
+        """See `untraced.Shaped`."""
+        return [self.v.new_empty(self.v.shape), self.v.new_empty(self.state_shape, dtype=wide(self.v.dtype))]
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """Batch, heads, key_dim, value_dim."""
+        batch, _, heads, value_dim = self.v.shape
+        return batch, heads, self.k.shape[-1], value_dim
+
+    def prepared(self) -> Self:
+        """The same call with g, beta and the state in the wide dtype, and g = beta = 0 at padding.
+
+        Such a token leaves the state alone, so that padding needs no other care than silence in the outputs.
+        """
+        dtype, start = wide(self.v.dtype), self.initial_state
+        state = self.v.new_zeros(self.state_shape, dtype=dtype) if start is None else start.to(dtype)
+        g, beta = (silence_padding(values.to(dtype), self.segments) for values in (self.g, self.beta))
+        return self._replace(g=g, beta=beta, initial_state=state)
+
+
+GATED_DELTA: Op[GatedDeltaInputs] = Op("gated_delta", Shapes(GatedDeltaInputs, (("heads", "key_heads"),)))

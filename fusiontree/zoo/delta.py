@@ -1,0 +1,81 @@
+"""What families with gated delta rules in some layers and attention in the others have in common."""
+
+from typing import Any
+
+from fusiontree.branches import Attention
+from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.errors import FusionTreeError
+from fusiontree.zoo.family import Reader
+from fusiontree.zoo.options import Options
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+def attends(options: Options, period: int) -> list[bool]:
+    """Which layers have attention; where the config does not say, the last one of each period.
+
+    One layer more than a spec may have is enough for it to be refused.
+
+    Raises:
+        FusionTreeError: `layer_types` is no list of a kind for each layer.
+    """
+    layers = min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
+    kinds = options.get("layer_types", None)
+    if kinds is None:
+        return [index % period == period - 1 for index in range(layers)]
+    if not isinstance(kinds, list) or any(kind not in (LINEAR, FULL) for kind in kinds):
+        text = f"has to be a list of {LINEAR!r} and {FULL!r}, found {kinds!r:.80}"
+        raise FusionTreeError(f"config.json: layer_types: {text}")
+    if layers <= MAX_LAYERS and len(kinds) != layers:
+        text = f"{len(kinds)} are given, num_hidden_layers says {layers}"
+        raise FusionTreeError(f"config.json: layer_types: {text}")
+    return [kind == FULL for kind in kinds]
+
+
+def layer_types(reader: Reader) -> list[str]:
+    """The reverse of `attends`."""
+    return [FULL if isinstance(layer.mixer, Attention) else LINEAR for layer in reader.layers]
+
+
+def mixer(options: Options) -> dict[str, Any]:
+    """The sizes of a gated delta rule."""
+    return {
+        "kind": "gated_delta",
+        "heads": options.count("linear_num_value_heads"),
+        "key_heads": options.count("linear_num_key_heads"),
+        "head_dim": options.count("linear_key_head_dim"),
+        "value_dim": options.count("linear_value_head_dim"),
+        "conv": options["linear_conv_kernel_dim"],
+    }
+
+
+def mixer_of(found: Any) -> dict[str, Any]:
+    """The reverse of `mixer`, of a `GatedDelta`; nothing of None."""
+    if found is None:
+        return {}
+    return {
+        "linear_num_value_heads": found.heads,
+        "linear_num_key_heads": found.key_heads,
+        "linear_key_head_dim": found.head_dim,
+        "linear_value_head_dim": found.value_dim or found.head_dim,
+        "linear_conv_kernel_dim": found.conv,
+    }
+
+
+def rows(options: Options) -> dict[str, int]:
+    """How many rows each of our maps has."""
+    heads, key_heads = options.count("linear_num_value_heads"), options.count("linear_num_key_heads")
+    keys, values = key_heads * options.count("linear_key_head_dim"), heads * options.count("linear_value_head_dim")
+    return {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": heads}
+
+
+def attention_of(found: Any) -> dict[str, Any]:
+    """The sizes of an `Attention`; nothing of None."""
+    if found is None:
+        return {}
+    return {
+        "num_attention_heads": found.heads,
+        "num_key_value_heads": found.kv_heads,
+        "head_dim": found.head_dim,
+        "attention_bias": found.bias,
+    }

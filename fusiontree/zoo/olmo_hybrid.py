@@ -1,0 +1,141 @@
+"""OLMo-Hybrid: Gated DeltaNet with negative eigenvalues behind norms, and in one layer of four attention in front of
+them, with norms over all queries and all keys, with or without positions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusiontree.zoo import delta, parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.tensors import Joined, Part, Same, below, linear
+
+EPS = 1e-5
+"""Of the norm behind the delta rule, whatever the config says of the others."""
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    options.only("hidden_act", "silu")
+    for key in _OF_INITIALISATION:
+        options.get(key, None)  # of no consequence for the function
+    norm, ffn = parts.rms(options), {"kind": "swiglu", "hidden": options["intermediate_size"]}
+    encodings = _encodings(options)
+    attention = {"mixer": _attention(options, list(encodings)), "ffn": ffn, "norm": norm, "placement": "post"}
+    linear = {"mixer": _mixer(options), "ffn": ffn, "norm": norm}
+    kinds = delta.attends(options, PERIOD)
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options["hidden_size"],
+        "encodings": encodings if any(kinds) else {},
+        "layers": [attention if attends else linear for attends in kinds],
+        "norm": norm,
+        "head": {"tied": options["tie_word_embeddings"]},
+    }
+
+
+PERIOD = 4
+_OF_INITIALISATION = (*(f"linear_{what}" for what in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor")),)
+
+
+def _encodings(options: Options) -> dict[str, Any]:
+    """A theta of null is no rotation; one that is not said is transformers' default."""
+    found = options.get("rope_parameters", {})
+    return {} if found.get("rope_theta", 1) is None else {"rope": rope_theta(options)}
+
+
+def _mixer(options: Options) -> dict[str, Any]:
+    own = {"negative_eigenvalues": options["linear_allow_neg_eigval"], "norm": {"kind": "rms", "eps": EPS}}
+    return delta.mixer(options) | own
+
+
+def _head_dim(options: Options) -> int:
+    return options.get("head_dim", options.count("hidden_size") // options.count("num_attention_heads"))
+
+
+def _attention(options: Options, encodings: list[str]) -> dict[str, Any]:
+    heads, bias = options.count("num_attention_heads"), options["attention_bias"]
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options.get("num_key_value_heads", heads),
+        "head_dim": _head_dim(options),
+        "qk_norm": parts.rms(options) | {"over": "all"},
+        "bias": bias,
+        "out_bias": bias,
+        "encodings": encodings,
+    }
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
+    attention, mixer = reader.first("attention"), reader.first("gated_delta")  # transformers has no model without
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        "intermediate_size": ffn.hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "layer_types": delta.layer_types(reader),
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta if rope else None},
+        "linear_allow_neg_eigval": mixer.negative_eigenvalues,
+        "tie_word_embeddings": spec.head.tied,
+        "pad_token_id": None,  # their class has one that a small vocabulary has not
+        **delta.attention_of(attention),
+        **delta.mixer_of(mixer),
+    }
+
+
+def _tensors(options: Options) -> Iterator[Same]:
+    yield from parts.whole(options, "norm")
+    for index, attends in enumerate(delta.attends(options, PERIOD)):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        norms, place = (POST, "after") if attends else (PRE, "before")
+        for name, part in zip(norms, ("mixer", "ffn"), strict=True):
+            yield Same(f"{theirs}.{name}.weight", (f"{ours}.norm.{part}.{place}.weight",))
+        if attends:
+            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _attention_tensors(options))
+        else:
+            yield from below(f"{theirs}.linear_attn", f"{ours}.mixer", _mixer_tensors(options))
+        yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp(bias=False))
+
+
+PRE = "input_layernorm", "post_attention_layernorm"
+POST = "post_attention_layernorm", "post_feedforward_layernorm"
+
+
+def _attention_tensors(options: Options) -> Iterator[Same]:
+    yield from parts.attention(options["attention_bias"], options["attention_bias"])
+    yield from (Same(f"{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
+
+
+def _mixer_tensors(options: Options) -> Iterator[Same]:
+    for theirs, ours in zip("qkvgbao", ("q", "k", "v", "z", "beta", "dt", "out"), strict=True):
+        yield from linear(f"{theirs}_proj", ours)
+    rows = delta.rows(options)
+    yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
+    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias"))
+    yield Same("o_norm.weight", ("norm.weight",))
+
+
+def _files(options: Options) -> Iterator[Part]:
+    """Norms have other names in files, those of both kinds of layers, and convolutions stand alone. (transformers cuts
+    what it writes into three equal parts, whatever its channels are for.)"""
+    for part in _tensors(options):
+        if part.theirs.endswith("conv1d.weight"):
+            yield Joined(tuple(part.theirs.replace("conv1d", f"{name}_conv1d") for name in "qkv"), part)
+        else:
+            path, _, name = part.theirs.removesuffix(".weight").rpartition(".")
+            yield part._replace(theirs=f"{path}.{IN_FILES[name]}.weight") if name in IN_FILES else part
+
+
+IN_FILES = {"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"}
+DEFAULTS = {
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_allow_neg_eigval": True,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+OLMO_HYBRID = register(
+    Family("olmo_hybrid", "OlmoHybridForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head, _files)
+)
