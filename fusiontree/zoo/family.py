@@ -55,6 +55,8 @@ class Family:
         options = self.options(config)
         try:
             data = self.spec(options)
+        except FusionTreeError:
+            raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             found = f"{options.last}: {self.name} cannot read {options.get(options.last, None)!r:.60}"
             raise FusionTreeError(f"config.json: {found} ({error})") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register
-from fusiontree.zoo.options import Options, rope_theta
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Joined, Part, Same, below, linear
 
 EPS = 1e-5
@@ -76,7 +76,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm.eps,
         "layer_types": delta.layer_types(reader),
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta if rope else None},
+        "rope_parameters": rope_parameters(rope) if rope else {"rope_type": "default", "rope_theta": None},
         "linear_allow_neg_eigval": mixer.negative_eigenvalues,
         "tie_word_embeddings": spec.head.tied,
         "pad_token_id": None,  # their class has one that a small vocabulary has not

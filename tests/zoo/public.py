@@ -234,6 +234,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         QWEN3_NEXT | MORE_OF_QWEN3_NEXT,
     ),
     "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
+    "olmo_hybrid, yarn": (
+        "olmo_hybrid",
+        OLMO_HYBRID | {"rope_parameters": YARN | {"rope_theta": 100.0}, "max_position_embeddings": 64},
+    ),
     "olmo_hybrid, no positions, positive eigenvalues, biases, tied": ("olmo_hybrid", OLMO_HYBRID | MORE_OF_OLMO_HYBRID),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
