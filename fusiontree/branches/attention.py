@@ -271,12 +271,15 @@ class AttentionBranch(Node):
         }
 
 
-def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> Past:
-    """What the cache holds before a chunk; the chunk is written into it."""
+def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> Past | None:
+    """What the cache holds before a chunk, None where that is nothing; the chunk is written into it."""
     rows = context.rows
     assert rows is not None
     keys, values = (ring.transpose(1, 2) for ring in rings)
-    past = Past(keys.clone(), values.clone(), rows.ages(keys.shape[1]))
+    used = min(rows.held, keys.shape[1])  # slots fill in order
+    past = None
+    if used:
+        past = Past(keys[:, :used].clone(), values[:, :used].clone(), rows.ages(keys.shape[1])[:, :used])
     rows.write(keys, k)
     rows.write(values, v)
     return past

@@ -68,9 +68,9 @@ def _one_document(like: Ids, positions: Ids | None, cache: Cache | None) -> Layo
         positions = (torch.arange(like.shape[1], device=like.device) + first).expand_as(like)
     if cache is None:
         return Layout(None, None, positions, None)
-    room, seen = cache.reserve(like.shape[1]), cache.seen
+    held, room, seen = cache.most, cache.reserve(like.shape[1]), cache.seen
     after, tail = seen + like.shape[1], torch.zeros_like(seen)
-    rows = Rows(seen, tail, seen, after, positions[:, -1] + 1, cache.documents, None, room)
+    rows = Rows(seen, tail, seen, after, positions[:, -1] + 1, cache.documents, None, held, room)
     return Layout(None, None, positions, rows)
 
 
@@ -110,5 +110,6 @@ def _rows(cache: Cache, segments: Ids, opened: Ids, positions: Ids, documents: I
         positions=torch.where(empty, cache.positions, positions.gather(1, last)[:, 0] + 1),
         documents=torch.where(empty, cache.documents, documents.gather(1, last)[:, 0]),
         fresh=~empty,
-        room=cache.reserve(segments.shape[1]),
+        held=cache.most,
+        room=cache.reserve(segments.shape[1]),  # which adds the chunk to the bound
     )

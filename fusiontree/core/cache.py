@@ -26,6 +26,7 @@ class Rows:
         positions: the position that the row's next token has.
         documents: the id of the document that is open at the chunk's end.
         fresh: which rows the chunk brings tokens; None: all of them.
+        held: no row has more tokens in the cache as the chunk starts; a bound that nobody has to ask a device for.
         room: how many tokens a ring that grows has to hold; None where rings have room for all that may come.
     """
 
@@ -36,6 +37,7 @@ class Rows:
     positions: Int[Tensor, "batch"]
     documents: Int[Tensor, "batch"]
     fresh: Bool[Tensor, "batch"] | None
+    held: int
     room: int | None
 
     def ages(self, slots: int) -> Int[Tensor, "batch slots"]:
@@ -107,7 +109,8 @@ class Cache:
         self.seen = torch.zeros_like(like)
         self.positions = torch.zeros_like(like)
         self.documents = torch.zeros_like(like)
-        self._most = 0  # no row has seen more; known without looking at the device
+        self.most = 0
+        """No row has seen more; known without looking at the device."""
 
     @property
     def batch(self) -> int:
@@ -125,13 +128,13 @@ class Cache:
         Raises:
             FusionTreeError: they do not.
         """
-        if self.capacity is not None and self._most + tokens > self.capacity:
-            self._most = int(self.seen.max())
-            if self._most + tokens > self.capacity:
-                found = f"{self._most} tokens and {tokens} more"
+        if self.capacity is not None and self.most + tokens > self.capacity:
+            self.most = int(self.seen.max())
+            if self.most + tokens > self.capacity:
+                found = f"{self.most} tokens and {tokens} more"
                 raise FusionTreeError(f"cache: {found} do not fit, its max_length is {self.capacity}")
-        self._most += tokens
-        return self._most if self.capacity is None else None
+        self.most += tokens
+        return self.most if self.capacity is None else None
 
     @torch.no_grad()
     def select(self, rows: Int[Tensor, "batch"]) -> None:

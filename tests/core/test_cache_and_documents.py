@@ -8,6 +8,8 @@ from core_cases import VOCABULARY, complaint, model, tokens
 from torch import Tensor
 
 from fusiontree import LanguageModel, ModelSpec, build
+from fusiontree.branches import attention as branch
+from fusiontree.kernels.attn import attention
 
 LEARNED: dict[str, Any] = {"encodings": {"time": {"kind": "srte_learned", "max_length": 8}}}
 
@@ -61,6 +63,20 @@ def test_a_cache_of_another_spec_is_refused(built: LanguageModel) -> None:
 @pytest.mark.parametrize(("rows", "length"), [(-1, 5), (0, 5), (2, -3), (1.5, 5), (2, 2.5)])
 def test_a_cache_has_a_whole_number_of_rows_and_tokens(built: LanguageModel, rows: Any, length: Any) -> None:
     complaint(lambda: built.new_cache(rows, length), "a whole number from 1 on is needed, found")
+
+
+def test_a_chunk_looks_at_no_more_slots_than_are_filled(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    def watched(*args: Any, past: Any = None, **options: Any) -> Tensor:
+        looked_at.append(0 if past is None else past.keys.shape[1])
+        return attention.attention(*args, past=past, **options)
+
+    monkeypatch.setattr(branch, "attention", watched)
+    cache = built.new_cache(2, 8)
+    for chunk in tokens(2, 8).split([3, 2, 3], 1):
+        built(chunk, cache=cache)
+    assert looked_at == [0, 3, 5]  # of 6 slots, the window
 
 
 def test_decoding_under_autocast_is_the_full_forward() -> None:
