@@ -21,7 +21,7 @@ def _spec(options: Options) -> dict[str, Any]:
     attends, rotation = _attends(options), _rope(options)
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "encodings": {"rope": rotation} if any(attends) else {},
         "layers": [{"mixer": mixers[there], "ffn": ffn, "norm": norm} for there in attends],
         "norm": norm,
@@ -133,9 +133,7 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
     if attention is None:
         return {}
     return {
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
+        **parts.attention_sizes(attention),
         "attention_bias": attention.bias,
         "rope_parameters": partial_parameters(rotation, attention.head_dim),
     }

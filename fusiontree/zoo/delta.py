@@ -5,6 +5,7 @@ from typing import Any
 from fusiontree.branches import Attention
 from fusiontree.core.stack import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
+from fusiontree.zoo import parts
 from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
 
@@ -70,12 +71,5 @@ def rows(options: Options) -> dict[str, int]:
 
 
 def attention_of(found: Any) -> dict[str, Any]:
-    """The sizes of an `Attention`; nothing of None."""
-    if found is None:
-        return {}
-    return {
-        "num_attention_heads": found.heads,
-        "num_key_value_heads": found.kv_heads,
-        "head_dim": found.head_dim,
-        "attention_bias": found.bias,
-    }
+    """The sizes and the bias of an `Attention`; nothing of None."""
+    return {**parts.attention_sizes(found), "attention_bias": found.bias} if found else {}

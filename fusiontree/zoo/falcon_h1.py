@@ -29,7 +29,7 @@ def _spec(options: Options) -> dict[str, Any]:
     ffn["multipliers"] = {"gate": float(gate), "down": float(down)}
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "embedding": {"multiplier": float(options["embedding_multiplier"])},
         "encodings": {"rope": rope_theta(options)},
         "layers": [
@@ -85,7 +85,7 @@ def _attention(options: Options) -> dict[str, Any]:
         "kind": "attention",
         "heads": heads,
         "kv_heads": options.get("num_key_value_heads", heads),
-        "head_dim": options.get("head_dim", options["hidden_size"] // heads),
+        "head_dim": parts.head_dim(options),
         "bias": bias,
         "out_bias": bias,
         "encodings": ["rope"],
@@ -103,9 +103,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "intermediate_size": ffn.hidden,
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm.eps,
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
+        **parts.attention_sizes(attention),
         "attention_bias": attention.bias,
         "mlp_bias": ffn.bias,
         "projectors_bias": mamba.out_bias,

@@ -56,7 +56,7 @@ def _spec(options: Options, mixers: list[tuple[dict[str, Any], str]]) -> dict[st
     around = {"ffn": ffn, "norm": _norm(options), "placement": "sandwich"}
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "embedding": {"multiplier": options["hidden_size"] ** 0.5},
         "layers": [{"mixer": mixer | {"encodings": [name]}, **around} for mixer, name in mixers],
         "norm": _norm(options),
@@ -94,9 +94,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "num_hidden_layers": len(reader.layers),
         "layer_types": [GLOBAL if window is None else LOCAL for window in windows],
         "sliding_window": next((window for window in windows if window is not None), DEFAULTS["sliding_window"]),
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
+        **parts.attention_sizes(attention),
         "query_pre_attn_scalar": max(1, round(attention.scale**-2)) if attention.scale else attention.head_dim,
         "attention_bias": attention.bias,
         "intermediate_size": ffn.hidden,

@@ -30,7 +30,7 @@ def _spec(options: Options) -> dict[str, Any]:
     rope = rope_theta(options)
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "embedding": {"multiplier": options["embedding_multiplier"]},
         "encodings": {"rope": rope} if _rotates(options) and "attention" in kinds else {},
         "layers": [{"mixer": made[kind], **shared} for kind in kinds],
@@ -128,9 +128,7 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
         return {}
     turned = {"rope_parameters": rope_parameters(rope)} if rope else {}
     return {
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
+        **parts.attention_sizes(attention),
         "attention_bias": attention.bias,
         "attention_multiplier": attention.scale or attention.head_dim**-0.5,
         "position_embedding_type": "rope" if rope else None,

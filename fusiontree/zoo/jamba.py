@@ -20,7 +20,7 @@ def _spec(options: Options) -> dict[str, Any]:
     layers = zip(_attends(options), _routes(options), strict=True)
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "layers": [{"mixer": mixers[attends], "ffn": ffns[routes], "norm": norm} for attends, routes in layers],
         "norm": norm,
         "head": {"tied": options["tie_word_embeddings"]},
@@ -84,7 +84,7 @@ def _attention(options: Options) -> dict[str, Any]:
         "kind": "attention",
         "heads": heads,
         "kv_heads": options.get("num_key_value_heads", heads),
-        "head_dim": options.get("head_dim", options.count("hidden_size") // heads),
+        "head_dim": parts.head_dim(options),
     }
 
 
@@ -103,7 +103,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "tie_word_embeddings": spec.head.tied,
         **_period_of("attn", [isinstance(layer.mixer, Attention) for layer in reader.layers]),
         **_period_of("expert", [isinstance(layer.ffn, Moe) for layer in reader.layers]),
-        **_attention_of(reader),
+        **parts.attention_sizes(reader.find("attention")),
         **_mamba_of(reader),
     }
 
@@ -114,17 +114,6 @@ def _period_of(what: str, there: list[bool]) -> dict[str, Any]:
     offset = places[0] if places else len(there)
     period = places[1] - offset if len(places) > 1 else len(there) + 1
     return {f"{what}_layer_offset": offset, f"{what}_layer_period": period}
-
-
-def _attention_of(reader: Reader) -> dict[str, Any]:
-    attention = reader.find("attention")
-    if attention is None:
-        return {}
-    return {
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-    }
 
 
 def _mamba_of(reader: Reader) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def _spec(options: Options) -> dict[str, Any]:
     options.only("theta", rope["theta"])
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "encodings": {"rope": rope} if ATTENTION in types else {},
         "layers": [{"mixer": mixers[each], "ffn": ffn, "norm": norm} for each in types],
         "norm": norm,
@@ -57,7 +57,7 @@ def _attention(options: Options) -> dict[str, Any]:
         "kind": "attention",
         "heads": heads,
         "kv_heads": options["num_key_value_heads"],
-        "head_dim": options.get("head_dim", options["hidden_size"] // heads),
+        "head_dim": parts.head_dim(options),
         "qk_norm": parts.rms(options, "norm_eps"),
         "encodings": ["rope"],
     }

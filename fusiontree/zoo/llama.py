@@ -17,7 +17,7 @@ def _spec(options: Options) -> dict[str, Any]:
         "kind": "attention",
         "heads": heads,
         "kv_heads": options.get("num_key_value_heads", heads),
-        "head_dim": options.get("head_dim", options["hidden_size"] // heads),
+        "head_dim": parts.head_dim(options),
         "window": options.get("sliding_window", None),
         "bias": bias,
         "out_bias": bias,
@@ -27,7 +27,7 @@ def _spec(options: Options) -> dict[str, Any]:
     layer = {"mixer": attention, "ffn": ffn, "norm": parts.rms(options)}
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "encodings": {"rope": rope_theta(options)},
         "layers": [{"repeat": options["num_hidden_layers"], "layers": [layer]}],
         "norm": parts.rms(options),
@@ -42,9 +42,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.width,
         "num_hidden_layers": len(reader.layers),
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
+        **parts.attention_sizes(attention),
         "intermediate_size": ffn.hidden,
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm.eps,

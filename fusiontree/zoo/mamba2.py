@@ -29,7 +29,7 @@ def _spec(options: Options) -> dict[str, Any]:
     }
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "layers": [{"repeat": options["num_hidden_layers"], "layers": [{"mixer": mixer, "norm": norm}]}],
         "norm": norm,
         "head": {"tied": options["tie_word_embeddings"]},

@@ -27,7 +27,7 @@ def _spec(options: Options) -> dict[str, Any]:
         made["moe"] = _moe(options)
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "layers": [{_slot(kind): made[kind], "norm": norm} for kind in kinds],
         "norm": norm,
         "head": {"tied": False},
@@ -134,7 +134,7 @@ def _config(reader: Reader) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **({"intermediate_size": mlp.hidden, "mlp_bias": mlp.bias} if mlp else {}),
         **_moe_config(reader),
-        **_attention_config(reader),
+        **parts.attention_sizes(reader.find("attention")),
         **_mamba_config(reader),
     }
 
@@ -159,17 +159,6 @@ def _moe_config(reader: Reader) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": moe.shared_hidden or 1,
         "norm_topk_prob": moe.router.renormalise,
         "routed_scaling_factor": moe.router.multiplier,
-    }
-
-
-def _attention_config(reader: Reader) -> dict[str, Any]:
-    attention = reader.find("attention")
-    if attention is None:
-        return {}
-    return {
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
     }
 
 

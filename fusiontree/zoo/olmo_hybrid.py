@@ -24,7 +24,7 @@ def _spec(options: Options) -> dict[str, Any]:
     kinds = delta.attends(options, PERIOD)
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "encodings": encodings if any(kinds) else {},
         "layers": [attention if attends else linear for attends in kinds],
         "norm": norm,
@@ -47,17 +47,13 @@ def _mixer(options: Options) -> dict[str, Any]:
     return delta.mixer(options) | own
 
 
-def _head_dim(options: Options) -> int:
-    return options.get("head_dim", options.count("hidden_size") // options.count("num_attention_heads"))
-
-
 def _attention(options: Options, encodings: list[str]) -> dict[str, Any]:
     heads, bias = options.count("num_attention_heads"), options["attention_bias"]
     return {
         "kind": "attention",
         "heads": heads,
         "kv_heads": options.get("num_key_value_heads", heads),
-        "head_dim": _head_dim(options),
+        "head_dim": parts.head_dim(options),
         "qk_norm": parts.rms(options) | {"over": "all"},
         "bias": bias,
         "out_bias": bias,

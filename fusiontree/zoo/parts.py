@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fusiontree.branches import Attention
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
@@ -106,6 +107,13 @@ def head_dim(options: Options) -> int:
     if options.get("head_dim", None) is not None:
         return options.count("head_dim")
     return options.count("hidden_size") // options.count("num_attention_heads")
+
+
+def attention_sizes(found: Attention | None) -> dict[str, int]:
+    """What configs say of an attention branch; nothing of None."""
+    if found is None:
+        return {}
+    return {"num_attention_heads": found.heads, "num_key_value_heads": found.kv_heads, "head_dim": found.head_dim}
 
 
 def dt_rank(options: Options, key: str) -> int:

@@ -20,7 +20,7 @@ def _spec(options: Options) -> dict[str, Any]:
     kinds = [attention if attends else mixer for attends in _attends(options)]
     return {
         "vocab_size": options["vocab_size"],
-        "width": options["hidden_size"],
+        "width": options.count("hidden_size"),
         "encodings": {"rope": rope} if attention in kinds else {},
         "layers": [{"mixer": kind, "ffn": ffn, "norm": norm} for kind in kinds],
         "norm": norm,
