@@ -33,10 +33,14 @@ class _Field(NamedTuple):
 
 
 class Shapes:
-    """The shapes of a named tuple's tensors. `multiples`: pairs of dimensions of which the second divides the first."""
+    """The shapes of a named tuple's tensors, each with one form or more. `multiples`: pairs of dimensions of which the
+    second divides the first."""
 
     def __init__(self, inputs: type, multiples: tuple[tuple[str, str], ...] = ()) -> None:
-        self.fields, self.multiples = tuple(_fields(inputs)), multiples
+        self.multiples = multiples
+        self.forms: dict[str, list[_Field]] = {}
+        for field in _fields(inputs):
+            self.forms.setdefault(field.name, []).append(field)
 
     def check(self, op: str, inputs: Any) -> None:
         """Compare.
@@ -45,12 +49,13 @@ class Shapes:
             FusionTreeError: names the argument, the shape that it has to have, and the one that it has.
         """
         sizes: dict[str, int] = {}
-        for field in self.fields:
-            tensor = field.of(inputs)
-            if tensor is not None and not _fits(field, tensor, sizes):
-                kind, wanted = "integers" if field.integers else "floating-point numbers", _wanted(field, sizes)
+        for name, forms in self.forms.items():
+            tensor = forms[0].of(inputs)
+            if tensor is not None and not any(_fits(form, tensor, sizes) for form in forms):
+                kind = "integers" if forms[0].integers else "floating-point numbers"
+                wanted = " or ".join(f"[{_wanted(form, sizes)}]" for form in forms)
                 found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-                raise FusionTreeError(f"{op}: {field.name}: {kind} [{wanted}] are needed, found {found}")
+                raise FusionTreeError(f"{op}: {name}: {kind} {wanted} are needed, found {found}")
         for whole, part in self.multiples:
             if sizes[whole] % sizes[part]:
                 raise FusionTreeError(f"{op}: {sizes[whole]} {whole} are not a multiple of {sizes[part]} {part}")

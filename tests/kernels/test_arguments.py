@@ -49,6 +49,9 @@ MISFITS = {
     "gated_delta: 4 heads are not a multiple of 3 key_heads": (
         lambda: gated_delta(R(2, 6, 3, 3), R(2, 6, 3, 3), Q, R(2, 6, 4), R(2, 6, 4))
     ),
+    "gated_delta: g: floating-point numbers [2, 6, 4] or [2, 6, 4, 3] are needed, found [2, 6, 4, 2] float32": (
+        lambda: gated_delta(R(2, 6, 2, 3), R(2, 6, 2, 3), Q, R(2, 6, 4, 2), R(2, 6, 4))
+    ),
     "causal_conv1d: initial_state: floating-point numbers [2, 2, 4] are needed, found [2, 5, 4]": (
         lambda: causal_conv1d(R(2, 6, 4), R(4, 3), initial_state=R(2, 5, 4))
     ),

@@ -38,11 +38,22 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return "chunked"
 
 
-def draw_inputs(time: int, key_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Keys of length 1; beta up to 2."""
+Decay = tuple[int, ...]
+FORMS: dict[str, Decay] = {"a decay a head": (), "a decay a channel": (KEY,)}
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
+def decay(request: pytest.FixtureRequest) -> Decay:
+    """Dimensions of g beside batch, time and heads."""
+    return request.param
+
+
+def draw_inputs(time: int, decay: Decay, key_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Keys of length 1; beta up to 2; decays of channels that are far apart."""
     draw = Draw(time, dtype)
     q, k = (F.normalize(draw.normal(ROWS, time, key_heads, KEY), dim=-1).to(dtype).double() for _ in "qk")
-    g, beta = -draw.uniform(ROWS, time, HEADS), 2 * draw.uniform(ROWS, time, HEADS)
+    g, beta = -draw.uniform(ROWS, time, HEADS, *decay), 2 * draw.uniform(ROWS, time, HEADS)
+    g = g * 4.0 ** torch.arange(-3, 2) if decay else g
     return [q, k, draw.normal(ROWS, time, HEADS, VALUE), g, beta, draw.normal(ROWS, HEADS, KEY, VALUE)]
 
 
@@ -52,28 +63,31 @@ def run(inputs: list[Tensor], segments: Tensor | None, backend: str) -> tuple[Te
 
 
 def multiplied_out(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Every state from the matrices a (I - beta k k^T) of the paper's first form."""
+    """Every state from the matrices (I - beta k k^T) Diag(a) of the papers' first forms."""
     q, k, v, g, beta, state = inputs
     q, k = (values.repeat_interleave(HEADS // values.shape[2], 2) for values in (q, k))
     outputs = []
     for t in range(q.shape[1]):
         rate = beta[:, t, :, None, None]
         erased = torch.eye(KEY).double() - rate * k[:, t, :, :, None] * k[:, t, :, None]
-        state = g[:, t, :, None, None].exp() * erased @ state + rate * k[:, t, :, :, None] * v[:, t, :, None]
+        kept = torch.diag_embed(g[:, t].exp().reshape(ROWS, HEADS, -1).expand(-1, -1, KEY))
+        state = erased @ kept @ state + rate * k[:, t, :, :, None] * v[:, t, :, None]
         outputs.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state))
     return torch.stack(outputs, 1), state
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_is_the_product_of_the_paper_s_matrices(backend: str, key_heads: int) -> None:
-    inputs = draw_inputs(9, key_heads)
+def test_is_the_product_of_the_paper_s_matrices(backend: str, decay: Decay, key_heads: int) -> None:
+    inputs = draw_inputs(9, decay, key_heads)
     assert_all_close(run(inputs, None, backend), multiplied_out(inputs), torch.float64, backend)
 
 
 @cache
-def truth(time: int, packed: bool, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+def truth(
+    time: int, decay: Decay, packed: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """Inputs, segments, and what the reference makes of them: both results and all gradients."""
-    draws = draw_inputs(time, 1 + time % 2, dtype)
+    draws = draw_inputs(time, decay, 1 + time % 2, dtype)
     segments = Draw(time).segments(time) if packed else None
     exact = leaves(draws, [torch.float64] * 6)
     results = run(exact, segments, "reference")
@@ -83,8 +97,10 @@ def truth(time: int, packed: bool, dtype: torch.dtype) -> tuple[list[Tensor], Te
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("time", LENGTHS)
-def test_backends_agree_with_the_reference(backend: str, time: int, packed: bool, dtype: torch.dtype) -> None:
-    draws, segments, want = truth(time, packed, dtype)
+def test_backends_agree_with_the_reference(
+    backend: str, decay: Decay, time: int, packed: bool, dtype: torch.dtype
+) -> None:
+    draws, segments, want = truth(time, decay, packed, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     rounded = leaves(draws, [dtype, dtype, dtype, wide, wide, wide])
     got = run(rounded, segments, backend)
@@ -92,9 +108,9 @@ def test_backends_agree_with_the_reference(backend: str, time: int, packed: bool
     assert_all_close([*got, *gradients(got, rounded)], want, dtype, backend)
 
 
-def test_gradcheck(backend: str) -> None:
-    draw = Draw(0)
-    shapes = ((2, 5, 1, 2), (2, 5, 1, 2), (2, 5, 2, 2), (2, 5, 2), (2, 5, 2), (2, 2, 2, 2))
+def test_gradcheck(backend: str, decay: Decay) -> None:
+    draw, widths = Draw(0), (2,) * len(decay)
+    shapes = ((2, 5, 1, 2), (2, 5, 1, 2), (2, 5, 2, 2), (2, 5, 2, *widths), (2, 5, 2), (2, 2, 2, 2))
     inputs = [draw.normal(*shape) for shape in shapes]
     inputs[3] = -inputs[3].abs()
     segments = torch.tensor([[0, 0, 1, 1, -1], [1, 1, 3, 3, 3]])
@@ -103,8 +119,8 @@ def test_gradcheck(backend: str) -> None:
     )
 
 
-def test_packed_documents_are_the_documents_alone(backend: str) -> None:
-    *tokens, state = draw_inputs(150)
+def test_packed_documents_are_the_documents_alone(backend: str, decay: Decay) -> None:
+    *tokens, state = draw_inputs(150, decay)
     segments = Draw(5).segments(150)
     y, final = gated_delta(*tokens, initial_state=state, segments=segments, backend=backend)
     for row in range(ROWS):
@@ -119,13 +135,13 @@ def test_packed_documents_are_the_documents_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("starts", [(64,), (256,), (128, 192), (255, 256, 257), (1, 63, 127, 320)])
-def test_documents_may_start_at_the_edges_of_chunks(backend: str, starts: tuple[int, ...]) -> None:
-    inputs, segments = draw_inputs(330), segments_from(starts, 330, ROWS)
+def test_documents_may_start_at_the_edges_of_chunks(backend: str, decay: Decay, starts: tuple[int, ...]) -> None:
+    inputs, segments = draw_inputs(330, decay), segments_from(starts, 330, ROWS)
     assert_all_close(run(inputs, segments, backend), run(inputs, segments, "reference"), torch.float64, backend)
 
 
-def test_nothing_of_a_document_is_left_in_the_next(backend: str) -> None:
-    inputs, segments = draw_inputs(90), segments_from((41,), 90, ROWS)
+def test_nothing_of_a_document_is_left_in_the_next(backend: str, decay: Decay) -> None:
+    inputs, segments = draw_inputs(90, decay), segments_from((41,), 90, ROWS)
     inputs[3] = torch.zeros_like(inputs[3])  # nothing ever decays
     y, final = run(inputs, segments, backend)
     inputs[2][:, :41], inputs[5] = 1e30, inputs[5] * 1e30
@@ -136,8 +152,8 @@ def test_nothing_of_a_document_is_left_in_the_next(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1,), (64,), (7, 70, 71), (129,)])
-def test_a_split_sequence_is_the_whole(backend: str, cuts: tuple[int, ...]) -> None:
-    (*tokens, state), segments = draw_inputs(130), Draw(3).segments(130)
+def test_a_split_sequence_is_the_whole(backend: str, decay: Decay, cuts: tuple[int, ...]) -> None:
+    (*tokens, state), segments = draw_inputs(130, decay), Draw(3).segments(130)
     whole, whole_state = gated_delta(*tokens, initial_state=state, segments=segments, backend=backend)
     parts = []
     for start, stop in zip((0, *cuts), (*cuts, 130), strict=True):
@@ -149,8 +165,8 @@ def test_a_split_sequence_is_the_whole(backend: str, cuts: tuple[int, ...]) -> N
     assert_close(state, whole_state)
 
 
-def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
-    draws, segments = draw_inputs(70), Draw(8).segments(70)
+def test_padding_changes_nothing_and_gets_no_gradient(backend: str, decay: Decay) -> None:
+    draws, segments = draw_inputs(70, decay), Draw(8).segments(70)
     inputs = leaves(draws, [torch.float64] * 6)
     y, final = gated_delta(*inputs[:5], initial_state=inputs[5], segments=segments, backend=backend)
     grads = gradients((y, final), inputs)
@@ -165,8 +181,8 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_step_by_step_is_the_whole_and_updates_in_place(key_heads: int) -> None:
-    *tokens, state = draw_inputs(150, key_heads)
+def test_step_by_step_is_the_whole_and_updates_in_place(decay: Decay, key_heads: int) -> None:
+    *tokens, state = draw_inputs(150, decay, key_heads)
     want, want_state = gated_delta(*tokens, initial_state=state)
     running = state.clone()
     for t in range(150):
@@ -176,8 +192,8 @@ def test_step_by_step_is_the_whole_and_updates_in_place(key_heads: int) -> None:
     assert_close(running, want_state)
 
 
-def test_a_step_takes_what_a_scan_takes() -> None:
-    draws = draw_inputs(1, 1, torch.bfloat16)
+def test_a_step_takes_what_a_scan_takes(decay: Decay) -> None:
+    draws = draw_inputs(1, decay, 1, torch.bfloat16)
     kinds = [*[torch.bfloat16] * 3, *[torch.float32] * 3]
     *tokens, state = (draw.to(kind) for draw, kind in zip(draws, kinds, strict=True))
     want, want_state = gated_delta(*tokens, initial_state=state)
@@ -188,40 +204,50 @@ def test_a_step_takes_what_a_scan_takes() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e3, 1e30])
-def test_extreme_decays_stay_finite(backend: str, scale: float) -> None:
-    inputs = draw_inputs(130)
+def test_extreme_decays_stay_finite(backend: str, decay: Decay, scale: float) -> None:
+    inputs = draw_inputs(130, decay)
     inputs[3] = inputs[3] * scale
     assert_all_close(run(inputs, None, backend), run(inputs, None, "reference"), torch.float64, backend)
     rounded = leaves(inputs, [torch.float32] * 6)
     assert all(torch.isfinite(grad).all() for grad in gradients(run(rounded, None, backend), rounded))
 
 
+def test_strong_decays_of_channels_take_no_digits_of_weak_ones(backend: str) -> None:
+    """From token to token and channel to channel nearly nothing is lost, or nearly all; sums of logs go to -5000."""
+    inputs = draw_inputs(200, (KEY,))
+    inputs[3] = torch.where(inputs[3] < inputs[3].median(), -80.0, inputs[3] / 100)
+    exact, rounded = (leaves(inputs, [dtype] * 6) for dtype in (torch.float64, torch.float32))
+    want, got = run(exact, None, "reference"), run(rounded, None, backend)
+    assert_all_close(got, want, torch.float32, backend)
+    assert_all_close(gradients(got, rounded), gradients(want, exact), torch.float32, f"gradients, {backend}")
+
+
 @pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_keys_that_are_all_the_same_are_no_harder(backend: str, beta: float) -> None:
+def test_keys_that_are_all_the_same_are_no_harder(backend: str, decay: Decay, beta: float) -> None:
     """The system that a chunk solves is then as far from the identity as it can be."""
-    inputs = draw_inputs(300)
+    inputs = draw_inputs(300, decay)
     inputs[1], inputs[4] = inputs[1][:1, :1].expand_as(inputs[1]), torch.full_like(inputs[4], beta)
     inputs[3] = torch.zeros_like(inputs[3])
     got = run(leaves(inputs, [torch.float32] * 6), None, backend)
     assert_all_close(got, run(inputs, None, "reference"), torch.float32, backend)
 
 
-def test_reference_flops_are_the_closed_form() -> None:
-    inputs = draw_inputs(11)
+def test_reference_flops_are_the_closed_form(decay: Decay) -> None:
+    inputs = draw_inputs(11, decay)
     with FlopCounterMode(display=False) as counter:
         run(inputs, None, "reference")
     assert counter.get_total_flops() == ROWS * 11 * 6 * HEADS * KEY * VALUE
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_any_number_of_rows(backend: str, rows: int) -> None:
-    inputs = [tensor[:rows] for tensor in draw_inputs(9)]
+def test_any_number_of_rows(backend: str, decay: Decay, rows: int) -> None:
+    inputs = [tensor[:rows] for tensor in draw_inputs(9, decay)]
     assert_all_close(run(inputs, None, backend), run(inputs, None, "reference"), torch.float64, backend)
 
 
-def saved(time: int) -> int:
+def saved(time: int, decay: Decay) -> int:
     """Runs one narrow sequence forward and backward; what was kept in between."""
-    shapes = ((1, time, 1, 4), (1, time, 1, 4), (1, time, 1, 4), (1, time, 1), (1, time, 1))
+    shapes = ((1, time, 1, KEY), (1, time, 1, KEY), (1, time, 1, 4), (1, time, 1, *decay), (1, time, 1))
     with LargestTensor() as largest:
         y, _ = gated_delta(*leaves([-torch.ones(shape) / 2 for shape in shapes], [torch.float32] * 5))
         kept = saved_elements(y)
@@ -230,13 +256,13 @@ def saved(time: int) -> int:
     return kept
 
 
-def test_chunked_is_linear_in_time() -> None:
-    assert saved(65536) <= 2.01 * saved(32768)
+def test_chunked_is_linear_in_time(decay: Decay) -> None:
+    assert saved(65536, decay) <= 2.01 * saved(32768, decay)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_compiled_model_calls_it_as_one_operator(packed: bool) -> None:
-    draws, segments = draw_inputs(150), Draw(1).segments(150) if packed else None
+def test_a_compiled_model_calls_it_as_one_operator(decay: Decay, packed: bool) -> None:
+    draws, segments = draw_inputs(150, decay), Draw(1).segments(150) if packed else None
     plain, compiled = leaves(draws, [torch.float32] * 6), leaves(draws, [torch.float32] * 6)
 
     def scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,8 +274,8 @@ def test_a_compiled_model_calls_it_as_one_operator(packed: bool) -> None:
     assert_all_close(gradients(got, compiled), gradients(want, plain), torch.float32, "gradients, compiled")
 
 
-def test_a_step_can_be_compiled() -> None:
-    *tokens, state = (tensor.double() for tensor in draw_inputs(1))
+def test_a_step_can_be_compiled(decay: Decay) -> None:
+    *tokens, state = (tensor.double() for tensor in draw_inputs(1, decay))
     inputs, again = [tensor[:, 0] for tensor in tokens], state.clone()
     torch._dynamo.reset()
     want, _ = gated_delta_step(state, *inputs)
@@ -257,10 +283,19 @@ def test_a_step_can_be_compiled() -> None:
     assert_all_close([got, again], [want, state], torch.float64, "compiled step")
 
 
-@pytest.mark.parametrize("function", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
+THEIRS = {
+    "torch_chunk_gated_delta_rule": ("qwen3_next", ()),
+    "torch_recurrent_gated_delta_rule": ("qwen3_next", ()),
+    "chunk_kimi_delta_attention": ("kimi_linear", (KEY,)),
+    "recurrent_kimi_delta_attention": ("kimi_linear", (KEY,)),
+}
+
+
+@pytest.mark.parametrize("function", THEIRS)
 def test_is_what_transformers_computes(function: str) -> None:
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    draws = leaves(draw_inputs(130), [torch.float32] * 6)
+    name, decay = THEIRS[function]
+    modeling = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
+    draws = leaves(draw_inputs(130, decay, HEADS), [torch.float32] * 6)
     q, k, v, g, beta, state = draws
     y, end = getattr(modeling, function)(q, k, v, g, beta, initial_state=state, output_final_state=True)
     want, got = (y, end), gated_delta(q * KEY**-0.5, k, v, g, beta, initial_state=state)

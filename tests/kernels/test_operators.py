@@ -24,10 +24,11 @@ def test_ssd_chunked(packed):
     torch.library.opcheck(OPS.ssd_chunked, (x, dt.abs(), -A.abs(), B, C, state, segments, True, False), test_utils=WHAT)
 
 
+@pytest.mark.parametrize("decays", [1, STATE])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gated_delta_chunked(packed):
+def test_gated_delta_chunked(packed, decays):
     q, k, v = tensors((1, TIME, 1, STATE), (1, TIME, 1, STATE), (1, TIME, HEADS, WIDTH))
-    g, beta, state = tensors((1, TIME, HEADS), (1, TIME, HEADS), (1, 1, HEADS, STATE, WIDTH))
+    g, beta, state = tensors((1, TIME, HEADS, decays), (1, TIME, HEADS), (1, 1, HEADS, STATE, WIDTH))
     segments = torch.arange(TIME)[None] // 30 if packed else None
     inputs = (q, k / 9, v, -g.abs(), beta, state, segments, True)
     torch.library.opcheck(OPS.gated_delta_chunked, inputs, test_utils=WHAT)

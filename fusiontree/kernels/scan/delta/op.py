@@ -25,7 +25,7 @@ class GatedDeltaInputs(NamedTuple):
     q: Float[Tensor, "batch time key_heads key_dim"]
     k: Float[Tensor, "batch time key_heads key_dim"]
     v: Float[Tensor, "batch time heads value_dim"]
-    g: Float[Tensor, "batch time heads"]
+    g: Float[Tensor, "batch time heads"] | Float[Tensor, "batch time heads key_dim"]
     beta: Float[Tensor, "batch time heads"]
     initial_state: Float[Tensor, "batch heads key_dim value_dim"] | None
     segments: Int[Tensor, "batch time"] | None
@@ -46,14 +46,15 @@ class GatedDeltaInputs(NamedTuple):
         return batch, heads, self.k.shape[-1], value_dim
 
     def prepared(self) -> Self:
-        """The same call with g, beta and the state in the wide dtype, and g = beta = 0 at padding.
+        """The same call with g, beta and the state in the wide dtype, g [batch, time, heads, 1 or key_dim], and
+        g = beta = 0 at padding.
 
         Such a token leaves the state alone, so that padding needs no other care than silence in the outputs.
         """
         dtype, start = wide(self.v.dtype), self.initial_state
         state = self.v.new_zeros(self.state_shape, dtype=dtype) if start is None else start.to(dtype)
         g, beta = (silence_padding(values.to(dtype), self.segments) for values in (self.g, self.beta))
-        return self._replace(g=g, beta=beta, initial_state=state)
+        return self._replace(g=g if g.ndim == self.k.ndim else g[..., None], beta=beta, initial_state=state)
 
 
 GATED_DELTA: Op[GatedDeltaInputs] = Op("gated_delta", Shapes(GatedDeltaInputs, (("heads", "key_heads"),)))

@@ -10,7 +10,7 @@ from fusiontree.kernels.scan.delta.op import GATED_DELTA, GatedDeltaInputs
 
 @GATED_DELTA.backend("reference")
 def reference(inputs: GatedDeltaInputs) -> tuple[Tensor, Tensor]:
-    """S' = a_t S_{t-1}, S_t = S' + beta_t k_t (v_t - k_t^T S')^T, o_t = q_t^T S_t, all in the wide dtype.
+    """S' = Diag(a_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - k_t^T S')^T, o_t = q_t^T S_t, all in the wide dtype.
 
     Each product is a matrix product, so that torch's FLOP counter sees 6 heads key_dim value_dim a token.
     """
@@ -21,10 +21,10 @@ def reference(inputs: GatedDeltaInputs) -> tuple[Tensor, Tensor]:
     decay = torch.exp(g)
     if segments is not None:
         joined = padding_joined(segments)
-        decay = torch.where((joined == previous(joined))[..., None], decay, 0.0)
+        decay = torch.where((joined == previous(joined))[..., None, None], decay, 0.0)
     outputs = []
     for t in range(v.shape[1]):
-        state = decay[:, t, :, None, None] * state
+        state = decay[:, t, :, :, None] * state
         error = v[:, t, :, None] - k[:, t] @ state
         state = state + k[:, t].mT @ (beta[:, t, :, None, None] * error)
         outputs.append((q[:, t] @ state).squeeze(-2))

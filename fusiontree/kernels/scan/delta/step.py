@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.scan.chunks import Decays, Documents, by_chunk, by_token
+from fusiontree.kernels.scan.chunks import Documents, by_chunk, by_token
+from fusiontree.kernels.scan.delta.channels import PerChannel
+from fusiontree.kernels.scan.delta.decays import Decays, Keys, Logs, PerHead, Scores
 
 State = Float[Tensor, "batch g r n p"]
 States = Float[Tensor, "batch chunks g r n p"]
-Keys = Float[Tensor, "b c g r chunk n"]
 Values = Float[Tensor, "b c g r chunk p"]
-Scores = Float[Tensor, "b c g r chunk chunk"]
 
 
 class Step(NamedTuple):
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     q: Float[Tensor, "batch chunks*chunk key_heads key_dim"]
     k: Float[Tensor, "batch chunks*chunk key_heads key_dim"]
     v: Float[Tensor, "batch chunks*chunk heads value_dim"]
-    g: Float[Tensor, "batch chunks*chunk heads"]
+    g: Float[Tensor, "batch chunks*chunk heads channels"]
     beta: Float[Tensor, "batch chunks*chunk heads"]
 
 
@@ -45,46 +45,35 @@ class Chunks(NamedTuple):
         """In the dtype of g."""
         groups, dtype = step.k.shape[2], step.g.dtype
         q, k, v, g, beta = (by_chunk(values.to(dtype), chunk, groups) for values in step)
-        return cls(q, k, v, beta[..., None], Decays.of(g, documents))
-
-    @property
-    def entry(self) -> Float[Tensor, "b c g r chunk 1"]:
-        """How much of the state before the chunk each token meets."""
-        return self.decays.entry[..., None]
-
-    @property
-    def exit(self) -> Float[Tensor, "b c g r chunk 1"]:
-        """How much of what a token writes is left after the chunk."""
-        return self.decays.exit[..., None]
-
-    @property
-    def across(self) -> Float[Tensor, "b c g r 1 1"]:
-        """How much of the state before the chunk is left after it."""
-        return self.decays.across[..., None]
+        form = PerHead if g.shape[-1] == 1 else PerChannel
+        return cls(q, k, v, beta[..., None], form.of(g, documents))
 
 
 class _Solved(NamedTuple):
-    """(I + L)^-1, and what it makes of beta V and of beta e K: the values written are U - R S."""
+    """Keys with keys, (I + L)^-1, and what it makes of beta V and of beta e K: the values written are U - R S."""
 
+    similar: Scores
     inverse: Scores
     U: Values
     R: Keys
 
 
 def _solved(chunks: Chunks) -> _Solved:
-    system = chunks.beta * (chunks.k @ chunks.k.mT) * chunks.decays.within  # only what is below the diagonal is read
-    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-    inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
-    return _Solved(inverse, inverse @ (chunks.beta * chunks.v), inverse @ (chunks.beta * chunks.entry * chunks.k))
+    _, k, v, beta, decays = chunks
+    similar = decays.product(k, k)
+    identity = torch.eye(similar.shape[-1], dtype=similar.dtype, device=similar.device)
+    # Only what is below the diagonal is read.
+    inverse = torch.linalg.solve_triangular(beta * similar, identity, upper=False, unitriangular=True)
+    return _Solved(similar, inverse, inverse @ (beta * v), inverse @ (beta * decays.entry * k))
 
 
 def _scores(chunks: Chunks) -> Scores:
-    return (chunks.q @ chunks.k.mT) * chunks.decays.within
+    return chunks.decays.product(chunks.q, chunks.k)
 
 
 def _states(chunks: Chunks, solved: _Solved, state: State) -> tuple[States, State]:
     """The state before each chunk, and after the last."""
-    kept, across, before = (chunks.exit * chunks.k).mT, chunks.across, []
+    kept, across, before = (chunks.decays.exit * chunks.k).mT, chunks.decays.across, []
     for c in range(kept.shape[1]):
         before.append(state)
         written = solved.U[:, c] - solved.R[:, c] @ state
@@ -98,7 +87,7 @@ def forward(step: Step, documents: Documents | None, state: State, chunk: int) -
     solved = _solved(chunks)
     before, state = _states(chunks, solved, state)
     written = solved.U - solved.R @ before
-    return by_token((chunks.entry * chunks.q) @ before + _scores(chunks) @ written), state
+    return by_token((chunks.decays.entry * chunks.q) @ before + _scores(chunks) @ written), state
 
 
 class _Through(NamedTuple):
@@ -111,7 +100,7 @@ class _Through(NamedTuple):
 
 def _through(chunks: Chunks, R: Keys, wanted: tuple[Values, States], grad_state: State) -> _Through:
     """Backward between chunks; `wanted`: what the outputs want of the values written, and of the states before."""
-    kept, across = chunks.exit * chunks.k, chunks.across
+    kept, across = chunks.decays.exit * chunks.k, chunks.decays.across
     written, after = [], []
     for c in reversed(range(kept.shape[1])):
         after.append(grad_state)
@@ -126,21 +115,18 @@ class _Share(NamedTuple):
     q: Float[Tensor, "b c g 1 chunk n"]
     k: Float[Tensor, "b c g 1 chunk n"]
     beta: Float[Tensor, "b c g r chunk"]
-    log: Float[Tensor, "b c g r chunk"]
+    log: Logs
 
 
-def _inside(chunks: Chunks, grad_scores: Scores, grad_system: Scores) -> _Share:
-    """From the gradients of Q K^T * decays and of L."""
+def _inside(chunks: Chunks, similar: Scores, grad_scores: Scores, grad_system: Scores) -> _Share:
+    """From the gradients of queries with keys, and of L, below the diagonal."""
     q, k, _, beta, decays = chunks
-    seen, similar = grad_scores * decays.within, grad_system * decays.within
-    grad_seen, grad_similar = seen.sum(3, keepdim=True), (beta * similar).sum(3, keepdim=True)
-    each = similar * (k @ k.mT)
-    log = seen * (q @ k.mT) + beta * each
+    asked, met = decays.backward(grad_scores, q, k), decays.backward(beta * grad_system, k, k)
     return _Share(
-        q=grad_seen @ k,
-        k=grad_seen.mT @ q + (grad_similar + grad_similar.mT) @ k,
-        beta=each.sum(-1),
-        log=log.sum(-1) - log.sum(-2),
+        q=asked.a,
+        k=asked.b + met.a + met.b,
+        beta=(grad_system * similar).sum(-1),
+        log=asked.log + met.log,
     )
 
 
@@ -159,17 +145,17 @@ def _outside(chunks: Chunks, outside: _Outside) -> _Share:
     """From the states, and from what was written."""
     q, k, v, beta, decays = chunks
     before, after, written, right, grad = outside
-    met = (right * -beta) @ before.mT * chunks.entry
-    asked = grad @ before.mT * chunks.entry
-    left = written @ after.mT * chunks.exit
-    leaving = (left * k).sum(-1)
-    carried = (before * after).sum((-2, -1))[..., None] * decays.across
-    log = (met * k + asked * q).sum(-1) - leaving
-    log[..., -1:] += leaving.sum(-1, keepdim=True) + carried  # the decay of all tokens is in what is left at the end
+    met = (right * -beta) @ before.mT * decays.entry
+    asked = grad @ before.mT * decays.entry
+    left = written @ after.mT * decays.exit
+    leaving = decays.gathered(left * k)
+    carried = decays.gathered((decays.across * before * after).sum(-1)[..., None, :])
+    log = decays.gathered(met * k + asked * q) - leaving
+    log[..., -1:, :] += leaving.sum(-2, keepdim=True) + carried  # the decay of all tokens is in what is left at the end
     return _Share(
         q=asked.sum(3, keepdim=True),
         k=(met + left).sum(3, keepdim=True),
-        beta=(right * (v - chunks.entry * (k @ before))).sum(-1),
+        beta=(right * (v - (decays.entry * k) @ before)).sum(-1),
         log=log,
     )
 
@@ -182,13 +168,13 @@ def backward(
     grad, solved = by_chunk(grads[0].to(chunks.v.dtype), chunk, step.k.shape[2]), _solved(chunks)
     before, _ = _states(chunks, solved, state)
     written = solved.U - solved.R @ before
-    wanted = _scores(chunks).mT @ grad, (chunks.entry * chunks.q).mT @ grad
+    wanted = _scores(chunks).mT @ grad, (chunks.decays.entry * chunks.q).mT @ grad
     through = _through(chunks, solved.R, wanted, grads[1])
     right = solved.inverse.mT @ through.written
     shares = (
-        _inside(chunks, grad @ written.mT, -(right @ written.mT).tril(-1)),
+        _inside(chunks, solved.similar, grad @ written.mT, -(right @ written.mT).tril(-1)),
         _outside(chunks, _Outside(before, through.after, written, right, grad)),
     )
     q, k, beta, log = (one + other for one, other in zip(*shares, strict=True))
-    g = log.flip(-1).cumsum(-1).flip(-1)
+    g = log.flip(-2).cumsum(-2).flip(-2)
     return Step(*(by_token(values) for values in (q, k, chunks.beta * right, g, beta))), through.first
