@@ -1,6 +1,7 @@
-"""Gated DeltaNet: linear attention whose state decays and is told what it got wrong (arXiv 2412.06464).
+"""Gated DeltaNet: linear attention whose state decays and is told what it got wrong (arXiv 2412.06464); with a decay
+for each channel of the keys, Kimi Delta Attention (arXiv 2510.26692).
 
-The state of a head is S_t = a_t S_(t-1) + beta_t k_t (v_t - a_t k_t^T S_(t-1))^T, its output q_t^T S_t, normalised over
+The state of a head is S_t = A_t S_(t-1) + beta_t k_t (v_t - k_t^T A_t S_(t-1))^T, its output q_t^T S_t, normalised over
 the head and times silu(z). q, k and v stand behind a short causal convolution, and q and k have length 1.
 """
 
@@ -24,7 +25,9 @@ from fusiontree.kernels import gated_delta, gated_delta_step
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]
 PerHead = Float[Tensor, "batch time heads"]
+PerChannel = Float[Tensor, "batch time heads head_dim"]
 
+GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 LENGTH_EPS = 1e-6
 """Beside the squared length of a query or key, as in every implementation: a vector of zeros stays one."""
 
@@ -41,7 +44,11 @@ class GatedDelta(BranchSpec):
         conv: taps.
         negative_eigenvalues: beta goes up to 2 and not only to 1, so that a state can change its sign
             (arXiv 2411.12537).
-        norm: of each head, before silu(z).
+        decay: of a head's whole state, or of each channel of its keys.
+        decay_rank: of the map that decays come from; null: full.
+        norm: of each head, before the gate.
+        gate: what z goes through.
+        gate_rank: of the map that z comes from; null: full.
         bias: of the maps in.
         project: false returns the heads side by side, for a fusion with a projection.
     """
@@ -56,7 +63,11 @@ class GatedDelta(BranchSpec):
     conv: Count = 4
     conv_bias: Flag = False
     negative_eigenvalues: Flag = False
+    decay: Literal["head", "channel"] = "head"
+    decay_rank: Count | None = None
     norm: Norm | None = Norm()
+    gate: Literal["silu", "sigmoid"] = "silu"
+    gate_rank: Count | None = None
     bias: Flag = False
     out_bias: Flag = False
     project: Flag = True
@@ -71,8 +82,9 @@ class GatedDelta(BranchSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """Two heads a key head, values wider than keys, beta up to 2."""
-        return cls(heads=4, key_heads=2, head_dim=4, value_dim=6, conv=3, negative_eigenvalues=True)
+        """Two heads a key head, values wider than keys, beta up to 2, decays of channels, a gate of low rank."""
+        shape = {"heads": 4, "key_heads": 2, "head_dim": 4, "value_dim": 6, "conv": 3, "negative_eigenvalues": True}
+        return cls.model_validate(shape | {"decay": "channel", "decay_rank": 3, "gate": "sigmoid", "gate_rank": 2})
 
     @property
     def keys(self) -> int:
@@ -89,6 +101,11 @@ class GatedDelta(BranchSpec):
         """The widths of what is convolved."""
         return {"q": self.keys, "k": self.keys, "v": self.inner}
 
+    @property
+    def decays(self) -> int:
+        """How many decays there are."""
+        return self.heads * (self.head_dim if self.decay == "channel" else 1)
+
     def output_width(self, scope: Scope) -> int:
         """The stream's width, or that of the heads."""
         return scope.width if self.project else self.inner
@@ -103,9 +120,11 @@ class GatedDelta(BranchSpec):
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, the convolution, and the recurrence: two reads of every state and one outer product."""
-        convolved = sum(self.convolved.values())
-        maps = convolved + self.inner * (2 if self.project else 1) + 2 * self.heads
-        return 2.0 * scope.width * maps + 2.0 * self.conv * convolved + 6.0 * self.inner * self.head_dim
+        convolved, width = sum(self.convolved.values()), scope.width
+        maps = width * (convolved + self.inner * self.project + self.heads)
+        for rank, rows in ((self.gate_rank, self.inner), (self.decay_rank, self.decays)):
+            maps += width * rows if rank is None else rank * (width + rows)
+        return 2.0 * maps + 2.0 * self.conv * convolved + 6.0 * self.inner * self.head_dim
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The convolution's last inputs, and the states in float32 or better."""
@@ -116,10 +135,14 @@ class GatedDelta(BranchSpec):
         """Heads run within their key head."""
         heads = "key_heads*group_heads"
         keys, values = "key_heads*head_dim", f"{heads}*value_dim"
-        rows = {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": heads}
+        decays = heads if self.decay == "head" else f"{heads}*head_dim"
+        rows = {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": decays}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
+        for name, rank in (("z", self.gate_rank and "gate_rank"), ("dt", self.decay_rank and "decay_rank")):
+            if rank:
+                axes |= {f"{name}.weight": (rows[name], rank), f"{name}_down.weight": (rank, "width")}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items() if name != "dt"} if self.bias else {}
-        axes |= {name: (heads,) for name in ("A_log", "dt_bias")}
+        axes |= {"A_log": (heads,), "dt_bias": (decays,)}
         for name in self.convolved:
             axes[f"conv.{name}.weight"] = (rows[name], "conv")
             axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
@@ -131,7 +154,8 @@ class GatedDelta(BranchSpec):
         """Axis sizes."""
         own = {name: getattr(self, name) for name in ("key_heads", "head_dim", "conv")}
         shares = {"group_heads": self.heads // self.key_heads, "value_dim": self.value_dim or self.head_dim}
-        return {"width": scope.width, **own, **shares}
+        ranks = {"gate_rank": self.gate_rank or 1, "decay_rank": self.decay_rank or 1}
+        return {"width": scope.width, **own, **shares, **ranks}
 
 
 class GatedDeltaBranch(Node):
@@ -142,13 +166,16 @@ class GatedDeltaBranch(Node):
         self.spec = spec
         self.value_dim = spec.value_dim or spec.head_dim
         self.q, self.k, self.v = (Linear(width, rows, bias=spec.bias) for rows in spec.convolved.values())
-        self.z = Linear(width, spec.inner, bias=spec.bias)
+        self.z_down, self.dt_down = (
+            Linear(width, rank) if rank else None for rank in (spec.gate_rank, spec.decay_rank)
+        )
+        self.z = Linear(spec.gate_rank or width, spec.inner, bias=spec.bias)
         self.beta = Linear(width, spec.heads, bias=spec.bias)
-        self.dt = Linear(width, spec.heads)
+        self.dt = Linear(spec.decay_rank or width, spec.decays)
         convolutions = {n: Convolution(rows, spec.conv, bias=spec.conv_bias) for n, rows in spec.convolved.items()}
         self.conv = nn.ModuleDict(convolutions)
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
-        self.dt_bias = self.declare("dt_bias", (spec.heads,), inverse_softplus_of_dt)
+        self.dt_bias = self.declare("dt_bias", (spec.decays,), inverse_softplus_of_dt)
         self.norm = Normalise(spec.norm, self.value_dim) if spec.norm else None
         self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
@@ -161,7 +188,8 @@ class GatedDeltaBranch(Node):
         q, k = (self._direction(inputs[name], context) for name in ("q", "k"))
         v = rearrange(inputs["v"], "b t (h p) -> b t h p", h=spec.heads)
         y = self._scan((q * spec.head_dim**-0.5, k, v, *self._rates(x)), context, state)
-        y = rearrange(y if self.norm is None else self.norm(y), "b t h p -> b t (h p)") * F.silu(self.z(x))
+        y = rearrange(y if self.norm is None else self.norm(y), "b t h p -> b t (h p)")
+        y = y * GATES[spec.gate](self.z(x if self.z_down is None else self.z_down(x)))
         return y if self.out is None else self.out(y)
 
     def _direction(self, x: Float[Tensor, "batch time keys"], context: Context) -> Heads:
@@ -171,12 +199,15 @@ class GatedDeltaBranch(Node):
         unit = precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + LENGTH_EPS)
         return context.rotate(self.spec.encodings, unit.to(x.dtype))
 
-    def _rates(self, x: Stream) -> tuple[PerHead, PerHead]:
+    def _rates(self, x: Stream) -> tuple[PerHead | PerChannel, PerHead]:
         """The log of the decay, and beta, in float32 or better."""
-        precise = wide(x.dtype)
-        dt = F.softplus(self.dt(x).to(precise) + self.dt_bias.to(precise))
+        precise, spec = wide(x.dtype), self.spec
         beta = torch.sigmoid(self.beta(x).to(precise))
-        return -torch.exp(self.A_log.to(precise)) * dt, 2 * beta if self.spec.negative_eigenvalues else beta
+        rates = self.dt(x if self.dt_down is None else self.dt_down(x))
+        dt, decay = F.softplus(rates.to(precise) + self.dt_bias.to(precise)), torch.exp(self.A_log.to(precise))
+        if spec.decay == "channel":
+            dt, decay = rearrange(dt, "b t (h n) -> b t h n", h=spec.heads), decay[:, None]
+        return -decay * dt, 2 * beta if spec.negative_eigenvalues else beta
 
     def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Heads:
         q, k, v, g, beta = inputs
