@@ -7,6 +7,7 @@ from fusiontree.branches.attention import Attention, QKNorm
 from fusiontree.branches.gated_delta import GatedDelta
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
+from fusiontree.branches.mla import Mla
 from fusiontree.branches.mlp import Mlp
 from fusiontree.branches.moe import Moe, Router
 from fusiontree.branches.short_conv import ShortConv
@@ -21,6 +22,7 @@ __all__ = [
     "GatedNorm",
     "Mamba1",
     "Mamba2",
+    "Mla",
     "Mlp",
     "Moe",
     "QKNorm",

@@ -249,7 +249,7 @@ class AttentionBranch(Node):
         assert context.rows is not None
         names = f"{group.name}.keys", f"{group.name}.values"
         if group.window is None and context.rows.room is not None:
-            state.update({name: _grown(state[name], context.rows.room) for name in names})
+            state.update({name: grown(state[name], context.rows.room) for name in names})
         return state[names[0]], state[names[1]]
 
     def _step(self, rings: tuple[Ring, Ring], qkv: tuple[Heads, Heads, Heads], context: Context) -> Heads:
@@ -285,7 +285,7 @@ def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> P
     return past
 
 
-def _grown(ring: Ring, tokens: int) -> Ring:
+def grown(ring: Ring, tokens: int) -> Ring:
     """A ring that never wraps, with room for this many tokens; doubled so that growing stays cheap."""
     slots = ring.shape[2]
     return ring if tokens <= slots else F.pad(ring, (0, 0, 0, max(tokens, 2 * slots) - slots))

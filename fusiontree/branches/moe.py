@@ -7,6 +7,7 @@ products with all of them. What a token gets depends on nothing but the token.
 from collections.abc import Mapping
 from typing import Literal, Self
 
+import torch
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
@@ -18,6 +19,7 @@ from fusiontree.core.modules import Linear, Module, constant, scaled, wide
 from fusiontree.core.spec import Count, Flag, Positive, Spec, invalid
 
 Stream = Float[Tensor, "batch time width"]
+Scores = Float[Tensor, "tokens experts"]
 
 
 class Router(Spec):
@@ -29,12 +31,27 @@ class Router(Spec):
         multiplier: a constant times the shares.
         correction: what is added to the scores for the choice alone, to balance loads; no gradient reaches it
             (arXiv 2408.15664).
+        groups: equal groups of experts, of which a token visits only the `top_groups` whose two highest experts have
+            the highest sum (DeepSeek-V3).
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: Flag = True
     multiplier: Positive = 1.0
     correction: Flag = False
+    groups: Count = 1
+    top_groups: Count = 1
+
+    @model_validator(mode="after")
+    def _enough_groups(self) -> Self:
+        if self.top_groups > self.groups:
+            raise invalid({("top_groups",): f"found {self.top_groups}, groups is {self.groups}"})
+        return self
+
+    @property
+    def limited(self) -> bool:
+        """Whether some groups are left out."""
+        return self.top_groups < self.groups
 
 
 @branches.register
@@ -60,17 +77,27 @@ class Moe(BranchSpec):
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:
-        if self.top_k > self.experts:
-            raise invalid({("top_k",): f"found {self.top_k}, there are {self.experts} experts"})
+        if self.experts % self.router.groups:
+            text = f"{self.router.groups} groups do not divide {self.experts} experts"
+            raise invalid({("router", "groups"): text})
+        reached = self.group_experts * self.router.top_groups
+        if self.top_k > reached:
+            where = f"in {self.router.top_groups} of {self.router.groups} groups" if self.router.limited else "there"
+            raise invalid({("top_k",): f"found {self.top_k}, {where} are {reached} experts"})
         if self.shared_gate and self.shared_hidden is None:
             raise invalid({("shared_gate",): "shared_hidden is null: there is no shared network"})
         return self
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """Five experts of which two are visited, and a gated shared network."""
-        router = Router(scores="sigmoid", multiplier=1.5, correction=True)
-        return cls(experts=5, top_k=2, hidden=6, router=router, shared_hidden=10, shared_gate=True)
+        """Six experts of which two are visited, in two of three groups, and a gated shared network."""
+        router = Router(scores="sigmoid", multiplier=1.5, correction=True, groups=3, top_groups=2)
+        return cls(experts=6, top_k=2, hidden=6, router=router, shared_hidden=10, shared_gate=True)
+
+    @property
+    def group_experts(self) -> int:
+        """Experts in a group."""
+        return self.experts // self.router.groups
 
     @property
     def gated(self) -> bool:
@@ -93,10 +120,11 @@ class Moe(BranchSpec):
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Experts are the outermost dimension of their maps."""
-        axes: dict[str, tuple[str, ...]] = {"router.weight": ("experts", "width")}
-        axes |= {"correction": ("experts",)} if self.router.correction else {}
-        axes |= {f"experts.{name}": ("experts", "hidden", "width") for name in self.maps}
-        axes["experts.down"] = ("experts", "width", "hidden")
+        experts = "groups*group_experts"
+        axes: dict[str, tuple[str, ...]] = {"router.weight": (experts, "width")}
+        axes |= {"correction": (experts,)} if self.router.correction else {}
+        axes |= {f"experts.{name}": (experts, "hidden", "width") for name in self.maps}
+        axes["experts.down"] = (experts, "width", "hidden")
         if self.shared_hidden:
             axes |= {f"shared.{name}.weight": ("shared_hidden", "width") for name in self.maps}
             axes["shared.down.weight"] = ("width", "shared_hidden")
@@ -104,7 +132,8 @@ class Moe(BranchSpec):
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
-        sizes = {"width": scope.width, "experts": self.experts, "hidden": self.hidden, "one": 1}
+        sizes = {"width": scope.width, "hidden": self.hidden, "one": 1}
+        sizes |= {"groups": self.router.groups, "group_experts": self.group_experts}
         return sizes | ({"shared_hidden": self.shared_hidden} if self.shared_hidden else {})
 
 
@@ -135,15 +164,29 @@ class MoeBranch(Node):
         """The experts that tokens visit and their shares, worked out in float32 or better."""
         router, logits = self.spec.router, self.router(tokens).to(wide(tokens.dtype))
         scores = logits.softmax(-1) if router.scores == "softmax" else logits.sigmoid()
-        # Where nothing is added, logits have the order of the scores, and no ties where those are rounded to 0 or 1.
-        ranks = logits if self.correction is None else scores + self.correction.to(scores.dtype)
-        choice = ranks.topk(self.spec.top_k).indices
+        choice = self._ranks(logits, scores).topk(self.spec.top_k).indices
         if router.renormalise and router.scores == "softmax":
             shares = logits.gather(-1, choice).softmax(-1)
         else:
             shares = scores.gather(-1, choice)
             shares = shares / shares.sum(-1, keepdim=True) if router.renormalise else shares
         return scaled(shares, router.multiplier).to(tokens.dtype), choice
+
+    def _ranks(self, logits: Scores, scores: Scores) -> Scores:
+        """What experts are chosen by."""
+        if self.correction is not None:
+            scores = scores + self.correction.to(scores.dtype)
+        elif not self.spec.router.limited:
+            return logits  # which have the order of the scores, and no ties where those are rounded to 0 or 1
+        return _in_best_groups(scores, self.spec.router) if self.spec.router.limited else scores
+
+
+def _in_best_groups(ranks: Scores, router: Router) -> Scores:
+    """-inf for the experts of all but the best groups."""
+    grouped = ranks.unflatten(-1, (router.groups, -1))
+    best = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1).topk(router.top_groups).indices
+    left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+    return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
 
 
 class Shared(Module):

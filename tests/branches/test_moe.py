@@ -12,13 +12,16 @@ from fusiontree.testing.subject import randomised
 
 torch.set_num_threads(1)
 WIDTH = 8
-SMALL = {"kind": "moe", "experts": 5, "top_k": 2, "hidden": 6}
+SMALL = {"kind": "moe", "experts": 6, "top_k": 2, "hidden": 6}
 ROUTERS = [
     {"scores": "softmax", "renormalise": False},
     {"scores": "softmax", "renormalise": True, "multiplier": 1.7},
     {"scores": "sigmoid", "renormalise": False, "multiplier": 0.3},
     {"scores": "sigmoid", "renormalise": True, "correction": True},
     {"scores": "softmax", "correction": True},
+    {"scores": "sigmoid", "correction": True, "groups": 3, "top_groups": 2},
+    {"scores": "softmax", "groups": 6, "top_groups": 5},
+    {"scores": "sigmoid", "groups": 3, "top_groups": 3, "multiplier": 0.3},
 ]
 
 
@@ -44,7 +47,11 @@ def one_token(branch, x):
     logits = weights["router.weight"] @ x
     scores = logits.softmax(0) if router.scores == "softmax" else logits.sigmoid()
     ranks = scores + weights["correction"] if router.correction else scores
-    chosen = sorted(range(spec.experts), key=lambda expert: -ranks[expert].item())[: spec.top_k]
+    groups = [expert // (spec.experts // router.groups) for expert in range(spec.experts)]
+    sums = [sum(sorted(r.item() for r, own in zip(ranks, groups, strict=True) if own == g)[-2:]) for g in set(groups)]
+    best = sorted(set(groups), key=lambda group: -sums[group])[: router.top_groups]
+    open_to = [expert for expert in range(spec.experts) if groups[expert] in best]
+    chosen = sorted(open_to, key=lambda expert: -ranks[expert].item())[: spec.top_k]
     total = sum(scores[expert] for expert in chosen) if router.renormalise else 1.0
     maps = {name: weights.get(f"experts.{name}") for name in ("gate", "up", "down")}
     y = torch.zeros_like(x)
@@ -65,7 +72,7 @@ def run(branch, x):
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 @pytest.mark.parametrize(
     "more",
-    [{}, {"activation": "relu2", "shared_hidden": 4}, {"shared_hidden": 3, "shared_gate": True}, {"top_k": 5}],
+    [{}, {"activation": "relu2", "shared_hidden": 4}, {"shared_hidden": 3, "shared_gate": True}, {"top_k": 4}],
     ids=str,
 )
 def test_values_and_gradients_are_those_of_a_loop(router, more):
@@ -101,7 +108,13 @@ def test_a_broken_token_breaks_no_other():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"top_k": 6}, "layers.0.ffn.top_k: found 6, there are 5 experts"),
+        ({"top_k": 7}, "layers.0.ffn.top_k: found 7, there are 6 experts"),
+        ({"router": {"groups": 4}}, "layers.0.ffn.router.groups: 4 groups do not divide 6 experts"),
+        ({"router": {"groups": 2, "top_groups": 3}}, "layers.0.ffn.router.top_groups: found 3, groups is 2"),
+        (
+            {"router": {"groups": 3, "top_groups": 1}, "top_k": 3},
+            "layers.0.ffn.top_k: found 3, in 1 of 3 groups are 2 experts",
+        ),
         ({"shared_gate": True}, "layers.0.ffn.shared_gate: shared_hidden is null: there is no shared network"),
         ({"router": {"scores": "tanh"}}, "layers.0.ffn.router.scores: Input should be 'softmax' or 'sigmoid'"),
         ({"experts": 0}, "layers.0.ffn.experts: Input should be greater than or equal to 1, found 0"),
@@ -119,7 +132,7 @@ def test_what_is_not_learned_is_saved_and_starts_at_0(tmp_path):
     ffn = SMALL | {"router": {"correction": True}}
     model = ft.build(ft.ModelSpec.parse({"vocab_size": 11, "width": WIDTH, "layers": [{"ffn": ffn}]}))
     correction = model.get_buffer("layers.0.ffn.correction")
-    assert torch.equal(correction, torch.zeros(5))
-    correction.add_(torch.arange(5.0))
+    assert torch.equal(correction, torch.zeros(6))
+    correction.add_(torch.arange(6.0))
     ft.save(model, tmp_path / "saved")
-    assert torch.equal(ft.load(tmp_path / "saved").get_buffer("layers.0.ffn.correction"), torch.arange(5.0))
+    assert torch.equal(ft.load(tmp_path / "saved").get_buffer("layers.0.ffn.correction"), torch.arange(6.0))

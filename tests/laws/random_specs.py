@@ -71,6 +71,26 @@ def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def mlas(draw: st.DrawFn, *, project: bool = True) -> Data:
+    shape = {"heads": draw(st.integers(1, 3)), "value_dim": draw(st.sampled_from([None, 3]))}
+    return {
+        "kind": "mla",
+        "encodings": draw(named(rotates=True)),
+        **(shape if project else {"heads": 4, "value_dim": INNER // 4}),
+        "head_dim": 3,
+        "shared_dim": 2,
+        "rank": draw(st.integers(2, 5)),  # a norm makes a constant of a single feature
+        "query_rank": draw(st.sampled_from([None, 3])),
+        "norm": draw(st.one_of(st.none(), norms())),
+        "window": draw(st.one_of(st.none(), st.integers(1, 6))),
+        "scale": draw(st.sampled_from([None, 0.3])),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def mamba2s(draw: st.DrawFn, *, project: bool = True) -> Data:
     groups = draw(st.integers(1, 2))
     gated = {"groups": groups, "order": draw(st.sampled_from(["gate_first", "norm_first"]))}
@@ -155,13 +175,19 @@ def feed_forwards(draw: st.DrawFn) -> Data:
 @st.composite
 def moes(draw: st.DrawFn) -> Data:
     shared = draw(st.sampled_from([None, 5]))
+    experts, groups = draw(st.sampled_from([(2, 1), (3, 1), (4, 1), (4, 2)]))
     return {
         "kind": "moe",
-        "experts": draw(st.integers(2, 4)),
+        "experts": experts,
         "top_k": 2,  # the share of a single one may always be 1
         "hidden": 4,
         "activation": draw(st.sampled_from(["swiglu", "relu2"])),
-        "router": {"scores": draw(st.sampled_from(["softmax", "sigmoid"])), "renormalise": draw(st.booleans())},
+        "router": {
+            "scores": draw(st.sampled_from(["softmax", "sigmoid"])),
+            "renormalise": draw(st.booleans()),
+            "groups": groups,
+            "top_groups": draw(st.integers(1, groups)),
+        },
         "shared_hidden": shared,
         "shared_gate": shared is not None and draw(st.booleans()),
         "encodings": draw(named(rotates=False)),
@@ -195,7 +221,7 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas)
+    inners = (attentions, mlas, mamba2s, mamba1s, short_convs, gated_deltas)
     branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
@@ -223,7 +249,7 @@ def _reads(gate: Data) -> bool:
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
     recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas()
-    mixers = st.one_of(attentions(), *recurrent, feed_forwards(), moes())
+    mixers = st.one_of(attentions(), mlas(), *recurrent, feed_forwards(), moes())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 
 

@@ -8,11 +8,13 @@ from fusiontree.branches import (
     GatedDelta,
     Mamba1,
     Mamba2,
+    Mla,
     Mlp,
     attention,
     gated_delta,
     mamba1,
     mamba2,
+    mla,
     recurrent,
 )
 from fusiontree.core import initialise as initialising
@@ -89,6 +91,21 @@ def test_what_a_delta_rule_knows_is_forgotten(monkeypatch):
 def test_attention_sees_other_documents(monkeypatch):
     monkeypatch.setattr(attention, "attention", replacing(attention.attention, segments=None))
     assert broken_laws(Attention) == "packed"
+
+
+def test_latents_of_other_documents_are_seen(monkeypatch):
+    monkeypatch.setattr(mla, "attention", replacing(mla.attention, segments=None))
+    assert broken_laws(Mla) == "packed"
+
+
+def test_latents_are_forgotten(monkeypatch):
+    monkeypatch.setattr(mla, "attention", replacing(mla.attention, past=None))
+    assert broken_laws(Mla) == "split"
+
+
+def test_a_step_over_latents_has_another_scale(monkeypatch):
+    monkeypatch.setattr(mla, "attention_step", replacing(mla.attention_step, scale=0.5))
+    assert broken_laws(Mla) == "split"
 
 
 def test_ring_is_written_one_slot_late(monkeypatch):

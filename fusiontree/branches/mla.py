@@ -1,0 +1,246 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads are linear maps of one
+latent, and that is all that a cache holds of them.
+
+A head's key has `head_dim` channels made from the latent and `shared_dim` channels that are the same for all heads;
+only those rotate, since a rotation of the others would stand between the latent and its maps. So decoding needs no keys
+and values: queries go through the maps of the keys, and what is read from the latents through the maps of the values.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.branches.attention import grown, mean_visible
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Module, Norm, Normalise, fan_in
+from fusiontree.core.spec import Count, Flag, Positive, invalid
+from fusiontree.kernels import Past, attention, attention_step
+
+Stream = Float[Tensor, "batch time width"]
+Heads = Float[Tensor, "batch time heads channels"]
+Memory = Float[Tensor, "batch time rank+shared_dim"]
+"""Of each token what its keys and values are made of: the latent, then the shared channels of the keys."""
+
+
+@branches.register
+class Mla(BranchSpec):
+    """Multi-head latent attention.
+
+    Attributes:
+        head_dim: channels of queries and keys that each head makes of its own.
+        shared_dim: further channels, of which all heads have the same key; they rotate.
+        value_dim: of values; null: head_dim.
+        rank: of the latent that keys and values are made from.
+        query_rank: of one that queries are made from; null: they are made from the stream.
+        norm: of both latents.
+        window: visible keys, the query's own included; null: all.
+        scale: of the scores; null: (head_dim + shared_dim) ** -0.5.
+        bias: of the maps to the latents and to the shared keys.
+        project: false returns the heads side by side, for a fusion with a projection.
+    """
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    kind: Literal["mla"] = "mla"
+    heads: Count
+    head_dim: Count
+    shared_dim: Count
+    value_dim: Count | None = None
+    rank: Count
+    query_rank: Count | None = None
+    norm: Norm | None = Norm()
+    window: Count | None = None
+    scale: Positive | None = None
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _has_output(self) -> Self:
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Both latents, values wider than keys, a window."""
+        return cls(heads=3, head_dim=4, shared_dim=2, value_dim=6, rank=5, query_rank=7, window=5, bias=True)
+
+    @property
+    def inner(self) -> int:
+        """The width of all heads side by side."""
+        return self.heads * (self.value_dim or self.head_dim)
+
+    def slots(self, capacity: int | None) -> int:
+        """How many tokens the cache of a row holds (0: as many as come)."""
+        if self.window is None:
+            return capacity or 0
+        return self.window if capacity is None else min(self.window, capacity)
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the heads."""
+        return scope.width if self.project else self.inner
+
+    def channels(self) -> Iterator[int]:
+        """What is shared rotates, and the queries for it."""
+        yield self.shared_dim
+
+    def build(self, scope: Scope) -> "MlaBranch":
+        """The module."""
+        return MlaBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, and scores and values over the mean number of visible keys."""
+        width, queries = scope.width, self.heads * (self.head_dim + self.shared_dim)
+        maps = width * (self.rank + self.shared_dim + self.inner * self.project)
+        maps += self.rank * (self.heads * self.head_dim + self.inner)
+        maps += width * queries if self.query_rank is None else self.query_rank * (width + queries)
+        return 2.0 * maps + 2.0 * mean_visible(self.window, length) * (queries + self.inner)
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The latents and the shared keys of the tokens that can still be seen."""
+        return self.slots(length) * (self.rank + self.shared_dim) * dtype.itemsize
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """The latents' channels, and each head's."""
+        asked = "query_rank" if self.query_rank else "width"
+        axes: dict[str, tuple[str, ...]] = {
+            "latent.weight": ("rank", "width"),
+            "shared.weight": ("shared_dim", "width"),
+            "q.weight": ("heads*head_dim", asked),
+            "q_shared.weight": ("heads*shared_dim", asked),
+            "k.weight": ("heads*head_dim", "rank"),
+            "v.weight": ("heads*value_dim", "rank"),
+        }
+        latents = {"latent": "rank", "q_latent": "query_rank"} if self.query_rank else {"latent": "rank"}
+        axes |= {"q_latent.weight": ("query_rank", "width")} if self.query_rank else {}
+        if self.norm and self.norm.gain != "none":
+            axes |= {f"{name}_norm.weight": (rank,) for name, rank in latents.items()}
+        if self.bias:
+            axes |= {f"{name}.bias": (rank,) for name, rank in (latents | {"shared": "shared_dim"}).items()}
+        axes |= {"out.weight": ("width", "heads*value_dim")} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        own = {name: getattr(self, name) for name in ("heads", "head_dim", "shared_dim", "rank")}
+        others = {"value_dim": self.value_dim or self.head_dim, "query_rank": self.query_rank or 1}
+        return {"width": scope.width, **own, **others}
+
+
+class HeadMap(Module):
+    """A map from the latent to each head. None of torch's, which tools wrap (LoRA, quantisation): a step uses the
+    weight by itself."""
+
+    def __init__(self, rank: int, heads: int, channels: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.weight = self.declare("weight", (heads * channels, rank), fan_in())
+
+    def forward(self, latent: Float[Tensor, "batch time rank"]) -> Heads:
+        """What each head makes of the latent."""
+        return rearrange(F.linear(latent, self.weight), "b t (h d) -> b t h d", h=self.heads)
+
+    def by_head(self) -> Float[Tensor, "heads channels rank"]:
+        """The weight."""
+        return self.weight.unflatten(0, (self.heads, -1))
+
+
+class MlaBranch(Node):
+    """The module of `Mla`."""
+
+    def __init__(self, spec: Mla, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        asked = spec.query_rank or width
+        self.q_latent = Linear(width, spec.query_rank, bias=spec.bias) if spec.query_rank else None
+        self.q_latent_norm = Normalise(spec.norm, spec.query_rank) if spec.query_rank and spec.norm else None
+        self.q = Linear(asked, spec.heads * spec.head_dim)
+        self.q_shared = Linear(asked, spec.heads * spec.shared_dim)
+        self.latent = Linear(width, spec.rank, bias=spec.bias)
+        self.latent_norm = Normalise(spec.norm, spec.rank) if spec.norm else None
+        self.shared = Linear(width, spec.shared_dim, bias=spec.bias)
+        self.k = HeadMap(spec.rank, spec.heads, spec.head_dim)
+        self.v = HeadMap(spec.rank, spec.heads, spec.value_dim or spec.head_dim)
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.scale = spec.scale or (spec.head_dim + spec.shared_dim) ** -0.5
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Attend."""
+        x = context.encode(self.spec.encodings, x)
+        q, memory = self._queries(x, context), self._memory(x, context)
+        y = rearrange(self._attend(q, memory, context), "b t h d -> b t (h d)")
+        return y if self.out is None else self.out(y)
+
+    def _queries(self, x: Stream, context: Context) -> Heads:
+        """Each head's own channels, then those for the shared keys."""
+        if self.q_latent is not None:
+            x = self.q_latent(x)
+            x = x if self.q_latent_norm is None else self.q_latent_norm(x)
+        own, shared = (rearrange(q(x), "b t (h d) -> b t h d", h=self.spec.heads) for q in (self.q, self.q_shared))
+        return torch.cat([own, context.rotate(self.spec.encodings, shared)], -1)
+
+    def _memory(self, x: Stream, context: Context) -> Memory:
+        latent = self.latent(x)
+        latent = latent if self.latent_norm is None else self.latent_norm(latent)
+        shared = context.rotate(self.spec.encodings, self.shared(x)[:, :, None]).squeeze(2)
+        return torch.cat([latent, shared], -1)
+
+    def _attend(self, q: Heads, memory: Memory, context: Context) -> Heads:
+        spec, state, past = self.spec, context.state(self), None
+        if state is not None:
+            ring = self._ring(context, state)
+            if context.is_step(q):
+                return self._step(ring, q[:, 0], memory[:, 0], context)[:, None]
+            past = self._recall(ring, memory, context)
+        k, v = self._expanded(memory)
+        return attention(q, k, v, window=spec.window, scale=self.scale, segments=context.segments, past=past)
+
+    def _expanded(self, memory: Memory) -> tuple[Heads, Heads]:
+        """Keys and values of every head."""
+        latent, shared = memory.split([self.spec.rank, self.spec.shared_dim], -1)
+        shared = shared[:, :, None].expand(-1, -1, self.spec.heads, -1)
+        return torch.cat([self.k(latent), shared], -1), self.v(latent)
+
+    def _step(self, ring: Tensor, q: Tensor, memory: Tensor, context: Context) -> Float[Tensor, "batch heads channels"]:
+        """One token a row: the ring is the keys of one head that all queries read, its latents are the values."""
+        rows, spec = context.rows, self.spec
+        assert rows is not None
+        rows.write_one(ring.squeeze(1), memory)
+        own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
+        asked = torch.cat([einsum(own, self.k.by_head(), "b h d, h d r -> b h r"), shared], -1)
+        filled, latents = rows.filled(ring.shape[2]), ring[..., : spec.rank]
+        return einsum(
+            attention_step(asked, ring, latents, filled, scale=self.scale),
+            self.v.by_head(),
+            "b h r, h d r -> b h d",
+        )
+
+    def _recall(self, ring: Tensor, memory: Memory, context: Context) -> Past | None:
+        """Keys and values of what the cache holds before a chunk, None where that is nothing; the chunk is written
+        into it."""
+        rows, slots = context.rows, ring.squeeze(1)
+        assert rows is not None
+        used, past = min(rows.held, slots.shape[1]), None  # slots fill in order
+        if used:
+            past = Past(*self._expanded(slots[:, :used].clone()), rows.ages(slots.shape[1])[:, :used])
+        rows.write(slots, memory)
+        return past
+
+    def _ring(self, context: Context, state: State) -> Float[Tensor, "batch 1 slots rank+shared_dim"]:
+        """With room for the chunk."""
+        assert context.rows is not None
+        if self.spec.window is None and context.rows.room is not None:
+            state["memory"] = grown(state["memory"], context.rows.room)
+        return state["memory"]
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """A ring of latents and shared keys."""
+        spec = self.spec
+        return {"memory": like.new_zeros(batch, 1, spec.slots(capacity), spec.rank + spec.shared_dim)}
