@@ -1,8 +1,9 @@
 """What families with gated delta rules in some layers and attention in the others have in common."""
 
+from collections.abc import Callable
 from typing import Any
 
-from fusiontree.branches import Attention
+from fusiontree.branches import GatedDelta
 from fusiontree.core.stack import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
@@ -12,8 +13,13 @@ from fusiontree.zoo.options import Options
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-def attends(options: Options, period: int) -> list[bool]:
-    """Which layers have attention; where the config does not say, the last one of each period.
+def last_of(period: int) -> Callable[[int], bool]:
+    """Whether a layer is the last one of a period, from its index."""
+    return lambda index: index % period == period - 1
+
+
+def attends(options: Options, default: Callable[[int], bool]) -> list[bool]:
+    """Which layers have attention; where the config does not say, from their indices.
 
     One layer more than a spec may have is enough for it to be refused.
 
@@ -23,7 +29,7 @@ def attends(options: Options, period: int) -> list[bool]:
     layers = min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
     kinds = options.get("layer_types", None)
     if kinds is None:
-        return [index % period == period - 1 for index in range(layers)]
+        return [default(index) for index in range(layers)]
     if not isinstance(kinds, list) or any(kind not in (LINEAR, FULL) for kind in kinds):
         text = f"has to be a list of {LINEAR!r} and {FULL!r}, found {kinds!r:.80}"
         raise FusionTreeError(f"config.json: layer_types: {text}")
@@ -35,7 +41,7 @@ def attends(options: Options, period: int) -> list[bool]:
 
 def layer_types(reader: Reader) -> list[str]:
     """The reverse of `attends`."""
-    return [FULL if isinstance(layer.mixer, Attention) else LINEAR for layer in reader.layers]
+    return [LINEAR if isinstance(layer.mixer, GatedDelta) else FULL for layer in reader.layers]
 
 
 def mixer(options: Options) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Family:
         defaults: options of the family's class that published configs leave out.
         ignored: tensors that may be there and say nothing.
         files: the same of the tensors in files, where transformers reads them into modules of other names.
+        newest: a config in the form of today, where transformers still reads an older one.
     """
 
     name: str
@@ -41,10 +42,11 @@ class Family:
     defaults: Config = field(default_factory=dict)
     ignored: Callable[[Options], set[str]] = lambda options: set()
     files: Callable[[Options], Iterator[Part]] | None = None
+    newest: Callable[[Config], Config] = lambda config: config
 
     def options(self, config: Config) -> Options:
         """A config with the family's defaults."""
-        return Options(self.name, config, self.defaults)
+        return Options(self.name, self.newest(config), self.defaults)
 
     def spec_of(self, config: Config) -> ModelSpec:
         """The spec of a config.

@@ -21,7 +21,7 @@ def _spec(options: Options) -> dict[str, Any]:
     encodings = _encodings(options)
     attention = {"mixer": _attention(options, list(encodings)), "ffn": ffn, "norm": norm, "placement": "post"}
     linear = {"mixer": _mixer(options), "ffn": ffn, "norm": norm}
-    kinds = delta.attends(options, PERIOD)
+    kinds = delta.attends(options, delta.last_of(PERIOD))
     return {
         "vocab_size": options["vocab_size"],
         "width": options.count("hidden_size"),
@@ -83,7 +83,7 @@ def _config(reader: Reader) -> dict[str, Any]:
 
 def _tensors(options: Options) -> Iterator[Same]:
     yield from parts.whole(options, "norm")
-    for index, attends in enumerate(delta.attends(options, PERIOD)):
+    for index, attends in enumerate(delta.attends(options, delta.last_of(PERIOD))):
         theirs, ours = f"model.layers.{index}", f"layers.{index}"
         norms, place = (POST, "after") if attends else (PRE, "before")
         for name, part in zip(norms, ("mixer", "ffn"), strict=True):

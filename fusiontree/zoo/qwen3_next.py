@@ -29,7 +29,7 @@ def _spec(options: Options) -> dict[str, Any]:
 
 
 def _attends(options: Options) -> list[bool]:
-    return delta.attends(options, options.count("full_attention_interval"))
+    return delta.attends(options, delta.last_of(options.count("full_attention_interval")))
 
 
 def _refuse_experts(options: Options) -> None:

@@ -140,6 +140,20 @@ MORE_OF_OLMO_HYBRID = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
     **{"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16, "rms_norm_eps": 1e-4},
 }
+KIMI_LINEAR = {
+    **{name: value for name, value in SMALL.items() if name not in ("head_dim", "num_key_value_heads")},
+    **{"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "num_attention_heads": 3},
+    **{"num_key_value_heads": 3, "kv_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10},
+    **{"linear_num_heads": 4, "linear_head_dim": 8, "mlp_layer_types": ["dense"] * 4, "pad_token_id": None},
+}
+MORE_OF_KIMI_LINEAR = {
+    **{"q_lora_rank": 14, "attention_bias": True, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-4},
+    **{"linear_num_heads": 3, "linear_head_dim": 10, "layer_types": ["full_attention"] + ["linear_attention"] * 3},
+}
+EXPERTS_OF_KIMI_LINEAR = {
+    **{"mlp_layer_types": ["dense", *["sparse"] * 3], "moe_intermediate_size": 16, "num_experts": 8},
+    **{"num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -239,6 +253,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         OLMO_HYBRID | {"rope_parameters": YARN | {"rope_theta": 100.0}, "max_position_embeddings": 64},
     ),
     "olmo_hybrid, no positions, positive eigenvalues, biases, tied": ("olmo_hybrid", OLMO_HYBRID | MORE_OF_OLMO_HYBRID),
+    "kimi_linear": ("kimi_linear", KIMI_LINEAR),
+    "kimi_linear, latent queries, biases, other heads": ("kimi_linear", KIMI_LINEAR | MORE_OF_KIMI_LINEAR),
+    "kimi_linear, groups of experts": ("kimi_linear", KIMI_LINEAR | EXPERTS_OF_KIMI_LINEAR),
+    "kimi_linear, experts everywhere, not renormalised": (
+        "kimi_linear",
+        KIMI_LINEAR
+        | EXPERTS_OF_KIMI_LINEAR
+        | {"mlp_layer_types": ["sparse"] * 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),

@@ -1,0 +1,326 @@
+"""Kimi Linear (arXiv 2510.26692): delta rules whose channels decay each on its own, in one layer of four latent
+attention, no positions anywhere, and behind the first layer experts as in DeepSeek-V3."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.zoo import delta, parts
+from fusiontree.zoo.family import Config, Data, Family, Reader, register
+from fusiontree.zoo.options import Options
+from fusiontree.zoo.tensors import Joined, Part, Same, Stacked, View, below, interleaved, linear
+
+LATENT_EPS = 1e-6
+"""Of the norms of latents, whatever the config says of the others."""
+NETWORKS = {"dense": "mlp", "sparse": "moe"}
+"""Their words for what stands behind a mixer, and ours."""
+ALIASES = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+    "n_group": "num_expert_group",
+    "norm_topk_prob": "moe_renormalize",
+}
+"""What transformers calls some fields, and what configs call them."""
+OF_DELTA = {
+    "num_heads": "linear_num_heads",
+    "head_dim": "linear_head_dim",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+}
+"""What stands in `linear_attn_config` in the first configs, and where it stands in later ones."""
+PLACES = {"kda_layers": delta.LINEAR, "full_attn_layers": delta.FULL}
+
+
+def _newest(config: Config) -> Data:
+    """Without `linear_attn_config`, which transformers takes apart too."""
+    found = {ALIASES.get(key, key): value for key, value in config.items()}
+    first = found.pop("linear_attn_config", None) or {}
+    if not isinstance(first, Mapping):
+        raise FusionTreeError(f"config.json: linear_attn_config: has to be a mapping, found {first!r:.60}")
+    for key, value in first.items():
+        if key not in OF_DELTA and key not in PLACES:
+            text = f"kimi_linear is not known to have it, found {value!r:.60}{suggest(key, [*OF_DELTA, *PLACES])}"
+            raise FusionTreeError(f"config.json: linear_attn_config.{key}: {text}")
+    found |= {key: first[name] for name, key in OF_DELTA.items() if name in first}
+    if found.get("layer_types") is None and all(name in first for name in PLACES):
+        found["layer_types"] = _types(first)
+    return found
+
+
+def _types(first: Mapping[str, Any]) -> list[str]:
+    """The type of each layer, where those of a type are counted from 1."""
+    pairs = [(place, kind) for name, kind in PLACES.items() for place in _list(first[name])]
+    kinds = dict(pairs)
+    if len(kinds) < len(pairs) or set(kinds) != set(range(1, len(kinds) + 1)):
+        text = f"{' and '.join(PLACES)} have to name every layer once, the first one is 1"
+        raise FusionTreeError(f"config.json: linear_attn_config: {text}")
+    return [kinds[place] for place in range(1, len(kinds) + 1)]
+
+
+def _list(found: object) -> list[Any]:
+    if not isinstance(found, list) or any(type(place) is not int for place in found):
+        text = f"has to be a list of whole numbers, found {found!r:.60}"
+        raise FusionTreeError(f"config.json: linear_attn_config: {text}")
+    return found
+
+
+def _spec(options: Options) -> Data:
+    _read_idle(options)
+    norm, mixers = parts.rms(options), {True: _attention(options), False: _mixer(options)}
+    networks = {"moe": _moe(options), "mlp": {"kind": "swiglu", "hidden": options["intermediate_size"]}}
+    layers = zip(_attends(options), _networks(options), strict=True)
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options.count("hidden_size"),
+        "layers": [{"mixer": mixers[attends], "ffn": networks[kind], "norm": norm} for attends, kind in layers],
+        "norm": norm,
+        "head": {"tied": False},
+    }
+
+
+def _read_idle(options: Options) -> None:
+    """What there is in one way only, and what means nothing where nothing rotates."""
+    options.only("hidden_act", "silu")
+    options.only("tie_word_embeddings", False)
+    options.only("mla_use_nope", True)
+    options.only("moe_router_activation_func", "sigmoid")
+    options.only("use_grouped_topk", True)
+    options.only("moe_layer_freq", 1)
+    options.only("num_nextn_predict_layers", 0)
+    options.only("num_key_value_heads", options.count("num_attention_heads"))
+    for key in ("head_dim", "qk_head_dim", "rope_theta", "rope_scaling", "model_max_length"):
+        options.get(key, None)
+
+
+def _attends(options: Options) -> list[bool]:
+    return delta.attends(options, lambda index: index > 0 and index % 4 == 0)
+
+
+def _networks(options: Options) -> list[str]:
+    """The kind of each layer's network."""
+    layers, dense = len(_attends(options)), options.count("first_k_dense_replace", 0)
+    if options.get("mlp_layer_types", None) is None:
+        return ["mlp" if index < dense else "moe" for index in range(layers)]
+    kinds = options.words("mlp_layer_types", NETWORKS)
+    if len(kinds) != layers:
+        raise FusionTreeError(f"config.json: mlp_layer_types: {len(kinds)} are given, there are {layers} layers")
+    return kinds
+
+
+def _mixer(options: Options) -> Data:
+    heads, head_dim = options.count("linear_num_heads"), options.count("linear_head_dim")
+    return {
+        "kind": "gated_delta",
+        "heads": heads,
+        "key_heads": heads,
+        "head_dim": head_dim,
+        "value_dim": head_dim,
+        "conv": options["linear_conv_kernel_dim"],
+        "decay": "channel",
+        "decay_rank": head_dim,
+        "norm": parts.rms(options),
+        "gate": "sigmoid",
+        "gate_rank": head_dim,
+    }
+
+
+def _attention(options: Options) -> Data:
+    bias = options["attention_bias"]
+    return {
+        "kind": "mla",
+        "heads": options.count("num_attention_heads"),
+        "head_dim": options.count("qk_nope_head_dim"),
+        "shared_dim": options.count("qk_rope_head_dim"),
+        "value_dim": options.count("v_head_dim"),
+        "rank": options.count("kv_lora_rank"),
+        "query_rank": options.get("q_lora_rank", None),
+        "norm": {"kind": "rms", "eps": LATENT_EPS},
+        "bias": bias,
+        "out_bias": bias,
+    }
+
+
+def _moe(options: Options) -> Data:
+    hidden = options.count("moe_intermediate_size")
+    return {
+        "kind": "moe",
+        "experts": options.count("num_experts"),
+        "top_k": options["num_experts_per_token"],
+        "hidden": hidden,
+        "router": {
+            "scores": "sigmoid",
+            "renormalise": options["moe_renormalize"],
+            "multiplier": options["routed_scaling_factor"],
+            "correction": True,
+            "groups": options["num_expert_group"],
+            "top_groups": options["topk_group"],
+        },
+        "shared_hidden": hidden * options.count("num_shared_experts"),
+    }
+
+
+def _config(reader: Reader) -> Data:
+    spec, mlp = reader.spec, reader.find("swiglu")
+    kinds = ["sparse" if getattr(layer.ffn, "kind", None) == "moe" else "dense" for layer in reader.layers]
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        "layer_types": delta.layer_types(reader),
+        "mlp_layer_types": kinds,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,  # their class has one that a small vocabulary has not
+        **({"intermediate_size": mlp.hidden} if mlp else {}),
+        **_mixer_of(reader.find("gated_delta")),
+        **_attention_of(reader.find("mla")),
+        **_moe_of(reader.find("moe")),
+    }
+
+
+def _mixer_of(found: Any) -> Data:
+    if found is None:
+        return {}
+    sizes = {"linear_head_dim": found.head_dim, "linear_num_heads": found.heads}
+    return sizes | {"linear_conv_kernel_dim": found.conv}
+
+
+def _attention_of(found: Any) -> Data:
+    if found is None:
+        return {}
+    return {
+        "num_attention_heads": found.heads,
+        "num_key_value_heads": found.heads,
+        "qk_nope_head_dim": found.head_dim,
+        "qk_rope_head_dim": found.shared_dim,
+        "v_head_dim": found.value_dim or found.head_dim,
+        "kv_lora_rank": found.rank,
+        "q_lora_rank": found.query_rank,
+        "attention_bias": found.bias,
+    }
+
+
+def _moe_of(found: Any) -> Data:
+    if found is None:
+        return {}
+    return {
+        "num_experts": found.experts,
+        "num_experts_per_token": found.top_k,
+        "moe_intermediate_size": found.hidden,
+        "num_shared_experts": max(1, (found.shared_hidden or 0) // found.hidden),
+        "moe_renormalize": found.router.renormalise,
+        "routed_scaling_factor": found.router.multiplier,
+        "num_expert_group": found.router.groups,
+        "topk_group": found.router.top_groups,
+    }
+
+
+class _Names(NamedTuple):
+    """What differs between transformers' modules and files."""
+
+    decays: str
+    convolutions: list[Part]
+    moe: str
+    experts: list[Part]
+
+
+def _tensors(options: Options) -> Iterator[Part]:
+    experts = [*parts.experts(options.count("moe_intermediate_size"))]
+    yield from _tensors_named(options, _Names("forget_gate.", [_convolution(options)], "mlp", experts))
+
+
+def _files(options: Options) -> Iterator[Part]:
+    count, whole = options.count("num_experts"), _convolution(options)
+    apart = Joined(tuple(f"{name}_conv1d.weight" for name in "qkv"), whole)
+    stacks = {name: tuple(f"{index}.{name}.weight" for index in range(count)) for name in ("w1", "w3", "w2")}
+    experts = [Stacked(*pair) for pair in zip(stacks.values(), ("gate", "up", "down"), strict=True)]
+    yield from _tensors_named(options, _Names("", [apart], "block_sparse_moe", [*experts]))
+
+
+def _convolution(options: Options) -> Same:
+    rows = options.count("linear_num_heads") * options.count("linear_head_dim")
+    (whole,) = parts.convolutions("conv1d", {name: rows for name in "qkv"}, bias=False)
+    return whole
+
+
+def _tensors_named(options: Options, names: _Names) -> Iterator[Part]:
+    yield from parts.whole(options, "norm")
+    mixers = {True: [*_attention_tensors(options)], False: [*_mixer_tensors(names)]}
+    moe, mlp = [*_moe_tensors(names.experts)], [*parts.gated_mlp(bias=False)]
+    for index, (attends, kind) in enumerate(zip(_attends(options), _networks(options), strict=True)):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
+        yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
+        yield from below(f"{theirs}.self_attn", f"{ours}.mixer", mixers[attends])
+        if kind == "moe":
+            yield from below(f"{theirs}.{names.moe}", f"{ours}.ffn", moe)
+        else:
+            yield from below(f"{theirs}.mlp", f"{ours}.ffn", mlp)
+
+
+def _mixer_tensors(names: _Names) -> Iterator[Part]:
+    maps = {"q": "q", "k": "k", "v": "v", "b": "beta", "g_a": "z_down", "g_b": "z", "o": "out"}
+    for theirs, ours in maps.items():
+        yield from linear(f"{theirs}_proj", ours)
+    yield from linear(f"{names.decays}f_a_proj", "dt_down")
+    yield from linear(f"{names.decays}f_b_proj", "dt")
+    yield Same(f"{names.decays}dt_bias", ("dt_bias",))
+    heads = View(lambda tensor: tensor.flatten(), lambda tensor: tensor[None, None, :, None])
+    yield Same(f"{names.decays}A_log", ("A_log",), view=heads)
+    yield Same("o_norm.weight", ("norm.weight",))
+    yield from names.convolutions
+
+
+def _attention_tensors(options: Options) -> Iterator[Same]:
+    """Each head of theirs has its own channels, then those for the shared keys, or its key, then its value."""
+    heads, bias, rank = options.count("num_attention_heads"), options["attention_bias"], options.count("kv_lora_rank")
+    own, shared, value = (options.count(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    asked = "q_proj" if options.get("q_lora_rank", None) is None else "q_b_proj"
+    queries, keys_values = (heads * own, heads * shared), (heads * own, heads * value)
+    yield Same(f"{asked}.weight", ("q.weight", "q_shared.weight"), queries, interleaved(heads, own, shared))
+    if asked == "q_b_proj":
+        yield from linear("q_a_proj", "q_latent", bias)
+        yield Same("q_a_layernorm.weight", ("q_latent_norm.weight",))
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Same(f"kv_a_proj_with_mqa.{kind}", (f"latent.{kind}", f"shared.{kind}"), (rank, shared))
+    yield Same("kv_a_layernorm.weight", ("latent_norm.weight",))
+    yield Same("kv_b_proj.weight", ("k.weight", "v.weight"), keys_values, interleaved(heads, own, value))
+    yield from linear("o_proj", "out", bias)
+
+
+def _moe_tensors(experts: list[Part]) -> Iterator[Part]:
+    yield Same("gate.weight", ("router.weight",))
+    yield Same("gate.e_score_correction_bias", ("correction",))
+    yield from below("experts", "experts", experts)
+    yield from below("shared_experts", "shared", parts.gated_mlp(bias=False))
+
+
+DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 32,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+    "attention_bias": False,
+    "linear_num_heads": 32,
+    "linear_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "first_k_dense_replace": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "moe_intermediate_size": 1024,
+    "num_shared_experts": 1,
+    "moe_renormalize": True,
+    "routed_scaling_factor": 2.446,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+KIMI_LINEAR = register(
+    Family("kimi_linear", "KimiLinearForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files, newest=_newest)
+)
