@@ -138,8 +138,8 @@ class GatedDelta(BranchSpec):
         decays = heads if self.decay == "head" else f"{heads}*head_dim"
         rows = {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": decays}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
-        for name, rank in (("z", self.gate_rank and "gate_rank"), ("dt", self.decay_rank and "decay_rank")):
-            if rank:
+        for name, rank in (("z", "gate_rank"), ("dt", "decay_rank")):
+            if getattr(self, rank):
                 axes |= {f"{name}.weight": (rows[name], rank), f"{name}_down.weight": (rank, "width")}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items() if name != "dt"} if self.bias else {}
         axes |= {"A_log": (heads,), "dt_bias": (decays,)}

@@ -1,19 +1,21 @@
 """Kimi Linear (arXiv 2510.26692): delta rules whose channels decay each on its own, in one layer of four latent
 attention, no positions anywhere, and behind the first layer experts as in DeepSeek-V3."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Config, Data, Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Joined, Part, Same, Stacked, View, below, interleaved, linear
+from fusiontree.zoo.tensors import Either, Joined, Part, Same, Stacked, View, below, interleaved, linear
 
 LATENT_EPS = 1e-6
 """Of the norms of latents, whatever the config says of the others."""
 NETWORKS = {"dense": "mlp", "sparse": "moe"}
 """Their words for what stands behind a mixer, and ours."""
+EXPERTS = "block_sparse_moe"
+"""What a network of experts is called in files."""
 ALIASES = {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "num_experts_per_token",
@@ -220,22 +222,30 @@ class _Names(NamedTuple):
     """What differs between transformers' modules and files."""
 
     decays: str
-    convolutions: list[Part]
+    convolution: Part
+    mlp: Sequence[Part]
     moe: str
-    experts: list[Part]
+    experts: Sequence[Part]
 
 
 def _tensors(options: Options) -> Iterator[Part]:
     experts = [*parts.experts(options.count("moe_intermediate_size"))]
-    yield from _tensors_named(options, _Names("forget_gate.", [_convolution(options)], "mlp", experts))
+    names = _Names("forget_gate.", _convolution(options), [*_mlp_tensors()], "mlp", experts)
+    yield from _tensors_named(options, names)
 
 
 def _files(options: Options) -> Iterator[Part]:
+    """Published ones; transformers, when it saves, renames the dense networks as if they were experts too."""
     count, whole = options.count("num_experts"), _convolution(options)
     apart = Joined(tuple(f"{name}_conv1d.weight" for name in "qkv"), whole)
     stacks = {name: tuple(f"{index}.{name}.weight" for index in range(count)) for name in ("w1", "w3", "w2")}
     experts = [Stacked(*pair) for pair in zip(stacks.values(), ("gate", "up", "down"), strict=True)]
-    yield from _tensors_named(options, _Names("", [apart], "block_sparse_moe", [*experts]))
+    mlp = [Either(part, part.theirs.replace("mlp", EXPERTS)) for part in _mlp_tensors()]
+    yield from _tensors_named(options, _Names("", apart, mlp, EXPERTS, experts))
+
+
+def _mlp_tensors() -> Iterator[Same]:
+    yield from below("mlp", "ffn", parts.gated_mlp(bias=False))
 
 
 def _convolution(options: Options) -> Same:
@@ -247,16 +257,13 @@ def _convolution(options: Options) -> Same:
 def _tensors_named(options: Options, names: _Names) -> Iterator[Part]:
     yield from parts.whole(options, "norm")
     mixers = {True: [*_attention_tensors(options)], False: [*_mixer_tensors(names)]}
-    moe, mlp = [*_moe_tensors(names.experts)], [*parts.gated_mlp(bias=False)]
+    networks = {"moe": [*below(names.moe, "ffn", _moe_tensors(names.experts))], "mlp": names.mlp}
     for index, (attends, kind) in enumerate(zip(_attends(options), _networks(options), strict=True)):
         theirs, ours = f"model.layers.{index}", f"layers.{index}"
         yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
         yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
         yield from below(f"{theirs}.self_attn", f"{ours}.mixer", mixers[attends])
-        if kind == "moe":
-            yield from below(f"{theirs}.{names.moe}", f"{ours}.ffn", moe)
-        else:
-            yield from below(f"{theirs}.mlp", f"{ours}.ffn", mlp)
+        yield from below(theirs, ours, networks[kind])
 
 
 def _mixer_tensors(names: _Names) -> Iterator[Part]:
@@ -269,7 +276,7 @@ def _mixer_tensors(names: _Names) -> Iterator[Part]:
     heads = View(lambda tensor: tensor.flatten(), lambda tensor: tensor[None, None, :, None])
     yield Same(f"{names.decays}A_log", ("A_log",), view=heads)
     yield Same("o_norm.weight", ("norm.weight",))
-    yield from names.convolutions
+    yield names.convolution
 
 
 def _attention_tensors(options: Options) -> Iterator[Same]:
@@ -289,7 +296,7 @@ def _attention_tensors(options: Options) -> Iterator[Same]:
     yield from linear("o_proj", "out", bias)
 
 
-def _moe_tensors(experts: list[Part]) -> Iterator[Part]:
+def _moe_tensors(experts: Sequence[Part]) -> Iterator[Part]:
     yield Same("gate.weight", ("router.weight",))
     yield Same("gate.e_score_correction_bias", ("correction",))
     yield from below("experts", "experts", experts)

@@ -106,8 +106,6 @@ def _moe(options: Options) -> dict[str, Any]:
     """Shares are sigmoids, the choice is balanced by a correction, and one more network is visited by all tokens."""
     options.only("mlp_bias", False)
     options.only("moe_latent_size", None)
-    options.only("n_group", 1)
-    options.only("topk_group", 1)
     return {
         "kind": "moe",
         "experts": options["n_routed_experts"],
@@ -119,6 +117,8 @@ def _moe(options: Options) -> dict[str, Any]:
             "renormalise": options["norm_topk_prob"],
             "multiplier": options["routed_scaling_factor"],
             "correction": True,
+            "groups": options["n_group"],
+            "top_groups": options["topk_group"],
         },
         "shared_hidden": options["moe_shared_expert_intermediate_size"],
     }
@@ -159,6 +159,8 @@ def _moe_config(reader: Reader) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": moe.shared_hidden or 1,
         "norm_topk_prob": moe.router.renormalise,
         "routed_scaling_factor": moe.router.multiplier,
+        "n_group": moe.router.groups,
+        "topk_group": moe.router.top_groups,
     }
 
 
@@ -235,6 +237,8 @@ DEFAULTS = {
     "moe_shared_expert_intermediate_size": 7688,
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
     "ssm_state_size": 128,
     "mamba_num_heads": 128,
     "mamba_head_dim": 64,

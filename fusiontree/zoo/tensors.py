@@ -1,7 +1,7 @@
 """The tensors of one checkpoint under the names of another: a family says once how they correspond, and both
 directions follow."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -156,6 +156,34 @@ class Joined(NamedTuple):
         return self._replace(theirs=names, whole=self.whole.within(theirs, ours))
 
 
+class Either(NamedTuple):
+    """A tensor of theirs that some files call by another name; written under the first."""
+
+    first: Same
+    other: str
+
+    def names(self) -> tuple[str, ...]:
+        """The first one."""
+        return self.first.names()
+
+    def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Ours."""
+        yield from self.in_names(theirs).read(theirs)
+
+    def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Theirs."""
+        yield from self.first.write(ours)
+
+    def within(self, theirs: str, ours: str) -> Self:
+        """The same below a prefix on either side."""
+        return self._replace(first=self.first.within(theirs, ours), other=f"{theirs}{self.other}")
+
+    def in_names(self, theirs: Container[str]) -> Same:
+        """With the name that is there."""
+        here = self.first.theirs not in theirs and self.other in theirs
+        return self.first._replace(theirs=self.other) if here else self.first
+
+
 def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Same]:
     """A linear map."""
     yield Same(f"{theirs}.weight", (f"{ours}.weight",))
@@ -174,7 +202,7 @@ def to_ours(parts: Iterable[Part], theirs: Mapping[str, Tensor], *, ignored: Ite
     Raises:
         WeightsError: one is missing, or there is one that the config does not ask for.
     """
-    parts = list(parts)
+    parts = [part.in_names(theirs) if isinstance(part, Either) else part for part in parts]
     known = [name for part in parts for name in part.names()]
     for name in known:
         if name not in theirs:

@@ -242,6 +242,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "nemotron_h",
         NEMOTRON_H | EXPERTS_OF_NEMOTRON_H | {"routed_scaling_factor": 1.7, "norm_topk_prob": False},
     ),
+    "nemotron_h, groups of experts": (
+        "nemotron_h",
+        NEMOTRON_H | EXPERTS_OF_NEMOTRON_H | {"n_routed_experts": 6, "n_group": 3, "topk_group": 2},
+    ),
     "qwen3_next": ("qwen3_next", QWEN3_NEXT),
     "qwen3_next, no experts in any layer, biases, full rotation, tied": (
         "qwen3_next",

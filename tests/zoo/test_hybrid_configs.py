@@ -40,7 +40,7 @@ CONFIGS = {
         ("nemotron_h", {"layers_block_type": ["conv"]}, "layers_block_type: nemotron_h knows no layer 'conv'"),
         ("nemotron_h", {"layers_block_type": [["mlp"]]}, "layers_block_type: nemotron_h knows no layer ['mlp']"),
         ("nemotron_h", {"moe_latent_size": 16}, "moe_latent_size: found 16, nemotron_h is known with None"),
-        ("nemotron_h", {"n_group": 2}, "n_group: found 2, nemotron_h is known with 1"),
+        ("nemotron_h", {"n_group": 2}, "router.groups: 2 groups do not divide 5 experts"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act: found 'silu', nemotron_h is known with 'relu2'"),
         ("nemotron_h", {"tie_word_embeddings": True}, "tie_word_embeddings: found True"),
     ],
