@@ -19,7 +19,8 @@ class Context:
 
     `segments` numbers the documents of each row from 0: segment 0 continues what the cache holds, any other
     starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
-    those of one layer, by the place of the node in it, so that equal layers have equal contexts.
+    those of one layer, by the place of the node in it, so that equal layers have equal contexts. `embedding` is what
+    the first layer reads, where a node reads it again.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -27,6 +28,7 @@ class Context:
     tables: Mapping[str, "Table"] = field(default_factory=dict)
     rows: "Rows | None" = None
     states: Mapping[str, "State"] | None = None
+    embedding: Float[Tensor, "batch time width"] | None = None
 
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""

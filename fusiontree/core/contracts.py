@@ -6,7 +6,7 @@ value_dim, state, groups, branches.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -29,10 +29,16 @@ reads for its own computation it clones first where the gradient still needs it.
 
 @dataclass(frozen=True)
 class Scope:
-    """What surrounds a node: the width of its input and output, and the encodings that it may name."""
+    """What surrounds a node: the width of its input and output, and the encodings and shared nodes that it may name."""
 
     width: int
     encodings: Mapping[str, "EncodingSpec"]
+    shared: Mapping[str, "NodeSpec"] = field(default_factory=dict)
+
+    @property
+    def for_shared(self) -> "Scope":
+        """What surrounds a shared node: it uses no other."""
+        return replace(self, shared={})
 
 
 class NodeSpec(Spec, ABC):
@@ -56,9 +62,34 @@ class NodeSpec(Spec, ABC):
         """The nodes directly inside, each with its path from here."""
         yield from ()
 
+    def around(self, child: str, scope: Scope) -> Scope:
+        """What surrounds a node inside, by its path from here."""
+        return scope
+
+    def within(self, scope: Scope, path: str = "") -> Iterator[tuple[str, "NodeSpec", Scope]]:
+        """This node and all inside, each with its path (that of this one is given) and what surrounds it."""
+        yield path, self, scope
+        for step, child in self.children():
+            yield from child.within(self.around(step, scope), f"{path}.{step}" if path else step)
+
     def problems(self, scope: Scope) -> Problems:
         """What only the surroundings can show to be wrong."""
         yield from ()
+
+    @classmethod
+    def example_needs(cls, width: int) -> Mapping[str, Any]:
+        """What a model needs at its top level so that the example can stand in it; `layers` are further ones."""
+        return {}
+
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether the module reads `Context.embedding`."""
+        return False
+
+    @property
+    def uses(self) -> str | None:
+        """The name of the shared node that runs here, if one does."""
+        return None
 
     def output_width(self, scope: Scope) -> int:
         """The last dimension of what the node returns."""
@@ -132,6 +163,19 @@ class Node(Module, ABC):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """An empty cache for `batch` rows: room for `capacity` tokens (None: as many as come)."""
         return {}
+
+    def stands(self) -> Iterator["Node"]:
+        """The nodes that keep a cache here: this one, and where it uses shared nodes, those in its place."""
+        yield self
+
+
+class Binds(Node, ABC):
+    """A node that runs a shared one, to which the model introduces it once both know their paths."""
+
+    @abstractmethod
+    def bind(self, shared: nn.ModuleDict) -> None:
+        """Find the shared node by its name."""
+        raise NotImplementedError
 
 
 class EncodingSpec(Spec, ABC):

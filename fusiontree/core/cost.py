@@ -37,9 +37,8 @@ def costs(spec: ModelSpec, *, length: int, dtype: torch.dtype = torch.float32) -
         length: tokens of the sequence.
         dtype: what weights and cached keys are stored in.
     """
-    model, scope = build(spec, device="meta"), spec.scope
-    modules = dict(model.named_modules())
-    own = {path: (node.flops(scope, length), node.cache_bytes(scope, length, dtype)) for path, node in spec.nodes()}
+    modules = dict(build(spec, device="meta").named_modules())
+    own = {path: (n.flops(scope, length), n.cache_bytes(scope, length, dtype)) for path, n, scope in spec.running()}
     encodings = [(f"encodings.{name}", encoding) for name, encoding in spec.encodings.items()]
     kinds = {path: str(getattr(part, "kind", "")) for path, part in [*spec.nodes(), *encodings]}
     own["head"] = (2.0 * spec.width * spec.vocab_size, 0)
@@ -51,6 +50,7 @@ def _parts(spec: ModelSpec) -> Iterator[str]:
     yield from ("", "embedding")
     yield from (f"encodings.{name}" for name in spec.encodings)
     nodes = [path for path, _ in spec.nodes()]
+    yield from (path for path in nodes if path.startswith("shared."))
     for index in range(len(spec.expanded_layers())):
         layer = f"layers.{index}"
         yield layer

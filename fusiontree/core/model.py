@@ -15,7 +15,7 @@ from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
 from fusiontree.core.context import Context
-from fusiontree.core.contracts import Encoding, Node, State
+from fusiontree.core.contracts import Binds, Encoding, Node, State
 from fusiontree.core.cross_entropy import NO_LABEL, cross_entropy
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
@@ -85,11 +85,15 @@ class LanguageModel(nn.Module):
         self.encodings = nn.ModuleDict(
             {name: e.build(spec.width, spec.rotated_channels(name)) for name, e in spec.encodings.items()}
         )
+        self.shared = nn.ModuleDict({name: node.build(scope.for_shared) for name, node in spec.shared.items()})
         self.layers = nn.ModuleList(Layer(layer, scope) for layer in spec.expanded_layers())
         self.norm = Normalise(spec.norm, spec.width)
         self.head = Head(spec.head, spec.width, spec.vocab_size)
+        self.reads_embedding = any(node.reads_embedding for _, node in spec.nodes())
         for path, node in self.nodes():
-            node.path, node.place = path, path.split(".", 2)[2]
+            node.path, node.place = path, ".".join(path.split(".")[2:])
+            if isinstance(node, Binds):
+                node.bind(self.shared)
 
     def compile(self, **options: Any) -> None:
         """Compile the layers, each as one graph; layers of one form and shape share it.
@@ -108,6 +112,12 @@ class LanguageModel(nn.Module):
         for path, module in self.named_modules():
             if isinstance(module, Node):
                 yield path, module
+
+    def running(self) -> Iterator[Node]:
+        """Every node that a forward pass meets; shared ones once for each use, with the path of the use."""
+        for path, node in self.nodes():
+            if path.startswith("layers."):
+                yield from node.stands()
 
     def forward(
         self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None
@@ -171,6 +181,7 @@ class LanguageModel(nn.Module):
     def stack(self, tokens: Ids, context: Context, cache: Cache | None = None) -> Features:
         """Embed, run the layers, each with its own part of the cache, normalise."""
         x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
+        context = replace(context, embedding=x) if self.reads_embedding else context
         for index, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, replace(context, states=cache.layers.get(f"layers.{index}", {})))
@@ -191,9 +202,9 @@ class LanguageModel(nn.Module):
             if not isinstance(count, int) or count < 1:
                 raise FusionTreeError(f"{name}: a whole number from 1 on is needed, found {count!r}")
         if max_length is not None:
-            row = sum(node.cache_bytes(self.spec.scope, max_length, like.dtype) for _, node in self.spec.nodes())
+            row = self.spec.cache_bytes(max_length, like.dtype)
             memory.check_room(batch_size * row, like.device, what=f"a cache of {batch_size} x {max_length} tokens")
-        states = {path: node.new_state(batch_size, max_length, like) for path, node in self.nodes()}
+        states = {node.path: node.new_state(batch_size, max_length, like) for node in self.running()}
         if self.compiled and max_length is not None:
             self._allow_other_lengths(states, batch_size, max_length)
         counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
@@ -202,9 +213,9 @@ class LanguageModel(nn.Module):
     def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, max_length: int) -> None:
         """One compiled form of a step for all capacities."""
         like = torch.empty(0, device="meta")
-        for path, node in self.nodes():
+        for node in self.running():
             longer = node.new_state(batch_size, max_length + 1, like)
-            for name, tensor in states[path].items():
+            for name, tensor in states[node.path].items():
                 any_size(tensor, longer[name])
 
     def observe(self) -> AbstractContextManager[Observation]:

@@ -65,7 +65,7 @@ def strict(subject: Subject) -> str | None:
 
 def _mappings(data: object, prefix: str = "") -> Iterator[str]:
     if isinstance(data, dict):
-        if not prefix.endswith(("branches", "encodings", "values", "multipliers", "vary")):
+        if not prefix.endswith(("branches", "encodings", "values", "multipliers", "vary", "shared", "links", "norms", "adapters")):
             yield prefix
         for key, value in data.items():
             yield from _mappings(value, f"{prefix}.{key}" if prefix else key)
@@ -103,17 +103,17 @@ def _tables(subject: Subject) -> str | None:
 
 
 def _axis_tables(spec: ModelSpec) -> dict[str, tuple]:
-    scope = spec.scope
-    tables = {path: (node.axes(), node.sizes(scope), _rigid(node)) for path, node in spec.nodes()}
+    tables = {path: (node.axes(), node.sizes(scope), _rigid(path, node)) for path, node, scope in spec.placed()}
     for name, encoding in spec.encodings.items():
         rigid = frozenset({"width", "max_length"})
         tables[f"encodings.{name}"] = (encoding.axes(), encoding.sizes(spec.width), rigid)
     return tables
 
 
-def _rigid(node: NodeSpec) -> frozenset[str]:
-    """The axes that may not be turned around here; inner features are tied to what the fusion does with them."""
-    inner = getattr(node, "project", True) is False
+def _rigid(path: str, node: NodeSpec) -> frozenset[str]:
+    """The axes that may not be turned around here; inner features are tied to what the fusion does with them, shared
+    ones to adapters."""
+    inner = getattr(node, "project", True) is False or path.startswith("shared.")
     return (
         frozenset(name for dimensions in node.axes().values() for name in axes.names(dimensions))
         if inner
@@ -312,12 +312,17 @@ def cache_size(subject: Subject) -> str | None:
 
 def _cache_size(subject: Subject, length: int, dtype: torch.dtype) -> str | None:
     cache = build(subject.spec, device="meta", dtype=dtype).new_cache(3, length)
-    for path, node in subject.spec.nodes():
-        predicted = 3 * node.cache_bytes(subject.spec.scope, length, dtype)
-        found = sum(tensor.nbytes for tensor in cache.states.get(path, {}).values())
+    for path, node, scope in subject.spec.running():
+        predicted = 3 * node.cache_bytes(scope, length, dtype)
+        here = [state for place, state in cache.states.items() if place == path or (node.uses and _below(place, path))]
+        found = sum(tensor.nbytes for state in here for tensor in state.values())
         if predicted != found:
             return f"{path}: predicted {predicted} bytes, found {found}"
     return None
+
+
+def _below(place: str, path: str) -> bool:
+    return place.startswith(f"{path}.")
 
 
 def flops(subject: Subject) -> str | None:
