@@ -65,7 +65,9 @@ def strict(subject: Subject) -> str | None:
 
 def _mappings(data: object, prefix: str = "") -> Iterator[str]:
     if isinstance(data, dict):
-        if not prefix.endswith(("branches", "encodings", "values", "multipliers", "vary", "shared", "links", "norms", "adapters")):
+        if not prefix.endswith(
+            ("branches", "encodings", "values", "multipliers", "vary", "shared", "links", "norms", "adapters")
+        ):
             yield prefix
         for key, value in data.items():
             yield from _mappings(value, f"{prefix}.{key}" if prefix else key)

@@ -167,7 +167,9 @@ def _attend_backward(
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
     for rows, span, block in blocks.over(options):
         saved = Saved(y[:, :, rows], lse[..., rows], grad[:, :, rows])
-        for total, part, at in zip(grads, KERNELS[kernel].backward(block, saved), (Span(rows, None), span, span), strict=True):
+        for total, part, at in zip(
+            grads, KERNELS[kernel].backward(block, saved), (Span(rows, None), span, span), strict=True
+        ):
             at.add(total, part)
     grad_q, grad_k, grad_v = grads
     return _unfold(grad_q, blocks.time).to(q.dtype), _leading(grad_k).to(k.dtype), _leading(grad_v).to(v.dtype)

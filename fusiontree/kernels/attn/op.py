@@ -85,11 +85,12 @@ class Sight(NamedTuple):
         return reach[0], reach[1]
 
     def before(self, queries: slice, keys: slice) -> Int[Tensor, "#batch prefix"] | None:
-        """The prefix of the first query's document, where keys begin behind its start; those of documents that start
-        later are among the keys."""
+        """The prefix of the first query's document, where keys begin behind its start; what of it is among the keys is
+        cut to the first of them. The prefixes of documents that start later are all among the keys."""
         if self.heads is None or keys.start == 0:
             return None
-        return self.heads[:, queries.start, None] + torch.arange(min(self.prefix, keys.start), device=self.heads.device)
+        index = torch.arange(min(self.prefix, keys.start), device=self.heads.device)
+        return (self.heads[:, queries.start, None] + index).clamp(max=keys.start)
 
     def bias(self, queries: slice, keys: slice, share: int, dtype: torch.dtype) -> Float[Tensor, "#batch 1 rows keys"]:
         """0 where a query sees a key and -inf elsewhere, for what `before` has found and the keys behind it; every
