@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.branches.attention import grown, mean_visible
+from fusiontree.branches.attention import Group, grown, mean_visible
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Module, Norm, Normalise, fan_in
@@ -77,11 +77,10 @@ class Mla(BranchSpec):
         """The width of all heads side by side."""
         return self.heads * (self.value_dim or self.head_dim)
 
-    def slots(self, capacity: int | None) -> int:
-        """How many tokens the cache of a row holds (0: as many as come)."""
-        if self.window is None:
-            return capacity or 0
-        return self.window if capacity is None else min(self.window, capacity)
+    @property
+    def group(self) -> Group:
+        """All heads, which see the same keys; the cache holds what they are made of, once."""
+        return Group("memory", self.heads, 1, self.window)
 
     def output_width(self, scope: Scope) -> int:
         """The stream's width, or that of the heads."""
@@ -93,7 +92,7 @@ class Mla(BranchSpec):
 
     def build(self, scope: Scope) -> "MlaBranch":
         """The module."""
-        return MlaBranch(self, scope.width)
+        return MlaBranch(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, and scores and values over the mean number of visible keys."""
@@ -101,11 +100,11 @@ class Mla(BranchSpec):
         maps = width * (self.rank + self.shared_dim + self.inner * self.project)
         maps += self.rank * (self.heads * self.head_dim + self.inner)
         maps += width * queries if self.query_rank is None else self.query_rank * (width + queries)
-        return 2.0 * maps + 2.0 * mean_visible(self.window, length) * (queries + self.inner)
+        return 2.0 * maps + 2.0 * mean_visible(self.group.reach(scope.prefix), length) * (queries + self.inner)
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The latents and the shared keys of the tokens that can still be seen."""
-        return self.slots(length) * (self.rank + self.shared_dim) * dtype.itemsize
+        return self.group.slots(length, scope.prefix) * (self.rank + self.shared_dim) * dtype.itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """The latents' channels, and each head's."""
@@ -155,9 +154,9 @@ class HeadMap(Module):
 class MlaBranch(Node):
     """The module of `Mla`."""
 
-    def __init__(self, spec: Mla, width: int) -> None:
+    def __init__(self, spec: Mla, scope: Scope) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.prefix, width = spec, scope.prefix, scope.width
         asked = spec.query_rank or width
         self.q_latent = Linear(width, spec.query_rank, bias=spec.bias) if spec.query_rank else None
         self.q_latent_norm = Normalise(spec.norm, spec.query_rank) if spec.query_rank and spec.norm else None
@@ -200,7 +199,8 @@ class MlaBranch(Node):
                 return self._step(ring, q[:, 0], memory[:, 0], context)[:, None]
             past = self._recall(ring, memory, context)
         k, v = self._expanded(memory)
-        return attention(q, k, v, window=spec.window, scale=self.scale, segments=context.segments, past=past)
+        visible = {"window": spec.window, "segments": context.segments, "past": past, "prefix": self.prefix}
+        return attention(q, k, v, scale=self.scale, **visible)
 
     def _expanded(self, memory: Memory) -> tuple[Heads, Heads]:
         """Keys and values of every head."""
@@ -243,4 +243,5 @@ class MlaBranch(Node):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """A ring of latents and shared keys."""
         spec = self.spec
-        return {"memory": like.new_zeros(batch, 1, spec.slots(capacity), spec.rank + spec.shared_dim)}
+        slots = spec.group.slots(capacity, self.prefix)
+        return {"memory": like.new_zeros(batch, 1, slots, spec.rank + spec.shared_dim)}

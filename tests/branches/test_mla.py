@@ -10,6 +10,7 @@ import fusiontree as ft
 from fusiontree.core.contracts import Scope
 from fusiontree.core.initialise import initialise
 from fusiontree.encodings.rope import Rope, Rotary
+from fusiontree.testing import check_spec
 from fusiontree.testing.subject import randomised
 from fusiontree.zoo.tensors import interleaved
 
@@ -93,3 +94,10 @@ def test_what_is_done_to_torch_s_maps_is_done_in_a_step_too():
     whole, cache = model(tokens), model.new_cache(2, 10)
     torch.testing.assert_close(torch.cat([model(one, cache=cache) for one in tokens.split(1, 1)], 1), whole)
     assert (whole - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_laws_hold_behind_a_prefix(window):
+    mixer = {"kind": "mla", **SPEC, "window": window}
+    data = {"vocab_size": 11, "width": WIDTH, "encodings": {"rope": {"kind": "rope"}}, "layers": [{"mixer": mixer}] * 2}
+    check_spec(ft.ModelSpec.parse(data | {"prefix": {"tokens": 3}}))

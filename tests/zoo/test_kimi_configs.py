@@ -53,7 +53,7 @@ def test_transformers_reads_the_same_from_a_config(config):
 def test_the_cache_of_latent_attention_is_small():
     spec = family_of("kimi_linear").spec_of(KIMI_LINEAR_48B)
     one = spec.node("layers.3.mixer")
-    assert one.cache_bytes(None, 1000, torch.bfloat16) == 1000 * 2 * (512 + 64)  # pyright: ignore
+    assert one.cache_bytes(spec.scope, 1000, torch.bfloat16) == 1000 * 2 * (512 + 64)  # pyright: ignore
 
 
 @pytest.mark.parametrize(
