@@ -44,14 +44,14 @@ def _newest(config: Config) -> Data:
             text = f"kimi_linear is not known to have it, found {value!r:.60}{suggest(key, [*OF_DELTA, *PLACES])}"
             raise FusionTreeError(f"config.json: linear_attn_config.{key}: {text}")
     found |= {key: first[name] for name, key in OF_DELTA.items() if name in first}
-    if found.get("layer_types") is None and all(name in first for name in PLACES):
+    if found.get("layer_types") is None and any(name in first for name in PLACES):
         found["layer_types"] = _types(first)
     return found
 
 
 def _types(first: Mapping[str, Any]) -> list[str]:
     """The type of each layer, where those of a type are counted from 1."""
-    pairs = [(place, kind) for name, kind in PLACES.items() for place in _list(first[name])]
+    pairs = [(place, kind) for name, kind in PLACES.items() for place in _list(name, first.get(name))]
     kinds = dict(pairs)
     if len(kinds) < len(pairs) or set(kinds) != set(range(1, len(kinds) + 1)):
         text = f"{' and '.join(PLACES)} have to name every layer once, the first one is 1"
@@ -59,10 +59,10 @@ def _types(first: Mapping[str, Any]) -> list[str]:
     return [kinds[place] for place in range(1, len(kinds) + 1)]
 
 
-def _list(found: object) -> list[Any]:
+def _list(name: str, found: object) -> list[Any]:
     if not isinstance(found, list) or any(type(place) is not int for place in found):
         text = f"has to be a list of whole numbers, found {found!r:.60}"
-        raise FusionTreeError(f"config.json: linear_attn_config: {text}")
+        raise FusionTreeError(f"config.json: linear_attn_config.{name}: {text}")
     return found
 
 

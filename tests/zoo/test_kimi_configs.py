@@ -74,7 +74,11 @@ def test_the_cache_of_latent_attention_is_small():
         ),
         (
             {"linear_attn_config": {"kda_layers": [1.5], "full_attn_layers": 3}, "layer_types": None},
-            "linear_attn_config: has to be a list of whole numbers, found [1.5]",
+            "linear_attn_config.kda_layers: has to be a list of whole numbers, found [1.5]",
+        ),
+        (
+            {"linear_attn_config": {"kda_layers": [1, 2]}, "layer_types": None},
+            "linear_attn_config.full_attn_layers: has to be a list of whole numbers, found None",
         ),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: 1 are given, there are 4 layers"),
         ({"mlp_layer_types": ["dense", "moe"]}, "mlp_layer_types: kimi_linear knows no layer 'moe'"),
