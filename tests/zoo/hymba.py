@@ -1,5 +1,5 @@
 """Hymba (arXiv 2411.13676) once more, as its authors lay it out: one map in for both branches, meta tokens in front of
-the sequence, a mask over all of it. No caches, no packing. The state-space half is transformers' own of Jamba, rotations
+the sequence, a mask over all of it. No caches, no packing. The state-space half is Jamba's in transformers, rotations
 are those of its Llama."""
 
 import torch

@@ -148,10 +148,17 @@ def test_batches_of_padded_prompts_and_packed_documents(ours, theirs, tokens):
     close(packed, torch.cat(alone, 1))
 
 
-def test_the_published_size():
-    spec = ft.load_spec("hymba-1.5b")
-    count = sum(parameter.numel() for parameter in ft.build(spec, device="meta").parameters())
-    assert round(count / 1e9, 2) == 1.52  # huggingface.co/nvidia/Hymba-1.5B-Base
+@pytest.mark.parametrize(
+    ("name", "stated", "unit"),
+    [
+        ("hymba-1.5b", 152, 10**7),  # 1.52B, huggingface.co/nvidia/Hymba-1.5B-Base
+        ("samba-421m", 421, 10**6),  # the names of github.com/microsoft/Samba's lit_gpt/config.py
+        ("samba-1.3b", 13, 10**8),
+    ],
+)
+def test_published_sizes(name, stated, unit):
+    count = sum(parameter.numel() for parameter in ft.build(ft.load_spec(name), device="meta").parameters())
+    assert count // unit == stated
 
 
 def test_the_published_cache():
