@@ -30,9 +30,9 @@ class Family:
         tensors: which of their tensors are which of ours.
         defaults: options of the family's class that published configs leave out.
         ignored: tensors that may be there and say nothing.
+        files: the same of the tensors in files, where transformers reads them into modules of other names.
         copies: tensors of shared modules under further names, each with the name under which it is known. They may
             be there, with the same values, and are not written.
-        files: the same of the tensors in files, where transformers reads them into modules of other names.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Family:
     tensors: Callable[[Options], Iterator[Part]]
     defaults: Config = field(default_factory=dict)
     ignored: Callable[[Options], set[str]] = lambda options: set()
-    copies: Callable[[Options], Mapping[str, str]] = lambda options: {}
     files: Callable[[Options], Iterator[Part]] | None = None
+    copies: Callable[[Options], Mapping[str, str]] = lambda options: {}
 
     def options(self, config: Config) -> Options:
         """A config with the family's defaults."""

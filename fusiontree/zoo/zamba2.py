@@ -22,7 +22,7 @@ def _spec(options: Options) -> dict[str, Any]:
     _read_idle(options)
     norm, mamba, rope = parts.rms(options), _mamba(options), _rope(options)
     block, adapters = _block(options, norm, list(rope)), _adapters(options)
-    layers = [{"mixer": mamba, "norm": norm}] * len(_kinds(options))
+    layers: list[dict[str, Any]] = [{"mixer": mamba, "norm": norm}] * len(_kinds(options))
     for use in _uses(options):
         branch = {"kind": "use", "of": _name(use.block), "adapters": adapters}
         mixer = {"kind": "inject", "branches": {"block": branch}, "projection": {}, "norm": norm, "into": mamba}
@@ -83,8 +83,9 @@ def _kinds(options: Options) -> list[str]:
 
 
 def _rope(options: Options) -> dict[str, Any]:
-    """Rotations of the blocks' attention, if there are any. `use_long_context` means a theta that is larger eightfold
-    and more until transformers 4, and nothing since: no version of it is the true one."""
+    """Rotations of the blocks' attention, if there are any. `use_long_context` makes theta more than 8 times as large
+    in transformers 4, and nothing but a length in 5: a config that has it does not say which it was trained with."""
+    options.only("use_mem_rope", False, True)
     if not options["use_mem_rope"]:
         for key in ("rope_parameters", "rope_scaling", "rope_theta", "use_long_context"):
             options.get(key, None)
@@ -163,6 +164,7 @@ def _adapters(options: Options) -> dict[str, Any]:
 def _adapted(options: Options) -> dict[str, list[str]]:
     """The maps of a block that each use adapts, by the name of the adapter."""
     feed_forward = {"gate_up": ["links.feed_forward.gate", "links.feed_forward.up"]}
+    options.only("use_shared_attention_adapter", False, True)
     if not options["use_shared_attention_adapter"]:
         return feed_forward
     heads, width = options.count("num_attention_heads"), options.count("hidden_size")
