@@ -46,7 +46,11 @@ class Chain(BranchSpec):
     def example(cls, width: int) -> Self:
         """Attention over stream and embedding, a map back to the stream's width, and a feed-forward network."""
         attention = {"kind": "attention", "heads": 2, "kv_heads": 1, "head_dim": 4, "window": 4, "project": False}
-        links = {"attention": attention, "out": {"kind": "linear", "outputs": width}, "mlp": {"kind": "mlp", "hidden": 8}}
+        links = {
+            "attention": attention,
+            "out": {"kind": "linear", "outputs": width},
+            "mlp": {"kind": "mlp", "hidden": 8},
+        }
         return cls.model_validate({"links": links, "norms": {"attention": {}, "mlp": {}}, "embedding": True})
 
     @property

@@ -54,7 +54,10 @@ class Use(BranchSpec):
     @classmethod
     def example_needs(cls, width: int) -> Mapping[str, Any]:
         """The network, and another use of it."""
-        return {"shared": {"block": {"kind": "swiglu", "hidden": 8}}, "layers": [{"ffn": {"kind": "use", "of": "block"}}]}
+        return {
+            "shared": {"block": {"kind": "swiglu", "hidden": 8}},
+            "layers": [{"ffn": {"kind": "use", "of": "block"}}],
+        }
 
     def problems(self, scope: Scope) -> Problems:
         """A name that nobody defined, and adapters of what is not there."""

@@ -29,11 +29,13 @@ reads for its own computation it clones first where the gradient still needs it.
 
 @dataclass(frozen=True)
 class Scope:
-    """What surrounds a node: the width of its input and output, and the encodings and shared nodes that it may name."""
+    """What surrounds a node: the width of its input and output, the encodings and shared nodes that it may name, and
+    how many learned vectors stand before each document."""
 
     width: int
     encodings: Mapping[str, "EncodingSpec"]
     shared: Mapping[str, "NodeSpec"] = field(default_factory=dict)
+    prefix: int = 0
 
     @property
     def for_shared(self) -> "Scope":
@@ -87,6 +89,15 @@ class NodeSpec(Spec, ABC):
         return False
 
     @property
+    def borrows(self) -> str | None:
+        """The path of the node of an earlier layer whose `Context.lent` the module reads, if there is one."""
+        return None
+
+    def refuses(self, lender: "NodeSpec") -> str | None:
+        """Why that node's cannot be read, or None."""
+        return f"{getattr(lender, 'kind', 'it')} lends nothing"
+
+    @property
     def uses(self) -> str | None:
         """The name of the shared node that runs here, if one does."""
         return None
@@ -98,10 +109,11 @@ class NodeSpec(Spec, ABC):
     @abstractmethod
     def flops(self, scope: Scope, length: int) -> float:
         """Forward FLOPs per token, children left out: matrix products only (2 per multiply-add), the mean
-        over the positions of a sequence of `length` tokens; a scan counts the products of its recurrence."""
+        over the positions of a sequence of `length` tokens; a scan counts the products of its recurrence. A prefix
+        counts among the tokens."""
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
-        """Bytes that one sequence's cache of `length` tokens takes, children left out."""
+        """Bytes that one sequence's cache of `length` tokens takes, children left out; a prefix counts among them."""
         return 0
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -154,6 +166,8 @@ class Node(Module, ABC):
 
     path: str = ""
     place: str = ""
+    lends: bool = False
+    """Whether a node of a later layer borrows from it."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time features"]:
@@ -161,7 +175,7 @@ class Node(Module, ABC):
         raise NotImplementedError
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
-        """An empty cache for `batch` rows: room for `capacity` tokens (None: as many as come)."""
+        """An empty cache for `batch` rows: room for `capacity` tokens, a prefix among them (None: as many as come)."""
         return {}
 
     def stands(self) -> Iterator["Node"]:

@@ -19,9 +19,11 @@ from fusiontree.core.contracts import Binds, Encoding, Node, State
 from fusiontree.core.cross_entropy import NO_LABEL, cross_entropy
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
+from fusiontree.core.lending import Ledger, Loans
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
 from fusiontree.core.modules import Module, Normalise, constant, normal, scaled
 from fusiontree.core.observation import Observation
+from fusiontree.core.prefix import Prefix, insert
 from fusiontree.errors import FusionTreeError
 
 Ids = Int[Tensor, "batch time"]
@@ -89,9 +91,13 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, scope) for layer in spec.expanded_layers())
         self.norm = Normalise(spec.norm, spec.width)
         self.head = Head(spec.head, spec.width, spec.vocab_size)
+        self.prefix = Prefix(spec.prefix, spec.width) if spec.prefix else None
         self.reads_embedding = any(node.reads_embedding for _, node in spec.nodes())
+        borrows = {path: node.borrows for path, node in spec.nodes() if node.borrows is not None}
+        self.loans = Loans(borrows)
         for path, node in self.nodes():
             node.path, node.place = path, ".".join(path.split(".")[2:])
+            node.lends = path in borrows.values()
             if isinstance(node, Binds):
                 node.bind(self.shared)
 
@@ -164,12 +170,16 @@ class LanguageModel(nn.Module):
         layout = boundaries.arrange(tokens, documents, positions, cache, one_form=one_form)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)
+        stream, places = (layout, None) if self.prefix is None else insert(layout, len(self.prefix.weight), cache)
+        x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
+        x = x if self.prefix is None else self.prefix(x, places)
         if cache is None or layout.rows is None:
-            x = self.stack(tokens, self.context(layout))
+            x = self.stack(x, self.context(stream))
         else:
-            with nullcontext() if _is_step(layout) else eagerly():  # chunks come in any number of lengths
-                x = self.stack(tokens, self.context(layout), cache)
+            with nullcontext() if _is_step(stream) else eagerly():  # chunks come in any number of lengths
+                x = self.stack(x, self.context(stream), cache)
             cache.advance(layout.rows)
+        x = x if places is None else places.text(x)
         return x if layout.order is None else _scatter(x, layout.order)
 
     def context(self, layout: boundaries.Layout) -> Context:
@@ -178,17 +188,18 @@ class LanguageModel(nn.Module):
         tables = {name: self._encoding(name)(layout.positions) for name in self.spec.encodings}
         return Context(layout.positions, layout.segments, tables, layout.rows)
 
-    def stack(self, tokens: Ids, context: Context, cache: Cache | None = None) -> Features:
-        """Embed, run the layers, each with its own part of the cache, normalise."""
-        x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
+    def stack(self, x: Features, context: Context, cache: Cache | None = None) -> Features:
+        """Run the layers, each with its own part of the cache, normalise."""
         context = replace(context, embedding=x) if self.reads_embedding else context
+        ledger = Ledger(self.loans)
         for index, layer in enumerate(self.layers):
+            own = ledger.enter(index, context) if self.loans else context
             if cache is not None:
-                x = layer(x, replace(context, states=cache.layers.get(f"layers.{index}", {})))
+                x = layer(x, replace(own, states=cache.layers.get(f"layers.{index}", {})))
             elif self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False)
+                x = checkpoint(layer, x, own, use_reentrant=False)
             else:
-                x = layer(x, context)
+                x = layer(x, own)
         return self.norm(x)
 
     def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
@@ -204,17 +215,18 @@ class LanguageModel(nn.Module):
         if max_length is not None:
             row = self.spec.cache_bytes(max_length, like.dtype)
             memory.check_room(batch_size * row, like.device, what=f"a cache of {batch_size} x {max_length} tokens")
-        states = {node.path: node.new_state(batch_size, max_length, like) for node in self.running()}
-        if self.compiled and max_length is not None:
-            self._allow_other_lengths(states, batch_size, max_length)
+        capacity = None if max_length is None else max_length + self.spec.prefix_length
+        states = {node.path: node.new_state(batch_size, capacity, like) for node in self.running()}
+        if self.compiled and capacity is not None:
+            self._allow_other_lengths(states, batch_size, capacity)
         counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return Cache({path: state for path, state in states.items() if state}, counters, max_length, self.spec)
 
-    def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, max_length: int) -> None:
+    def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, capacity: int) -> None:
         """One compiled form of a step for all capacities."""
         like = torch.empty(0, device="meta")
         for node in self.running():
-            longer = node.new_state(batch_size, max_length + 1, like)
+            longer = node.new_state(batch_size, capacity + 1, like)
             for name, tensor in states[node.path].items():
                 any_size(tensor, longer[name])
 

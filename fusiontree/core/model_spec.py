@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from fusiontree.core import paths, yaml
+from fusiontree.core import lending, paths, yaml
 from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, NodeSpec, Scope
 from fusiontree.core.modules import Norm
+from fusiontree.core.prefix import PrefixSpec
 from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
 from fusiontree.errors import SpecError, suggest
@@ -46,6 +47,7 @@ class ModelSpec(Spec):
     vocab_size: Count
     width: Count
     embedding: EmbeddingSpec = EmbeddingSpec()
+    prefix: PrefixSpec | None = None
     encodings: NamedMap[AnyEncoding] = NamedMap()
     shared: NamedMap[AnyNode] = NamedMap()
     layers: Annotated[tuple[Entry, ...], Field()]
@@ -81,11 +83,17 @@ class ModelSpec(Spec):
             width = node.output_width(scope)
             if _is_sublayer(path) and width != scope.width:
                 yield path, f"has to return the width {scope.width}, found {width}"
+        yield from lending.problems(dict(self.nodes()))
+
+    @property
+    def prefix_length(self) -> int:
+        """How many learned vectors stand before each document."""
+        return self.prefix.tokens if self.prefix else 0
 
     @property
     def scope(self) -> Scope:
         """What every node of the stack is surrounded by."""
-        return Scope(self.width, self.encodings, self.shared)
+        return Scope(self.width, self.encodings, self.shared, self.prefix_length)
 
     def expanded_layers(self) -> tuple[LayerSpec, ...]:
         """The layers, one by one."""
@@ -112,6 +120,7 @@ class ModelSpec(Spec):
 
     def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence's cache of `length` tokens takes, keys stored in `dtype`."""
+        length += self.prefix_length
         return sum(node.cache_bytes(scope, length, dtype) for _, node, scope in self.running())
 
     def rotated_channels(self, encoding: str) -> tuple[int, ...]:
@@ -172,7 +181,8 @@ class ModelSpec(Spec):
     @property
     def longest(self) -> int | None:
         """The most positions that every encoding has; None: any number."""
-        return min((e.limit for e in self.encodings.values() if e.limit is not None), default=None)
+        limits = [e.limit - self.prefix_length for e in self.encodings.values() if e.limit is not None]
+        return min(limits, default=None)
 
     def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
         """What differs, by path of the expanded forms: (here, there); None where there is nothing. A part that is

@@ -28,6 +28,7 @@ def drop_from_spec(spec: ModelSpec, drops: Iterable[str]) -> ModelSpec:
             cannot go without changing the others.
     """
     drops = _outermost(drops)
+    _check_loans(spec, drops)
     data = spec.expand().data()
     for path in drops:
         _drop(data, path, spec)
@@ -40,6 +41,14 @@ def _outermost(drops: Iterable[str]) -> list[str]:
     """Each path once, and none that lies inside another."""
     every = dict.fromkeys(drops)
     return [path for path in every if not any(path.startswith(f"{other}.") for other in every)]
+
+
+def _check_loans(spec: ModelSpec, drops: list[str]) -> None:
+    """Nobody is left who uses keys and values of what goes."""
+    gone = {path for path, *_ in spec.running() if any(path == drop or path.startswith(f"{drop}.") for drop in drops)}
+    for path, node, _ in spec.running():
+        if node.borrows in gone and path not in gone:
+            raise PruneError(f"{node.borrows}: cannot be dropped exactly: {path} reads its keys; drop that, too")
 
 
 def _drop(data: dict[str, Any], path: str, spec: ModelSpec) -> None:
