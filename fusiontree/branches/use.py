@@ -183,7 +183,7 @@ class UseBranch(Binds):
             if isinstance(module, Node):
                 below = f".{path}" if path else ""
                 module.path, module.place = self.path + below, self.place + below
-        self.__dict__["twin"] = twin
+        object.__setattr__(self, "twin", twin)  # not as a submodule
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """As the shared node."""

@@ -82,9 +82,7 @@ def test_one_use_goes_and_its_node_stays_while_another_is_there(model):
 
 
 def test_the_last_branch_of_an_inject_is_refused(model):
-    with pytest.raises(
-        PruneError, match=r"layers\.1\.mixer\.branches\.rotated: 'rotated' is the last branch; drop the"
-    ):
+    with pytest.raises(PruneError, match=r"layers\.1\.mixer\.branches\.rotated: 'rotated' is the last branch"):
         plan_by_hand(model.spec, ["layers.1.mixer.branches.rotated"])
     with pytest.raises(PruneError, match="is the last branch"):
         plan_by_hand(model.spec, [f"layers.3.mixer.branches.{name}" for name in BLOCKS])

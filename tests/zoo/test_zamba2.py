@@ -12,6 +12,7 @@ import fusiontree as ft
 from fusiontree.errors import FusionTreeError, WeightsError
 from fusiontree.zoo import family_of
 from fusiontree.zoo.directory import export_model, import_model
+from fusiontree.zoo.hf import FusionTreeConfig, FusionTreeForCausalLM
 
 HYBRID = [6, 12, 18, 24, 30, 36, 42, 47, 51]
 ZAMBA2_2B = {
@@ -187,6 +188,17 @@ def test_files_of_transformers_are_read_and_ours_by_transformers(name, tmp_path)
     for found in (ft.load(tmp_path / "ours")(tokens), again(tokens, use_cache=False).logits):  # chunks differ
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * max(1.0, float(wanted.abs().max())))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_mem_blocks"] in (2, 3)
+
+
+@torch.no_grad()
+def test_our_class_of_transformers_keeps_shared_blocks_once(tmp_path):
+    ours, tokens = pair("zamba2").ours, torch.arange(40).reshape(2, 20)
+    model = FusionTreeForCausalLM(FusionTreeConfig(ours.spec))
+    model.model.load_state_dict(ours.state_dict())
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "model.safetensors")) == len(ours.state_dict())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens).logits, ours(tokens))
 
 
 def test_uses_of_a_block_are_counted_over_all_blocks():
