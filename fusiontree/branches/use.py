@@ -63,8 +63,8 @@ class Use(BranchSpec):
         """A name that nobody defined, and adapters of what is not there."""
         yield from super().problems(scope)
         if self.of not in scope.shared:
-            known = f"there are {', '.join(scope.shared)}" if scope.shared else "none can be used here"
-            yield "of", f"no shared node is called {self.of!r}{suggest(self.of, scope.shared)}; {known}"
+            where = "" if scope.shared else "; none can be used inside a shared node, nor at another width"
+            yield "of", f"no shared node is called {self.of!r}{suggest(self.of, scope.shared)}{where}"
             return
         if self.adapters and not any(True for _, node, inside in self._shared(scope) for _ in node.problems(inside)):
             yield from self._adapter_problems(self._maps(scope))
@@ -98,7 +98,7 @@ class Use(BranchSpec):
 
     def output_width(self, scope: Scope) -> int:
         """What the shared node returns."""
-        return scope.shared[self.of].output_width(scope) if self.of in scope.shared else scope.width
+        return scope.shared[self.of].output_width(scope.for_shared) if self.of in scope.shared else scope.width
 
     def build(self, scope: Scope) -> "UseBranch":
         """The module."""
@@ -183,7 +183,7 @@ class UseBranch(Binds):
             if isinstance(module, Node):
                 below = f".{path}" if path else ""
                 module.path, module.place = self.path + below, self.place + below
-        self.__dict__["twin"] = twin
+        object.__setattr__(self, "twin", twin)  # nn.Module's own would register it
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """As the shared node."""
@@ -191,8 +191,7 @@ class UseBranch(Binds):
 
     def train(self, mode: bool = True) -> Self:
         """In its twin, too."""
-        if "twin" in self.__dict__:
-            self.twin.train(mode)
+        self.twin.train(mode)
         return super().train(mode)
 
     def stands(self) -> Iterator[Node]:

@@ -15,6 +15,7 @@ from fusiontree.zoo import (
     olmo_hybrid,
     own,
     qwen3_next,
+    zamba2,
 )
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
@@ -36,4 +37,5 @@ __all__ = [
     "olmo_hybrid",
     "own",
     "qwen3_next",
+    "zamba2",
 ]
