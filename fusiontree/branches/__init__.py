@@ -9,6 +9,7 @@ from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
 from fusiontree.branches.mlp import Mlp
 from fusiontree.branches.moe import Moe, Router
+from fusiontree.branches.rglru import RgLru
 from fusiontree.branches.short_conv import ShortConv
 from fusiontree.branches.swiglu import SwiGLU
 from fusiontree.core.contracts import branches as _registry
@@ -24,6 +25,7 @@ __all__ = [
     "Mlp",
     "Moe",
     "QKNorm",
+    "RgLru",
     "Router",
     "ShortConv",
     "SwiGLU",

@@ -12,6 +12,8 @@ from fusiontree.kernels.conv.op import CONV, ConvInputs, ConvRequest
 from fusiontree.kernels.registry import OPS, Choice, Op, UnsupportedError, use_backend
 from fusiontree.kernels.scan.delta.gated_delta import gated_delta, gated_delta_step
 from fusiontree.kernels.scan.delta.op import GATED_DELTA, GatedDeltaInputs, GatedDeltaRequest
+from fusiontree.kernels.scan.linear.linear_recurrence import linear_recurrence, linear_recurrence_step
+from fusiontree.kernels.scan.linear.op import LINEAR_RECURRENCE, LinearRecurrenceInputs, LinearRecurrenceRequest
 from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs, SelectiveScanRequest
 from fusiontree.kernels.scan.selective.selective_scan import selective_scan, selective_scan_step
@@ -22,6 +24,7 @@ __all__ = [
     "ATTENTION_STEP",
     "CONV",
     "GATED_DELTA",
+    "LINEAR_RECURRENCE",
     "OPS",
     "SELECTIVE_SCAN",
     "SSD",
@@ -32,6 +35,8 @@ __all__ = [
     "ConvRequest",
     "GatedDeltaInputs",
     "GatedDeltaRequest",
+    "LinearRecurrenceInputs",
+    "LinearRecurrenceRequest",
     "Op",
     "Past",
     "SSDInputs",
@@ -47,6 +52,8 @@ __all__ = [
     "causal_conv1d_step",
     "gated_delta",
     "gated_delta_step",
+    "linear_recurrence",
+    "linear_recurrence_step",
     "selective_scan",
     "selective_scan_step",
     "ssd",

@@ -44,6 +44,8 @@ EXPERTS = {"kind": "moe", "experts": 6, "top_k": 2, "hidden": 16, "shared_hidden
 ROUTED = {"vocab_size": 61, "width": 32, "layers": [{"repeat": 2, "layers": [{"ffn": EXPERTS}]}]}
 DELTA = {"kind": "gated_delta", "heads": 4, "key_heads": 2, "head_dim": 8, "encodings": ["rope"]}
 DELTAS = CHANNELS | {"encodings": {"rope": {"kind": "rope"}}, "layers": [{"mixer": DELTA}] * 2}
+UNIT = {"kind": "rglru", "heads": 4, "head_dim": 8}
+UNITS = CHANNELS | {"layers": [{"mixer": UNIT}] * 2}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -160,3 +162,8 @@ def test_mamba1_in_training_and_in_decode():
 def test_gated_delta_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, DELTAS)
     assert_same_steps("aot_eager", DELTAS)
+
+
+def test_rglru_in_training_and_in_decode():
+    assert_same_step("aot_eager", DOCUMENTS, UNITS)
+    assert_same_steps("aot_eager", UNITS)

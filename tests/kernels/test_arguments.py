@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import Past, attention, attention_step, causal_conv1d, gated_delta, selective_scan, ssd
+from fusiontree.kernels import (
+    Past,
+    attention,
+    attention_step,
+    causal_conv1d,
+    gated_delta,
+    linear_recurrence,
+    selective_scan,
+    ssd,
+)
 
 R = torch.randn
 Q, K = R(2, 6, 4, 8), R(2, 6, 2, 8)
@@ -48,6 +57,9 @@ MISFITS = {
     ),
     "gated_delta: 4 heads are not a multiple of 3 key_heads": (
         lambda: gated_delta(R(2, 6, 3, 3), R(2, 6, 3, 3), Q, R(2, 6, 4), R(2, 6, 4))
+    ),
+    "linear_recurrence: a: floating-point numbers [2, 6, 4] are needed, found [2, 6, 1]": (
+        lambda: linear_recurrence(R(2, 6, 4), R(2, 6, 1))
     ),
     "causal_conv1d: initial_state: floating-point numbers [2, 2, 4] are needed, found [2, 5, 4]": (
         lambda: causal_conv1d(R(2, 6, 4), R(4, 3), initial_state=R(2, 5, 4))

@@ -33,6 +33,11 @@ def test_gated_delta_chunked(packed):
     torch.library.opcheck(OPS.gated_delta_chunked, inputs, test_utils=WHAT)
 
 
+def test_linear_recurrence_two_level():
+    x, a, state = tensors((2, TIME, WIDTH), (2, TIME, WIDTH), (2, WIDTH))
+    torch.library.opcheck(OPS.linear_recurrence_two_level, (x, a.sigmoid(), state), test_utils=WHAT)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("kernel", ["product", "flash_cpu"])
 def test_attention_blocked(window, kernel):

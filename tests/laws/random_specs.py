@@ -122,6 +122,22 @@ def short_convs(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def rglrus(draw: st.DrawFn, *, project: bool = True) -> Data:
+    heads = draw(st.integers(1, 3)) if project else 4
+    return {
+        "kind": "rglru",
+        "encodings": draw(named(rotates=False)),
+        "heads": heads,
+        "head_dim": draw(st.integers(1, 4)) if project else INNER // heads,
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def gated_deltas(draw: st.DrawFn, *, project: bool = True) -> Data:
     key_heads = draw(st.integers(1, 2))
     shape = {"heads": key_heads * draw(st.integers(1, 2)), "value_dim": draw(st.sampled_from([None, 3]))}
@@ -191,7 +207,7 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas)
+    inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas, rglrus)
     branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
@@ -218,7 +234,7 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas()
+    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas(), rglrus()
     mixers = st.one_of(attentions(), *recurrent, feed_forwards(), moes())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 

@@ -9,11 +9,13 @@ from fusiontree.branches import (
     Mamba1,
     Mamba2,
     Mlp,
+    RgLru,
     attention,
     gated_delta,
     mamba1,
     mamba2,
     recurrent,
+    rglru,
 )
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
@@ -84,6 +86,16 @@ def test_what_a_delta_rule_knows_is_not_reset(monkeypatch):
 def test_what_a_delta_rule_knows_is_forgotten(monkeypatch):
     monkeypatch.setattr(gated_delta, "gated_delta", replacing(gated_delta.gated_delta, initial_state=None))
     assert broken_laws(GatedDelta) == "split"
+
+
+def test_what_a_channel_remembers_is_not_reset(monkeypatch):
+    monkeypatch.setattr(rglru, "linear_recurrence", replacing(rglru.linear_recurrence, segments=None))
+    assert broken_laws(RgLru) == "packed"
+
+
+def test_what_a_channel_remembers_is_forgotten(monkeypatch):
+    monkeypatch.setattr(rglru, "linear_recurrence", replacing(rglru.linear_recurrence, initial_state=None))
+    assert broken_laws(RgLru) == "split"
 
 
 def test_attention_sees_other_documents(monkeypatch):

@@ -140,6 +140,16 @@ MORE_OF_OLMO_HYBRID = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
     **{"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16, "rms_norm_eps": 1e-4},
 }
+RECURRENT_GEMMA = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"},
+    **{"num_hidden_layers": 4, "num_key_value_heads": 1, "attention_window_size": 11, "pad_token_id": None},
+}
+MORE_OF_RECURRENT_GEMMA = {
+    **{"lru_width": 72, "conv1d_width": 3, "block_types": ["attention", "recurrent"], "attention_bias": True},
+    **{"intermediate_size": 81, "logits_soft_cap": 3.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-4},
+    **{"num_hidden_layers": 3, "num_key_value_heads": 3},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -239,6 +249,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         OLMO_HYBRID | {"rope_parameters": YARN | {"rope_theta": 100.0}, "max_position_embeddings": 64},
     ),
     "olmo_hybrid, no positions, positive eigenvalues, biases, tied": ("olmo_hybrid", OLMO_HYBRID | MORE_OF_OLMO_HYBRID),
+    "recurrent_gemma": ("recurrent_gemma", RECURRENT_GEMMA),
+    "recurrent_gemma, another width, biases, low cap, untied": (
+        "recurrent_gemma",
+        RECURRENT_GEMMA | MORE_OF_RECURRENT_GEMMA,
+    ),
+    "recurrent_gemma, no attention": ("recurrent_gemma", RECURRENT_GEMMA | {"block_types": ["recurrent"]}),
+    "recurrent_gemma, no recurrence": ("recurrent_gemma", RECURRENT_GEMMA | {"block_types": ["attention"]}),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
