@@ -5,6 +5,7 @@ The spec classes, and the registry's `register`, `names` and `get`.
 
 from fusiontree.branches.attention import Attention, QKNorm
 from fusiontree.branches.gated_delta import GatedDelta
+from fusiontree.branches.lightning import Lightning
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
 from fusiontree.branches.mlp import Mlp
@@ -20,6 +21,7 @@ __all__ = [
     "Attention",
     "GatedDelta",
     "GatedNorm",
+    "Lightning",
     "Mamba1",
     "Mamba2",
     "Mlp",

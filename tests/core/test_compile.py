@@ -46,6 +46,7 @@ DELTA = {"kind": "gated_delta", "heads": 4, "key_heads": 2, "head_dim": 8, "enco
 DELTAS = CHANNELS | {"encodings": {"rope": {"kind": "rope"}}, "layers": [{"mixer": DELTA}] * 2}
 UNIT = {"kind": "rglru", "heads": 4, "head_dim": 8}
 UNITS = CHANNELS | {"layers": [{"mixer": UNIT}] * 2}
+CONSTANT = {"kind": "lightning", "heads": 2, "head_dim": 8, "slopes": [0.5, 0.1]}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -167,3 +168,9 @@ def test_gated_delta_in_training_and_in_decode():
 def test_rglru_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, UNITS)
     assert_same_steps("aot_eager", UNITS)
+
+
+def test_lightning_in_training_and_in_decode():
+    data = CHANNELS | {"layers": [{"mixer": CONSTANT}] * 2}
+    assert_same_step("aot_eager", DOCUMENTS, data)
+    assert_same_steps("aot_eager", data)

@@ -138,6 +138,23 @@ def rglrus(draw: st.DrawFn, *, project: bool = True) -> Data:
 
 
 @st.composite
+def lightnings(draw: st.DrawFn, *, project: bool = True) -> Data:
+    heads = draw(st.integers(1, 3)) if project else 4
+    return {
+        "kind": "lightning",
+        "encodings": draw(named(rotates=True)),
+        "heads": heads,
+        "head_dim": 4,
+        "value_dim": draw(st.sampled_from([None, 3])) if project else INNER // 4,
+        "slopes": draw(st.lists(st.sampled_from([0.0, 0.1, 3.0]), min_size=heads, max_size=heads)),
+        "norm": draw(norms()),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
 def gated_deltas(draw: st.DrawFn, *, project: bool = True) -> Data:
     key_heads = draw(st.integers(1, 2))
     shape = {"heads": key_heads * draw(st.integers(1, 2)), "value_dim": draw(st.sampled_from([None, 3]))}
@@ -207,7 +224,7 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas, rglrus)
+    inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas, rglrus, lightnings)
     branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
     several = len(names) > 1
@@ -234,7 +251,7 @@ def _reads(gate: Data) -> bool:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas(), rglrus()
+    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas(), rglrus(), lightnings()
     mixers = st.one_of(attentions(), *recurrent, feed_forwards(), moes())
     return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
 

@@ -6,12 +6,14 @@ import torch
 from fusiontree.branches import (
     Attention,
     GatedDelta,
+    Lightning,
     Mamba1,
     Mamba2,
     Mlp,
     RgLru,
     attention,
     gated_delta,
+    lightning,
     mamba1,
     mamba2,
     recurrent,
@@ -96,6 +98,11 @@ def test_what_a_channel_remembers_is_not_reset(monkeypatch):
 def test_what_a_channel_remembers_is_forgotten(monkeypatch):
     monkeypatch.setattr(rglru, "linear_recurrence", replacing(rglru.linear_recurrence, initial_state=None))
     assert broken_laws(RgLru) == "split"
+
+
+def test_heads_of_constant_decay_are_not_reset(monkeypatch):
+    monkeypatch.setattr(lightning, "ssd", replacing(lightning.ssd, segments=None))
+    assert broken_laws(Lightning) == "packed"
 
 
 def test_attention_sees_other_documents(monkeypatch):
