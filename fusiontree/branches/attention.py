@@ -16,7 +16,7 @@ from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, scaled
 from fusiontree.core.spec import Count, Flag, Natural, Positive, Real, Spec, invalid
-from fusiontree.kernels import Past, attention, attention_step
+from fusiontree.kernels import Falling, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]
@@ -63,7 +63,7 @@ class Attention(BranchSpec):
     side, for a fusion with a projection.
     """
 
-    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate", "bias"})
     kind: Literal["attention"] = "attention"
     heads: Count
     kv_heads: Count
@@ -239,10 +239,17 @@ class AttentionBranch(Node):
         if state is not None:
             rings = self._rings(group, context, state)
             if context.is_step(q):
-                return self._step(rings, (q, k, v), context)
+                return self._step(group, rings, (q, k, v), context)
             past = _recall(rings, context, k, v)
-        softcap, segments = self.spec.softcap, context.segments
-        return attention(q, k, v, window=group.window, scale=self.scale, softcap=softcap, segments=segments, past=past)
+        options = {"scale": self.scale, "softcap": self.spec.softcap, "slopes": self._slopes(group, context)}
+        return attention(q, k, v, window=group.window, segments=context.segments, past=past, **options)
+
+    def _slopes(self, group: Group, context: Context) -> tuple[float, ...] | None:
+        """Those of a group's heads; global ones come last."""
+        slopes = context.slopes(self.spec.encodings, self.spec.heads)
+        if slopes is None:
+            return None
+        return slopes[: group.heads] if group.name == "windowed" else slopes[-group.heads :]
 
     def _rings(self, group: Group, context: Context, state: State) -> tuple[Ring, Ring]:
         """A group's keys and values, with room for the chunk."""
@@ -252,14 +259,16 @@ class AttentionBranch(Node):
             state.update({name: _grown(state[name], context.rows.room) for name in names})
         return state[names[0]], state[names[1]]
 
-    def _step(self, rings: tuple[Ring, Ring], qkv: tuple[Heads, Heads, Heads], context: Context) -> Heads:
+    def _step(self, group: Group, rings: tuple[Ring, Ring], qkv: tuple[Heads, Heads, Heads], context: Context) -> Heads:
         """One token a row: its key takes the place of the one that leaves the window, and the ring is all it sees."""
         (q, k, v), rows = (tensor[:, 0] for tensor in qkv), context.rows
         assert rows is not None
         for ring, new in zip(rings, (k, v), strict=True):
             rows.write_one(ring.transpose(1, 2), new)
-        filled = rows.filled(rings[0].shape[2])
-        return attention_step(q, *rings, filled, scale=self.scale, softcap=self.spec.softcap)[:, None]
+        slots, slopes = rings[0].shape[2], self._slopes(group, context)
+        falling = None if slopes is None else Falling(slopes, rows.distances(slots))
+        options = {"scale": self.scale, "softcap": self.spec.softcap, "falling": falling}
+        return attention_step(q, *rings, rows.filled(slots), **options)[:, None]
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """A ring of keys and one of values for each group, heads before slots: a step reads a head's in one piece."""

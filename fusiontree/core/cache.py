@@ -46,6 +46,11 @@ class Rows:
         age = (self.before[:, None] - 1 - slot) % slots + 1
         return torch.where(age <= self.before[:, None], age, 0)
 
+    def distances(self, slots: int) -> Int[Tensor, "batch slots"]:
+        """How many tokens before the row's last one the token in each filled slot of a ring is, after the chunk."""
+        slot = torch.arange(slots, device=self.after.device)
+        return (self.after[:, None] - 1 - slot) % slots
+
     def sources(self, slots: int) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:
         """For each slot of a ring: where in the chunk the token is that it holds afterwards, and whether that
         token is in the chunk at all (otherwise the slot keeps what it has)."""

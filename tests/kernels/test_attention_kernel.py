@@ -24,6 +24,8 @@ from fusiontree.kernels import ATTENTION, AttentionInputs, Past, UnsupportedErro
 
 ROWS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 8
 SCALE = 0.4
+SLOPES = (0.5, 0.03125, 2.0, 0.0)
+"""Of each head; exact in every type."""
 WINDOWS = [(time, window) for time in LENGTHS for window in (*sorted({1, 2, 7, 64, time, time + 1}), None)]
 
 
@@ -44,7 +46,7 @@ def draw_past(cached: int, value_dim: int = WIDTH, dtype: torch.dtype = torch.fl
 
 
 def serves(inputs: list[Tensor], **options: object) -> list[str]:
-    defaults = {"window": None, "scale": SCALE, "softcap": None, "segments": None, "past": None}
+    defaults = {"window": None, "scale": SCALE, "softcap": None, "segments": None, "slopes": None, "past": None}
     return serving(ATTENTION, AttentionInputs(*inputs, **{**defaults, **options}).request)  # type: ignore[arg-type]
 
 
@@ -56,6 +58,7 @@ def brute_force(
     window: int | None = None,
     softcap: float | None = None,
     segments: Tensor | None = None,
+    slopes: tuple[float, ...] | None = None,
     past: Past | None = None,
 ) -> Tensor:
     """Row by row, head by head, query by query, with lists of visible keys: the definition as a program."""
@@ -66,28 +69,33 @@ def brute_force(
             if own[i] < 0:
                 continue
             seen = [j for j in range(i + 1) if own[j] == own[i] and (window is None or i - j < window)]
-            keys, values = k[row, seen], v[row, seen]
+            keys, values, distances = k[row, seen], v[row, seen], [i - j for j in seen]
             if past is not None and own[i] == 0:
                 ages = past.age[row].tolist()
                 old = [c for c, a in enumerate(ages) if a > 0 and (window is None or i + a < window)]
                 keys = torch.cat([past.keys[row, old].double(), keys])
                 values = torch.cat([past.values[row, old].double(), values])
+                distances = [i + ages[c] for c in old] + distances
             for head in range(HEADS):
                 scores = SCALE * keys[:, head // (HEADS // KV_HEADS)] @ q[row, i, head]
                 scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                scores = scores if slopes is None else scores - slopes[head] * torch.tensor(distances)
                 y[row, i, head] = scores.softmax(0) @ values[:, head // (HEADS // KV_HEADS)]
     return y
 
 
+@pytest.mark.parametrize("slopes", [None, SLOPES])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 20, None])
 @pytest.mark.parametrize(("packed", "cached"), [(False, 0), (True, 0), (False, 5), (True, 5)])
-def test_is_its_definition(window: int | None, packed: bool, cached: int, softcap: float | None) -> None:
+def test_is_its_definition(
+    window: int | None, packed: bool, cached: int, softcap: float | None, slopes: tuple[float, ...] | None
+) -> None:
     inputs = draw_inputs(8, value_dim=5)
     segments = Draw(3).segments(8) if packed else None
     past = draw_past(cached, value_dim=5) if cached else None
-    want = brute_force(*inputs, window=window, softcap=softcap, segments=segments, past=past)
-    options = {"window": window, "softcap": softcap, "segments": segments, "past": past}
+    options = {"window": window, "softcap": softcap, "segments": segments, "slopes": slopes, "past": past}
+    want = brute_force(*inputs, **options)
     for backend in serves(inputs, **options):
         got = attention(*inputs, scale=SCALE, backend=backend, **options)
         assert torch.isfinite(got).all()
@@ -126,6 +134,30 @@ def test_options_agree_with_the_reference(
     want = attention(*exact, scale=SCALE, past=past, backend="reference", **options)
     want_grads = gradients((at_real(want, segments),), exact)
     for backend in serves(leaves(draws, [dtype] * 3), past=past, **options):
+        rounded = leaves(draws, [dtype] * 3)
+        held = past and Past(past.keys.to(dtype), past.values.to(dtype), past.age)
+        got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+        grads = gradients((at_real(got, segments),), rounded)
+        assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize(
+    ("window", "packed", "cached"), [(None, False, 0), (None, True, 0), (60, True, 0), (60, True, 70)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_slopes_agree_with_the_reference(dtype: torch.dtype, window: int | None, packed: bool, cached: int) -> None:
+    """In half precision too: a bias that is far from 0 is not rounded to what q has room for."""
+    time = 300
+    segments, past = Draw(7).segments(time) if packed else None, draw_past(cached, dtype=dtype) if cached else None
+    draws = draw_inputs(time, dtype=dtype)
+    options = {"window": window, "segments": segments, "slopes": (0.013, 0.5, 1e-3, 0.11)}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, past=past, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    backends = serves(leaves(draws, [dtype] * 3), past=past, **options)
+    assert {"reference", "blocked", "blocked_flash"} <= set(backends)
+    for backend in backends:
         rounded = leaves(draws, [dtype] * 3)
         held = past and Past(past.keys.to(dtype), past.values.to(dtype), past.age)
         got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
@@ -240,14 +272,15 @@ def test_reference_flops_are_the_closed_form(window: int | None) -> None:
 
 @pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_windowed_blocks_are_linear_in_time(backend: str, packed: bool) -> None:
+@pytest.mark.parametrize("slopes", [None, (0.5, 0.25)])
+def test_windowed_blocks_are_linear_in_time(backend: str, packed: bool, slopes: tuple[float, ...] | None) -> None:
     time, window = 65536, 100
     inputs = leaves(
         [torch.ones(1, time, 2, 4), torch.ones(1, time, 1, 4), torch.ones(1, time, 1, 4)], [torch.float32] * 3
     )
     segments = (torch.arange(time) // 1000)[None] if packed else None
     with LargestTensor() as largest:
-        y = attention(*inputs, window=window, scale=1.0, segments=segments, backend=backend)
+        y = attention(*inputs, window=window, scale=1.0, segments=segments, slopes=slopes, backend=backend)
         assert saved_elements(y) <= 32 * time
         y.sum().backward()
     assert largest.elements <= 8 * time
@@ -281,5 +314,7 @@ def test_refusals_say_why() -> None:
     inputs = draw_inputs(3)
     with pytest.raises(UnsupportedError, match=r"'sdpa' cannot serve this call: .*a window"):
         attention(*inputs, window=2, scale=SCALE, backend="sdpa")
+    with pytest.raises(UnsupportedError, match=r"'sdpa' cannot serve this call: not served: slopes"):
+        attention(*inputs, slopes=SLOPES, scale=SCALE, backend="sdpa")
     with pytest.raises(UnsupportedError, match="softcap"):
         attention(*inputs, softcap=2.0, scale=SCALE, backend="blocked_flash")

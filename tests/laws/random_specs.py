@@ -9,6 +9,7 @@ from fusiontree.core.model_spec import ModelSpec
 WIDTH = 16
 INNER = 24
 ENCODINGS = {
+    "alibi": {"kind": "alibi"},
     "sincos": {"kind": "srte_sincos"},
     "learned": {"kind": "srte_learned", "max_length": 64},
     "low_rank": {"kind": "srte_learned", "max_length": 64, "rank": 3},
@@ -67,7 +68,8 @@ def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
         "out_bias": project and draw(st.booleans()),
         "project": project,
     }
-    return {"kind": "attention", "encodings": draw(named(rotates=True)), **own, **options}
+    falling = draw(st.sampled_from([[], ["alibi"]]))
+    return {"kind": "attention", "encodings": draw(named(rotates=True)) + falling, **own, **options}
 
 
 @st.composite

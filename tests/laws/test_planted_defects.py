@@ -21,6 +21,7 @@ from fusiontree.branches import (
 )
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
+from fusiontree.encodings import Alibi
 from fusiontree.encodings.rope import Rotary
 from fusiontree.encodings.srte import SincosTime, SrteSincos
 from fusiontree.fusions import Gated
@@ -120,6 +121,12 @@ def test_a_step_does_not_see_its_own_token(monkeypatch):
     filled = Rows.filled
     monkeypatch.setattr(Rows, "filled", lambda self, slots: (filled(self, slots) - 1).clamp(min=1))
     assert broken_laws(Attention) == "split"
+
+
+def test_distances_stand_still_in_decode(monkeypatch):
+    distances = Rows.distances
+    monkeypatch.setattr(Rows, "distances", lambda self, slots: distances(self, slots).clamp(max=2))
+    assert broken_laws(Alibi) == "split"
 
 
 def test_positions_stand_still_in_decode(monkeypatch):

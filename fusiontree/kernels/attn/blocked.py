@@ -4,7 +4,7 @@ O(time * window) work, memory linear in time, and one (block x keys) mask at a t
 through slices would fill a whole gradient for each, which is quadratic again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, sight
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
@@ -30,6 +30,7 @@ class Options(NamedTuple):
     kernel: str
     scale: float
     softcap: float | None
+    slopes: tuple[float, ...] | None
 
 
 def _fold(queries: Float[Tensor, "b t heads d"], kv_heads: int) -> Float[Tensor, "b kv_heads t*share d"]:
@@ -45,10 +46,10 @@ def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_he
 
 
 @lru_cache(maxsize=32)
-def _band(queries: int, keys: int, window: int | None, share: int, like: tuple[torch.dtype, torch.device]) -> Tensor:
+def _band(queries: int, keys: int, window: int | None, folding: Folding, device: torch.device) -> Tensor:
     """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
-    seen = sight(keys, None, None, window, like[1])
-    return seen.bias(slice(keys - queries, keys), slice(0, keys), share, like[0])
+    seen = sight(keys, None, None, window, device)
+    return seen.bias(slice(keys - queries, keys), slice(0, keys), folding)
 
 
 class Blocks:
@@ -65,12 +66,14 @@ class Blocks:
     def over(self, options: Options) -> Iterator[tuple[slice, slice, Block]]:
         """The rows of some queries, the keys that they see, and both with their bias."""
         seen = sight(self.time, self.segments, self.age, options.window, self.q.device)
+        folding = Folding(self.share, self.q.dtype, options.slopes)
+        rows_a_query = self.share * (1 if options.slopes is None else self.kv_heads)
         for queries, keys, plain in seen.blocks(QUERIES):
             sizes = queries.stop - queries.start, keys.stop - keys.start
-            if plain and sizes[0] * sizes[1] * self.share <= LARGEST_BAND:
-                bias = _band(*sizes, options.window, self.share, (self.q.dtype, self.q.device))
+            if plain and sizes[0] * sizes[1] * rows_a_query <= LARGEST_BAND:
+                bias = _band(*sizes, options.window, folding, self.q.device)
             else:
-                bias = seen.bias(queries, keys, self.share, self.q.dtype)
+                bias = seen.bias(queries, keys, folding)
             rows = slice(queries.start * self.share, queries.stop * self.share)
             k, v = self.k[:, :, keys], self.v[:, :, keys]
             yield rows, keys, Block(self.q[:, :, rows], k, v, bias, options.scale, options.softcap)
@@ -87,11 +90,12 @@ def _attend(
     kernel: str,
     scale: float,
     softcap: float | None,
+    slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
     blocks, sums = Blocks((q, k, v), segments, age), []
     y = blocks.q.new_empty(*blocks.q.shape[:3], v.shape[-1])
-    options = Options(window, kernel, scale, softcap)
+    options = Options(window, kernel, scale, softcap, None if slopes is None else tuple(slopes))
     for rows, _, block in blocks.over(options):
         y[:, :, rows], lse = KERNELS[kernel].forward(block)
         sums.append(lse)
@@ -119,10 +123,11 @@ def _attend_backward(
     kernel: str,
     scale: float,
     softcap: float | None,
+    slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
     blocks, dtype = Blocks((q, k, v), segments, age), wide(k.dtype)
-    options = Options(window, kernel, scale, softcap)
+    options = Options(window, kernel, scale, softcap, None if slopes is None else tuple(slopes))
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
     for rows, keys, block in blocks.over(options):
@@ -146,7 +151,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _propagate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(6))
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(7))
 
 
 _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
@@ -155,7 +160,7 @@ _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
 def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
     age = None if inputs.past is None else inputs.past.age
-    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap)
+    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.slopes)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
 

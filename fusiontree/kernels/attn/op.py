@@ -1,13 +1,14 @@
 """The operator `attention`: its arguments, what sees what, and what the choice of a backend depends on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.documents import previous
+from fusiontree.errors import FusionTreeError
+from fusiontree.kernels.documents import previous, wide
 from fusiontree.kernels.registry import Op
 from fusiontree.kernels.shapes import Shapes
 from fusiontree.kernels.untraced import Untraced
@@ -36,11 +37,27 @@ class AttentionRequest(NamedTuple):
     head_dim: int
     value_dim: int
     gradients: bool
+    slopes: bool = False
 
     @property
     def equal_widths(self) -> bool:
         """Whether keys and values have the same width."""
         return self.head_dim == self.value_dim
+
+
+class Folding(NamedTuple):
+    """How biases are laid out: the `share` query heads of a key-value head are rows of each query, and with `slopes`,
+    one for each query head, scores fall with the distance."""
+
+    share: int
+    dtype: torch.dtype
+    slopes: tuple[float, ...] | None = None
+
+    def fall(self, distance: Int[Tensor, "#batch rows keys"]) -> Float[Tensor, "#batch kv_heads rows keys"]:
+        """-slope * distance, in float32 or better."""
+        slopes = torch.tensor(self.slopes, dtype=wide(self.dtype), device=distance.device)
+        by_row = slopes.view(-1, self.share).repeat(1, distance.shape[1] // self.share)
+        return distance[:, None] * -by_row[..., None]
 
 
 class Sight(NamedTuple):
@@ -78,13 +95,15 @@ class Sight(NamedTuple):
         reach = torch.stack([firsts, self.starts[:, last].amax(0)]).tolist()
         return reach[0], reach[1]
 
-    def bias(self, queries: slice, keys: slice, share: int, dtype: torch.dtype) -> Float[Tensor, "#batch 1 rows keys"]:
-        """0 where a query sees a key and -inf elsewhere; every query has `share` rows."""
-        places = self.places[:, None, keys]
+    def bias(self, queries: slice, keys: slice, folding: Folding) -> Float[Tensor, "#batch #kv_heads rows keys"]:
+        """What is added to scores: -inf where a query does not see a key."""
+        places, share = self.places[:, None, keys], folding.share
         own = torch.arange(queries.start, queries.stop, device=places.device).repeat_interleave(share)[:, None]
         first = self.first[:, queries].repeat_interleave(share, 1)[:, :, None]
         seen = (places >= first) & (places <= own)
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+        if folding.slopes is not None:
+            return folding.fall(own - places).masked_fill(~seen[:, None], -torch.inf)
+        return torch.zeros(seen.shape, dtype=folding.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def sight(time: int, segments: Tensor | None, age: Tensor | None, window: int | None, device: torch.device) -> Sight:
@@ -112,6 +131,7 @@ class AttentionInputs(NamedTuple):
     scale: float
     softcap: float | None
     segments: Int[Tensor, "batch time"] | None
+    slopes: tuple[float, ...] | None = None
     past: Past | None = None
 
     @property
@@ -129,6 +149,7 @@ class AttentionInputs(NamedTuple):
             head_dim=self.k.shape[-1],
             value_dim=self.v.shape[-1],
             gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+            slopes=self.slopes is not None,
         )
 
     def results(self) -> list[Tensor]:
@@ -148,10 +169,21 @@ class AttentionInputs(NamedTuple):
         return sight(self.q.shape[1], self.segments, age, self.window, self.q.device)
 
 
+def per_head(op: str, slopes: Sequence[float], q: Float[Tensor, "... heads head_dim"]) -> tuple[float, ...]:
+    """The slopes.
+
+    Raises:
+        FusionTreeError: there is not one for each query head.
+    """
+    if len(slopes) != q.shape[-2]:
+        raise FusionTreeError(f"{op}: slopes: one for each of {q.shape[-2]} heads is needed, found {len(slopes)}")
+    return tuple(slopes)
+
+
 ATTENTION: Op[AttentionInputs] = Op("attention", Shapes(AttentionInputs, (("heads", "kv_heads"),)))
 untraced = Untraced(
     "attention_untraced",
-    "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments",
+    "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments, float[]? slopes",
     AttentionInputs,
 )
 """Decorates backends, which serve no cached keys."""
