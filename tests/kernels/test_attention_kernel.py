@@ -147,7 +147,6 @@ def test_options_agree_with_the_reference(
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_slopes_agree_with_the_reference(dtype: torch.dtype, window: int | None, packed: bool, cached: int) -> None:
-    """In half precision too: a bias that is far from 0 is not rounded to what q has room for."""
     time = 300
     segments, past = Draw(7).segments(time) if packed else None, draw_past(cached, dtype=dtype) if cached else None
     draws = draw_inputs(time, dtype=dtype)
@@ -164,6 +163,19 @@ def test_slopes_agree_with_the_reference(dtype: torch.dtype, window: int | None,
         assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
         grads = gradients((at_real(got, segments),), rounded)
         assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
+def test_far_keys_that_count_are_not_rounded_to_what_queries_have_room_for(backend: str) -> None:
+    """Keys whose scores grow as fast with the distance as slopes make them fall."""
+    time, slope = 300, 1.0
+    near = torch.arange(time, 0, -1).double() * slope / (SCALE * WIDTH)
+    k = near[:, None, None].expand(1, time, KV_HEADS, WIDTH).bfloat16()
+    q, v = torch.ones(1, time, HEADS, WIDTH).bfloat16(), draw_inputs(time)[2][:1].bfloat16()
+    options = {"scale": SCALE, "slopes": (slope,) * HEADS}
+    want = attention(q.double(), k.double(), v.double(), backend="reference", **options)
+    got = attention(q, k, v, backend=backend, **options)
+    assert_close(got[:, 200:], want[:, 200:], torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])
