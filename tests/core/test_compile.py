@@ -47,6 +47,7 @@ DELTAS = CHANNELS | {"encodings": {"rope": {"kind": "rope"}}, "layers": [{"mixer
 UNIT = {"kind": "rglru", "heads": 4, "head_dim": 8}
 UNITS = CHANNELS | {"layers": [{"mixer": UNIT}] * 2}
 CONSTANT = {"kind": "lightning", "heads": 2, "head_dim": 8, "slopes": [0.5, 0.1]}
+FALLING = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "encodings": ["alibi"]}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -172,5 +173,11 @@ def test_rglru_in_training_and_in_decode():
 
 def test_lightning_in_training_and_in_decode():
     data = CHANNELS | {"layers": [{"mixer": CONSTANT}] * 2}
+    assert_same_step("aot_eager", DOCUMENTS, data)
+    assert_same_steps("aot_eager", data)
+
+
+def test_alibi_in_training_and_in_decode():
+    data = CHANNELS | {"encodings": {"alibi": {"kind": "alibi"}}, "layers": [{"mixer": FALLING}] * 2}
     assert_same_step("aot_eager", DOCUMENTS, data)
     assert_same_steps("aot_eager", data)
