@@ -16,6 +16,7 @@ from fusiontree.zoo import (
     own,
     qwen3_next,
     recurrent_gemma,
+    zamba2,
 )
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
@@ -38,4 +39,5 @@ __all__ = [
     "own",
     "qwen3_next",
     "recurrent_gemma",
+    "zamba2",
 ]

@@ -63,9 +63,10 @@ def test_a_window_that_hides_nothing_changes_nothing_whoever_is_global():
 
 
 @torch.no_grad()
-def test_decoding_goes_on_where_a_new_document_began():
+@pytest.mark.parametrize("prefix", [{}, {"prefix": {"tokens": 3}}])
+def test_decoding_goes_on_where_a_new_document_began(prefix):
     """Distances are counted in the open document, not in what the ring held before it."""
-    ours = model(window=5)
+    ours = ft.build(ft.ModelSpec.parse(model(window=5).spec.data() | prefix), dtype=torch.float64).eval()
     tokens = torch.randint(0, 11, (1, 20), generator=torch.Generator().manual_seed(0))
     documents = torch.tensor([[3] * 8 + [4] * 12])
     wanted = ours(tokens, documents=documents)

@@ -46,7 +46,7 @@ def draw_past(cached: int, value_dim: int = WIDTH, dtype: torch.dtype = torch.fl
 
 
 def serves(inputs: list[Tensor], **options: object) -> list[str]:
-    defaults = {"window": None, "scale": SCALE, "softcap": None, "segments": None, "slopes": None, "past": None}
+    defaults = {"window": None, "scale": SCALE, "softcap": None, "segments": None, "past": None}
     return serving(ATTENTION, AttentionInputs(*inputs, **{**defaults, **options}).request)  # type: ignore[arg-type]
 
 
@@ -60,6 +60,7 @@ def brute_force(
     segments: Tensor | None = None,
     slopes: tuple[float, ...] | None = None,
     past: Past | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """Row by row, head by head, query by query, with lists of visible keys: the definition as a program."""
     y = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
@@ -68,11 +69,14 @@ def brute_force(
         for i in range(q.shape[1]):
             if own[i] < 0:
                 continue
-            seen = [j for j in range(i + 1) if own[j] == own[i] and (window is None or i - j < window)]
+            ages = past.age[row].tolist() if past is not None and own[i] == 0 else []
+            mine = [j for j in range(i + 1) if own[j] == own[i]]
+            always = [] if any(ages) else mine[:prefix]
+            seen = [j for j in mine if window is None or i - j < window or j in always]
             keys, values, distances = k[row, seen], v[row, seen], [i - j for j in seen]
-            if past is not None and own[i] == 0:
-                ages = past.age[row].tolist()
-                old = [c for c, a in enumerate(ages) if a > 0 and (window is None or i + a < window)]
+            if past is not None and ages:
+                near = [window is None or i + age < window for age in ages]
+                old = [c for c, age in enumerate(ages) if age > 0 and (near[c] or c < prefix)]
                 keys = torch.cat([past.keys[row, old].double(), keys])
                 values = torch.cat([past.values[row, old].double(), values])
                 distances = [i + ages[c] for c in old] + distances
@@ -84,17 +88,25 @@ def brute_force(
     return y
 
 
-@pytest.mark.parametrize("slopes", [None, SLOPES])
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(
+    ("softcap", "prefix", "slopes"),
+    [(None, 0, None), (1.5, 0, None), (None, 3, None), (None, 0, SLOPES), (1.5, 3, SLOPES)],
+)
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 20, None])
 @pytest.mark.parametrize(("packed", "cached"), [(False, 0), (True, 0), (False, 5), (True, 5)])
 def test_is_its_definition(
-    window: int | None, packed: bool, cached: int, softcap: float | None, slopes: tuple[float, ...] | None
+    window: int | None,
+    packed: bool,
+    cached: int,
+    softcap: float | None,
+    prefix: int,
+    slopes: tuple[float, ...] | None,
 ) -> None:
     inputs = draw_inputs(8, value_dim=5)
     segments = Draw(3).segments(8) if packed else None
     past = draw_past(cached, value_dim=5) if cached else None
-    options = {"window": window, "softcap": softcap, "segments": segments, "slopes": slopes, "past": past}
+    options = {"window": window, "softcap": softcap, "segments": segments, "past": past, "prefix": prefix}
+    options |= {"slopes": slopes}
     want = brute_force(*inputs, **options)
     for backend in serves(inputs, **options):
         got = attention(*inputs, scale=SCALE, backend=backend, **options)
@@ -142,6 +154,28 @@ def test_options_agree_with_the_reference(
         assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
 
 
+@pytest.mark.parametrize("cached", [0, 20])
+@pytest.mark.parametrize("starts", [(), (140,), (3, 127, 128, 131, 290)])
+@pytest.mark.parametrize(("window", "prefix"), [(7, 3), (40, 1), (60, 130), (90, 300)])
+@pytest.mark.parametrize("slopes", [None, (0.013, 0.5, 1e-3, 0.11)])
+def test_a_prefix_is_in_sight_of_every_block(
+    window: int, prefix: int, starts: tuple[int, ...], cached: int, slopes: tuple[float, ...] | None
+) -> None:
+    draws, past = draw_inputs(300), draw_past(cached) if cached else None
+    segments = segments_from(starts, 300, ROWS).clone() if starts else None
+    if segments is not None:
+        segments[1, 200:] = -1
+    options = {"window": window, "segments": segments, "slopes": slopes, "past": past, "prefix": prefix}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    assert not torch.allclose(want, attention(*exact, scale=SCALE, **{**options, "prefix": 0}))
+    for backend in serves(exact, **options):
+        got = attention(*exact, scale=SCALE, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), what=backend)
+        assert_all_close(gradients((at_real(got, segments),), exact), want_grads, torch.float64, backend)
+
+
 @pytest.mark.parametrize(
     ("window", "packed", "cached"), [(None, False, 0), (None, True, 0), (60, True, 0), (60, True, 70)]
 )
@@ -187,7 +221,8 @@ def test_gradcheck_with_cached_keys(backend: str) -> None:
 
     def run(*args: Tensor) -> Tensor:
         past = Past(args[3], args[4], age)
-        return attention(*args[:3], window=4, scale=SCALE, segments=segments, past=past, backend=backend)
+        options = {"window": 2, "prefix": 1, "segments": segments, "past": past}
+        return attention(*args[:3], scale=SCALE, backend=backend, **options)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -285,7 +320,7 @@ def test_reference_flops_are_the_closed_form(window: int | None) -> None:
 @pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("slopes", [None, (0.5, 0.25)])
-def test_windowed_blocks_are_linear_in_time(backend: str, packed: bool, slopes: tuple[float, ...] | None) -> None:
+def test_windowed_blocks_are_linear_in_time(slopes: tuple[float, ...] | None, backend: str, packed: bool) -> None:
     time, window = 65536, 100
     inputs = leaves(
         [torch.ones(1, time, 2, 4), torch.ones(1, time, 1, 4), torch.ones(1, time, 1, 4)], [torch.float32] * 3

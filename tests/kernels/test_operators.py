@@ -44,5 +44,5 @@ def test_linear_recurrence_two_level():
 def test_attention_blocked(window, kernel, slopes):
     q, k, v = tensors((1, TIME, HEADS, WIDTH), (1, TIME, 1, WIDTH), (1, TIME, 1, WIDTH))
     segments = torch.arange(TIME)[None] // 30
-    inputs = (q, k, v, segments, None, window, kernel, 0.5, None, slopes)
+    inputs = (q, k, v, segments, None, window, kernel, 0.5, None, 2, slopes)
     torch.library.opcheck(OPS.attention_blocked, inputs, test_utils=WHAT)

@@ -30,12 +30,14 @@ def attention(
     segments: Int[Tensor, "batch time"] | None = None,
     slopes: Sequence[float] | None = None,
     past: Past | None = None,
+    prefix: int = 0,
     backend: str = "auto",
 ) -> Float[Tensor, "batch time heads value_dim"]:
     """Softmax of scale q k^T over the keys that each query sees, times v (Vaswani et al., arXiv 1706.03762).
 
-    A query sees the keys of its own segment at its own place and up to window - 1 before it; segment 0 also
-    sees cached keys, by their age. Query head j reads kv head j // (heads / kv_heads) (arXiv 2305.13245).
+    A query sees the keys of its own segment at its own place and up to window - 1 before it, and those of the
+    segment's prefix; segment 0 also sees cached keys, by their age. Query head j reads kv head
+    j // (heads / kv_heads) (arXiv 2305.13245).
     Differentiable in q, k, v and the cached keys and values.
 
     Args:
@@ -45,6 +47,8 @@ def attention(
         slopes: one for each query head: scores, capped ones too, fall by that much with every token from the key to
             the query (ALiBi, arXiv 2108.12409).
         past: keys from before this call.
+        prefix: how many tokens of each segment, from its first one on, the window does not hide (Hymba, arXiv
+            2411.13676); of segment 0 the first cached keys, if any are cached.
         backend: "auto" or one of `ATTENTION.backends`.
 
     Raises:
@@ -56,4 +60,4 @@ def attention(
     if scale == 0:
         raise FusionTreeError("attention: scale: a number other than 0 is needed, found 0")
     slopes = None if slopes is None else per_head("attention", slopes, q)
-    return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, slopes, past), backend)
+    return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, slopes, past, prefix), backend)

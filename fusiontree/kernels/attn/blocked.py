@@ -9,12 +9,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding, sight
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding, Sight, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
@@ -30,7 +31,13 @@ class Options(NamedTuple):
     kernel: str
     scale: float
     softcap: float | None
+    prefix: int
     slopes: tuple[float, ...] | None
+
+    @property
+    def reach(self) -> tuple[int | None, int]:
+        """What hides keys, and what does not."""
+        return self.window, self.prefix
 
 
 def _fold(queries: Float[Tensor, "b t heads d"], kv_heads: int) -> Float[Tensor, "b kv_heads t*share d"]:
@@ -46,10 +53,34 @@ def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_he
 
 
 @lru_cache(maxsize=32)
-def _band(queries: int, keys: int, window: int | None, folding: Folding, device: torch.device) -> Tensor:
+def _band(queries: int, keys: int, reach: tuple[int | None, int], folding: Folding, device: torch.device) -> Tensor:
     """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
-    seen = sight(keys, None, None, window, device)
+    seen = sight(keys, None, None, reach, device)
     return seen.bias(slice(keys - queries, keys), slice(0, keys), folding)
+
+
+class Span(NamedTuple):
+    """Keys: some one after another, and before them those of a prefix."""
+
+    keys: slice
+    before: Int[Tensor, "#batch prefix"] | None
+
+    def of(self, tensor: Float[Tensor, "batch kv_heads all_keys d"]) -> Float[Tensor, "batch kv_heads keys d"]:
+        """Those of a tensor."""
+        found = tensor[:, :, self.keys]
+        return found if self.before is None else torch.cat([tensor.gather(2, self._index(tensor)), found], 2)
+
+    def add(self, total: Float[Tensor, "batch kv_heads all_keys d"], part: Tensor) -> None:
+        """Add what belongs to them to what belongs to all."""
+        if self.before is not None:
+            count = self.before.shape[1]
+            total.scatter_add_(2, self._index(total), part[:, :, :count].to(total.dtype))
+            part = part[:, :, count:]
+        total[:, :, self.keys] += part
+
+    def _index(self, tensor: Tensor) -> Tensor:
+        assert self.before is not None
+        return self.before[:, None, :, None].expand(len(tensor), tensor.shape[1], -1, tensor.shape[-1])
 
 
 class Blocks:
@@ -63,20 +94,25 @@ class Blocks:
         self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k), _leading(v)
         self.segments, self.age = segments, age
 
-    def over(self, options: Options) -> Iterator[tuple[slice, slice, Block]]:
+    def over(self, options: Options) -> Iterator[tuple[slice, Span, Block]]:
         """The rows of some queries, the keys that they see, and both with their bias."""
-        seen = sight(self.time, self.segments, self.age, options.window, self.q.device)
-        folding = Folding(self.share, self.q.dtype, options.slopes)
-        rows_a_query = self.share * (1 if options.slopes is None else self.kv_heads)
+        seen = sight(self.time, self.segments, self.age, options.reach, self.q.device)
         for queries, keys, plain in seen.blocks(QUERIES):
-            sizes = queries.stop - queries.start, keys.stop - keys.start
-            if plain and sizes[0] * sizes[1] * rows_a_query <= LARGEST_BAND:
-                bias = _band(*sizes, options.window, folding, self.q.device)
-            else:
-                bias = seen.bias(queries, keys, folding)
             rows = slice(queries.start * self.share, queries.stop * self.share)
-            k, v = self.k[:, :, keys], self.v[:, :, keys]
-            yield rows, keys, Block(self.q[:, :, rows], k, v, bias, options.scale, options.softcap)
+            span, bias = Span(keys, seen.before(queries, keys)), self._bias(seen, (queries, keys), options, plain)
+            yield rows, span, Block(self.q[:, :, rows], span.of(self.k), span.of(self.v), bias, *options[2:4])
+
+    def _bias(self, seen: Sight, block: tuple[slice, slice], options: Options, plain: bool) -> Tensor:
+        queries, keys = block
+        sizes, prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
+        falls, folding = options.slopes is not None, Folding(self.share, self.q.dtype, options.slopes)
+        cut = self.segments is not None or 0 < keys.start < prefix  # a prefix that is not wholly on one side
+        elements = sizes[0] * sizes[1] * self.share * (self.kv_heads if falls else 1)
+        if not plain or (prefix and (cut or falls)) or elements > LARGEST_BAND:
+            return seen.bias(queries, keys, folding)
+        before = prefix if keys.start else 0
+        band = _band(*sizes, (options.window, prefix - before), folding, self.q.device)
+        return F.pad(band, (before, 0)) if before else band
 
 
 @torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
@@ -90,12 +126,13 @@ def _attend(
     kernel: str,
     scale: float,
     softcap: float | None,
+    prefix: int,
     slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
     blocks, sums = Blocks((q, k, v), segments, age), []
     y = blocks.q.new_empty(*blocks.q.shape[:3], v.shape[-1])
-    options = Options(window, kernel, scale, softcap, None if slopes is None else tuple(slopes))
+    options = Options(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     for rows, _, block in blocks.over(options):
         y[:, :, rows], lse = KERNELS[kernel].forward(block)
         sums.append(lse)
@@ -123,17 +160,20 @@ def _attend_backward(
     kernel: str,
     scale: float,
     softcap: float | None,
+    prefix: int,
     slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
     blocks, dtype = Blocks((q, k, v), segments, age), wide(k.dtype)
-    options = Options(window, kernel, scale, softcap, None if slopes is None else tuple(slopes))
+    options = Options(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
-    for rows, keys, block in blocks.over(options):
+    for rows, span, block in blocks.over(options):
         saved = Saved(y[:, :, rows], lse[..., rows], grad[:, :, rows])
-        for total, part, span in zip(grads, KERNELS[kernel].backward(block, saved), (rows, keys, keys), strict=True):
-            total[:, :, span] += part
+        for total, part, at in zip(
+            grads, KERNELS[kernel].backward(block, saved), (Span(rows, None), span, span), strict=True
+        ):
+            at.add(total, part)
     grad_q, grad_k, grad_v = grads
     return _unfold(grad_q, blocks.time).to(q.dtype), _leading(grad_k).to(k.dtype), _leading(grad_v).to(v.dtype)
 
@@ -151,7 +191,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _propagate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(7))
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(8))
 
 
 _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
@@ -160,7 +200,7 @@ _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
 def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
     age = None if inputs.past is None else inputs.past.age
-    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.slopes)
+    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.prefix, inputs.slopes)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
 

@@ -39,6 +39,8 @@ class Limits(NamedTuple):
             return found
         if request.past:
             return "serves no cached keys"
+        if request.prefix:
+            return "serves no prefix"
         if request.softcap and not self.softcap:
             return "has no softcap"
         if request.slopes and not self.slopes:

@@ -97,7 +97,7 @@ def _attend(inputs: StepInputs, kernel: BlockKernel) -> Float[Tensor, "batch hea
         bias = torch.zeros(empty.shape, dtype=keys.dtype, device=q.device)[:, None, None]
     else:
         folding = Folding(rows.shape[2], keys.dtype, falling.slopes)
-        bias = folding.fall(falling.distance[:, None].expand(-1, folding.share, -1))
+        bias = folding.fall(falling.distance[:, None])
     bias = bias.masked_fill_(empty[:, None, None], -torch.inf).expand(-1, -1, rows.shape[2], -1)
     y, _ = kernel.forward(Block(rows, keys, values, bias, scale, softcap))
     return y.flatten(1, 2).to(q.dtype)
