@@ -171,6 +171,7 @@ class UseBranch(Binds):
         self.spec = spec
         built = {name: AdapterMaps(a, [maps[path] for path in a.maps]) for name, a in spec.adapters.items()}
         self.adapters = nn.ModuleDict(built)
+        self.parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def bind(self, shared: nn.ModuleDict) -> None:
         """Make the twin."""
@@ -184,6 +185,12 @@ class UseBranch(Binds):
                 below = f".{path}" if path else ""
                 module.path, module.place = self.path + below, self.place + below
         object.__setattr__(self, "twin", twin)  # nn.Module's own would register it
+        parts = [*shared[self.spec.of].modules(), *self.adapters.modules()]
+        self.parts = [(part._modules, dict(part._modules)) for part in parts]
+
+    def is_current(self) -> bool:
+        """Whether no part of the shared node, and no adapter, has been replaced by another module."""
+        return bool(self.parts) and all(now == then for now, then in self.parts)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """As the shared node."""

@@ -193,6 +193,11 @@ class Binds(Node, ABC):
         """Find the shared node by its name."""
         raise NotImplementedError
 
+    @abstractmethod
+    def is_current(self) -> bool:
+        """Whether the shared node is still made of what it was when `bind` found it."""
+        raise NotImplementedError
+
 
 class EncodingSpec(Spec, ABC):
     """A time base that branches share by naming it."""

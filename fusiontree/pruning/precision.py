@@ -43,6 +43,7 @@ def _widen(held: list[dict[str, Any]], dtype: torch.dtype) -> Any:
 
 def _restore(held: list[dict[str, Any]]) -> Any:
     def restore(module: nn.Module, *_: Any) -> None:
-        module._parameters.update(held.pop())
+        if held:  # another hook may have failed before the parameters were widened
+            module._parameters.update(held.pop())
 
     return restore

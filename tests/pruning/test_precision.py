@@ -38,8 +38,8 @@ def test_is_a_copy_in_that_type(tied):
 
 def test_what_fails_in_between_leaves_the_model_as_it_was():
     model = ft.build(SPEC)
+    model.layers[0].mixer.x.register_forward_pre_hook(_fail)
     with pytest.raises(RuntimeError, match="planted"), computing_in(model, torch.float64):
-        model.layers[0].mixer.x.register_forward_pre_hook(_fail)
         model(torch.arange(3)[None])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
