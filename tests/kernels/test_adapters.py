@@ -264,6 +264,7 @@ def test_compiled_models_call_backends_as_they_are(packed: bool) -> None:
             final,
             last,
             attention(x, B[..., :3], B[..., :3], scale=0.3, window=3, segments=segments, backend="varlen"),
+            attention(x, x, x, scale=0.3, slopes=(0.5, 0.1, 0.0, 2.0), segments=segments, backend="flash_attn"),
         ]
 
     compiled_step(run, scan_tensors(2, state=True))
