@@ -18,6 +18,7 @@ from fusiontree.kernels import (
     AttentionRequest,
     ConvRequest,
     GatedDeltaRequest,
+    LinearRecurrenceRequest,
     SelectiveScanRequest,
     SSDRequest,
     StepRequest,
@@ -106,6 +107,9 @@ def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
     delta = GatedDeltaRequest(device, kind, segments=False)
     yield "training", "gated_delta", delta
     yield "packed documents", "gated_delta", delta._replace(segments=True)
+    linear = LinearRecurrenceRequest(device, kind, segments=False)
+    yield "training", "linear_recurrence", linear
+    yield "packed documents", "linear_recurrence", linear._replace(segments=True)
     conv = ConvRequest(device, kind, segments=False, taps=4, eights=True)
     yield "training", "causal_conv1d", conv
     yield "packed documents", "causal_conv1d", conv._replace(segments=True)

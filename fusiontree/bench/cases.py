@@ -15,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.bench.limits import Work
-from fusiontree.kernels import AttentionInputs, ConvInputs, GatedDeltaInputs, SelectiveScanInputs, SSDInputs, StepInputs
+from fusiontree.kernels import (
+    AttentionInputs,
+    ConvInputs,
+    GatedDeltaInputs,
+    LinearRecurrenceInputs,
+    SelectiveScanInputs,
+    SSDInputs,
+    StepInputs,
+)
 
 FORWARD, TRAINING = "forward", "training"
 TASKS = (FORWARD, TRAINING)
@@ -187,6 +195,27 @@ class GatedDeltaCase(Case):
 
 
 @dataclass(frozen=True)
+class LinearRecurrenceCase(Case):
+    """RG-LRU's recurrence in a layer of width 1024."""
+
+    op: ClassVar[str] = "linear_recurrence"
+    channels: int = 1024
+
+    def about(self, tokens: int) -> str:
+        """See `Case`."""
+        return f"{self.channels} channels"
+
+    def inputs(self, tokens: int, dtype: torch.dtype, device: Device = "cpu", seed: int = 0) -> LinearRecurrenceInputs:
+        """See `Case`."""
+        draw, shape = Draw(dtype, device, seed), (1, tokens, self.channels)
+        return LinearRecurrenceInputs(draw.normal(*shape), draw.uniform(0.9, 0.999, *shape), None, None)
+
+    def flops(self, tokens: int) -> float:
+        """There is no matrix product."""
+        return 0.0
+
+
+@dataclass(frozen=True)
 class ConvCase(Case):
     """The convolution of a layer with 1024 inner channels, and 128 each for B and C."""
 
@@ -310,6 +339,7 @@ CASES: dict[str, Case] = {
     "ssd": SSDCase(),
     "selective_scan": SelectiveScanCase(),
     "gated_delta": GatedDeltaCase(),
+    "linear_recurrence": LinearRecurrenceCase(),
     "causal_conv1d": ConvCase(),
     "attention": AttentionCase(),
     "attention, windowed": AttentionCase(window=1024),

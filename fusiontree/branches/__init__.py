@@ -6,12 +6,14 @@ The spec classes, and the registry's `register`, `names` and `get`.
 from fusiontree.branches.attention import Attention, QKNorm
 from fusiontree.branches.chain import Chain
 from fusiontree.branches.gated_delta import GatedDelta
+from fusiontree.branches.lightning import Lightning
 from fusiontree.branches.linear import Linear
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
 from fusiontree.branches.mla import Mla
 from fusiontree.branches.mlp import Mlp
 from fusiontree.branches.moe import Moe, Router
+from fusiontree.branches.rglru import RgLru
 from fusiontree.branches.short_conv import ShortConv
 from fusiontree.branches.swiglu import SwiGLU
 from fusiontree.branches.use import Adapter, Use
@@ -25,6 +27,7 @@ __all__ = [
     "Chain",
     "GatedDelta",
     "GatedNorm",
+    "Lightning",
     "Linear",
     "Mamba1",
     "Mamba2",
@@ -32,6 +35,7 @@ __all__ = [
     "Mlp",
     "Moe",
     "QKNorm",
+    "RgLru",
     "Router",
     "ShortConv",
     "SwiGLU",

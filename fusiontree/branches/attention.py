@@ -16,7 +16,7 @@ from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, NodeSpec, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, scaled
 from fusiontree.core.spec import Count, Flag, Natural, Positive, Real, Spec, invalid
-from fusiontree.kernels import Past, attention, attention_step
+from fusiontree.kernels import Falling, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]
@@ -79,7 +79,7 @@ class Attention(BranchSpec):
     are used, so that this one has none (Hymba, arXiv 2411.13676).
     """
 
-    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate", "bias"})
     kind: Literal["attention"] = "attention"
     heads: Count
     kv_heads: Count
@@ -302,13 +302,22 @@ class AttentionBranch(Node):
         return new._replace(past=_recall(rings, context, new))
 
     def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Heads:
-        options = {"scale": self.scale, "softcap": self.spec.softcap}
+        options, slopes = {"scale": self.scale, "softcap": self.spec.softcap}, self._slopes(group, context)
         if keys.rings is not None:
             assert context.rows is not None
-            filled = context.rows.filled(keys.rings[0].shape[2])
-            return attention_step(q[:, 0], *keys.rings, filled, **options)[:, None]
+            slots = keys.rings[0].shape[2]
+            falling = None if slopes is None else Falling(slopes, context.rows.distances(slots))
+            filled = context.rows.filled(slots)
+            return attention_step(q[:, 0], *keys.rings, filled, falling=falling, **options)[:, None]
         visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
-        return attention(q, keys.k, keys.v, **visible, **options)
+        return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options)
+
+    def _slopes(self, group: Group, context: Context) -> tuple[float, ...] | None:
+        """Those of a group's heads; global ones come last."""
+        slopes = context.slopes(self.spec.encodings, self.spec.heads)
+        if slopes is None:
+            return None
+        return slopes[: group.heads] if group.name == "windowed" else slopes[-group.heads :]
 
     def _rings(self, group: Group, context: Context, state: State) -> tuple[Ring, Ring]:
         """A group's keys and values, with room for the chunk."""

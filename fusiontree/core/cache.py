@@ -58,6 +58,10 @@ class Rows:
         latest = self._latest(self.before, slots)
         return torch.where(latest >= 0, self.before[:, None] - latest, 0)
 
+    def distances(self, slots: int) -> Int[Tensor, "batch slots"]:
+        """How many tokens before the row's last one the token in each filled slot of a ring is, after the chunk."""
+        return self.after[:, None] - 1 - self._latest(self.after, slots)
+
     def sources(self, slots: int) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:
         """For each slot of a ring: where in the chunk the token is that it holds afterwards, and whether that
         token is in the chunk at all (otherwise the slot keeps what it has)."""

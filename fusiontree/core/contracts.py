@@ -141,9 +141,11 @@ class BranchSpec(NodeSpec, ABC):
 
     def problems(self, scope: Scope) -> Problems:
         """Encodings that nobody defined, that have no hook here, or that do not fit."""
-        rotations = [name for name in self.encodings if _has_hook(scope, name, "rotate")]
-        if len(rotations) > 1:
-            yield "encodings", f"two rotations on one branch: {', '.join(rotations)}"
+        exclusive: dict[Hook, str] = {"rotate": "rotations", "bias": "biases"}
+        for hook, what in exclusive.items():
+            names = [name for name in self.encodings if _has_hook(scope, name, hook)]
+            if len(names) > 1:
+                yield "encodings", f"two {what} on one branch: {', '.join(names)}"
         if len(set(self.encodings)) < len(self.encodings):
             yield "encodings", f"each name once, found {', '.join(self.encodings)}"
         for name in self.encodings:
@@ -243,6 +245,11 @@ class Table:
     def rotate(self, x: Float[Tensor, "batch time heads channels"]) -> Float[Tensor, "batch time heads channels"]:
         """Queries, keys, B or C, rotated."""
         return x
+
+    def slopes(self, heads: int) -> tuple[float, ...] | None:
+        """How much attention's scores fall with each token from the key to the query, one for each of a branch's
+        heads; None: they do not."""
+        return None
 
 
 class Encoding(Module, ABC):

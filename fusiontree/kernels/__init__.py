@@ -6,12 +6,14 @@ Importing nothing of the rest of the library, they can be used alone. `documents
 
 from fusiontree.kernels.attn.attention import attention
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Past
-from fusiontree.kernels.attn.step import ATTENTION_STEP, StepInputs, StepRequest, attention_step
+from fusiontree.kernels.attn.step import ATTENTION_STEP, Falling, StepInputs, StepRequest, attention_step
 from fusiontree.kernels.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
 from fusiontree.kernels.conv.op import CONV, ConvInputs, ConvRequest
 from fusiontree.kernels.registry import OPS, Choice, Op, UnsupportedError, use_backend
 from fusiontree.kernels.scan.delta.gated_delta import gated_delta, gated_delta_step
 from fusiontree.kernels.scan.delta.op import GATED_DELTA, GatedDeltaInputs, GatedDeltaRequest
+from fusiontree.kernels.scan.linear.linear_recurrence import linear_recurrence, linear_recurrence_step
+from fusiontree.kernels.scan.linear.op import LINEAR_RECURRENCE, LinearRecurrenceInputs, LinearRecurrenceRequest
 from fusiontree.kernels.scan.op import SSD, SSDInputs, SSDRequest
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs, SelectiveScanRequest
 from fusiontree.kernels.scan.selective.selective_scan import selective_scan, selective_scan_step
@@ -22,6 +24,7 @@ __all__ = [
     "ATTENTION_STEP",
     "CONV",
     "GATED_DELTA",
+    "LINEAR_RECURRENCE",
     "OPS",
     "SELECTIVE_SCAN",
     "SSD",
@@ -30,8 +33,11 @@ __all__ = [
     "Choice",
     "ConvInputs",
     "ConvRequest",
+    "Falling",
     "GatedDeltaInputs",
     "GatedDeltaRequest",
+    "LinearRecurrenceInputs",
+    "LinearRecurrenceRequest",
     "Op",
     "Past",
     "SSDInputs",
@@ -47,6 +53,8 @@ __all__ = [
     "causal_conv1d_step",
     "gated_delta",
     "gated_delta_step",
+    "linear_recurrence",
+    "linear_recurrence_step",
     "selective_scan",
     "selective_scan_step",
     "ssd",

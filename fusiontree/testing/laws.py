@@ -138,8 +138,8 @@ def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> st
 
 
 def symmetric(subject: Subject) -> str | None:
-    """Axes mean what they say: parts along any axis that is not rigid may change places (rotations make one rigid)."""
-    if any("rotate" in encoding.hooks for encoding in subject.spec.encodings.values()):
+    """Axes mean what they say: parts along any axis that is not rigid may change places (encodings make some rigid)."""
+    if any(encoding.hooks & {"rotate", "bias"} for encoding in subject.spec.encodings.values()):
         return None
     tokens = subject.tokens(2, 9)
     wanted = subject.model(tokens).detach()

@@ -11,10 +11,12 @@ from fusiontree.zoo import (
     llama,
     mamba,
     mamba2,
+    minimax,
     nemotron_h,
     olmo_hybrid,
     own,
     qwen3_next,
+    recurrent_gemma,
     zamba2,
 )
 from fusiontree.zoo.family import FAMILIES, Family, family_of
@@ -33,9 +35,11 @@ __all__ = [
     "llama",
     "mamba",
     "mamba2",
+    "minimax",
     "nemotron_h",
     "olmo_hybrid",
     "own",
     "qwen3_next",
+    "recurrent_gemma",
     "zamba2",
 ]

@@ -1,28 +1,30 @@
-"""Qwen3-Next without experts: Gated DeltaNet, and in one layer of four attention with an output gate; norms have a gain
-of 1 + weight, a quarter of each attention head turns with the position."""
+"""Qwen3-Next (Qwen, 2025): Gated DeltaNet, and in one layer of four attention with an output gate; norms have a gain of
+1 + weight, a quarter of each attention head turns with the position; feed-forward networks are of experts, beside a
+gated one that all tokens visit, or plain."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from fusiontree.errors import FusionTreeError
+from fusiontree.branches import Moe
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import Same, below, interleaved, linear
+from fusiontree.zoo.tensors import Part, Same, below, interleaved, linear
 
 
 def _spec(options: Options) -> dict[str, Any]:
     options.only("hidden_act", "silu")
-    _refuse_experts(options)
+    options.get("router_aux_loss_coef", None)  # of the loss
     norm, attention, rope = parts.rms(options, gain="one_plus"), _attention(options), _rope(options)
     mixer = delta.mixer(options) | {"norm": parts.rms(options)}
-    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"]}
+    ffns = {"kind": "swiglu", "hidden": options["intermediate_size"]}, _moe(options)
     kinds = [attention if attends else mixer for attends in _attends(options)]
+    layers = zip(kinds, _routes(options), strict=True)
     return {
         "vocab_size": options["vocab_size"],
         "width": options.count("hidden_size"),
         "encodings": {"rope": rope} if attention in kinds else {},
-        "layers": [{"mixer": kind, "ffn": ffn, "norm": norm} for kind in kinds],
+        "layers": [{"mixer": kind, "ffn": ffns[routes], "norm": norm} for kind, routes in layers],
         "norm": norm,
         "head": {"tied": options["tie_word_embeddings"]},
     }
@@ -32,17 +34,25 @@ def _attends(options: Options) -> list[bool]:
     return delta.attends(options, delta.last_of(options.count("full_attention_interval")))
 
 
-def _refuse_experts(options: Options) -> None:
-    for key in ("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "norm_topk_prob"):
-        options.get(key, None)  # says nothing of a model without experts
-    options.get("router_aux_loss_coef", None)
+def _routes(options: Options) -> list[bool]:
+    """Which layers have experts."""
     experts, period = options.count("num_experts", 0), options.count("decoder_sparse_step")
-    dense = options.get("mlp_only_layers", [])
-    sparse = (n for n in range(len(_attends(options))) if n not in dense and (n + 1) % period == 0)
-    layer = next(sparse, None)
-    if experts and layer is not None:
-        text = f"qwen3_next is known with 0, layer {layer} would have more"
-        raise FusionTreeError(f"config.json: num_experts: found {experts}, {text}")
+    dense = options.places("mlp_only_layers")
+    layers = range(len(_attends(options)))
+    return [experts > 0 and index not in dense and (index + 1) % period == 0 for index in layers]
+
+
+def _moe(options: Options) -> dict[str, Any]:
+    """Shares of a softmax, and one more network that every token visits behind a gate of its own."""
+    return {
+        "kind": "moe",
+        "experts": options.count("num_experts", 0),
+        "top_k": options["num_experts_per_tok"],
+        "hidden": options["moe_intermediate_size"],
+        "router": {"renormalise": options["norm_topk_prob"]},
+        "shared_hidden": options["shared_expert_intermediate_size"],
+        "shared_gate": True,
+    }
 
 
 def _attention(options: Options) -> dict[str, Any]:
@@ -65,17 +75,16 @@ def _rope(options: Options) -> dict[str, Any]:
 
 
 def _config(reader: Reader) -> dict[str, Any]:
-    spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
+    spec, rope = reader.spec, reader.encoding("rope")
     found = {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.width,
         "num_hidden_layers": len(reader.layers),
-        "intermediate_size": ffn.hidden,
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm.eps,
-        "num_experts": 0,
         "layer_types": delta.layer_types(reader),
         "tie_word_embeddings": spec.head.tied,
+        **_ffn_config(reader),
         **delta.attention_of(reader.find("attention")),
         **delta.mixer_of(reader.find("gated_delta")),
     }
@@ -84,9 +93,35 @@ def _config(reader: Reader) -> dict[str, Any]:
     return found
 
 
-def _tensors(options: Options) -> Iterator[Same]:
+def _ffn_config(reader: Reader) -> dict[str, Any]:
+    """Of plain networks and of experts, those that there are."""
+    plain, moe = reader.find("swiglu"), reader.find("moe")
+    sizes = {"intermediate_size": plain.hidden} if plain else {}
+    if moe is None:
+        return sizes | {"num_experts": 0}
+    return sizes | {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.router.renormalise,
+        "moe_intermediate_size": moe.hidden,
+        "shared_expert_intermediate_size": moe.shared_hidden or 1,
+        "mlp_only_layers": [index for index, layer in enumerate(reader.layers) if not isinstance(layer.ffn, Moe)],
+    }
+
+
+def _tensors(options: Options) -> Iterator[Part]:
+    hidden = options.count("moe_intermediate_size")
+    yield from _tensors_with(options, lambda: parts.experts(hidden))
+
+
+def _files(options: Options) -> Iterator[Part]:
+    count = options.count("num_experts", 0)
+    yield from _tensors_with(options, lambda: parts.experts_apart(count, ("gate", "up", "down")))
+
+
+def _tensors_with(options: Options, experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
     yield from parts.whole(options, "norm")
-    for index, attends in enumerate(_attends(options)):
+    for index, (attends, routes) in enumerate(zip(_attends(options), _routes(options), strict=True)):
         theirs, ours = f"model.layers.{index}", f"layers.{index}"
         yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
         yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
@@ -94,7 +129,15 @@ def _tensors(options: Options) -> Iterator[Same]:
             yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _attention_tensors(options))
         else:
             yield from below(f"{theirs}.linear_attn", f"{ours}.mixer", _mixer_tensors(options))
-        yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp(bias=False))
+        ffn = _moe_tensors(experts) if routes else parts.gated_mlp(bias=False)
+        yield from below(f"{theirs}.mlp", f"{ours}.ffn", ffn)
+
+
+def _moe_tensors(experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
+    yield from linear("gate", "router")
+    yield from below("experts", "experts", experts())
+    yield from below("shared_expert", "shared", parts.gated_mlp(bias=False))
+    yield from linear("shared_expert_gate", "shared_gate")
 
 
 def _attention_tensors(options: Options) -> Iterator[Same]:
@@ -131,9 +174,25 @@ DEFAULTS = {
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
+    "intermediate_size": 5632,
     "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "norm_topk_prob": True,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
     "decoder_sparse_step": 1,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-QWEN3_NEXT = register(Family("qwen3_next", "Qwen3NextForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+QWEN3_NEXT = register(
+    Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        _spec,
+        _config,
+        _tensors,
+        DEFAULTS,
+        parts.tied_head,
+        _files,
+    )
+)

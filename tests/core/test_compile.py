@@ -48,6 +48,10 @@ LATENT = {"kind": "mla", "heads": 4, "head_dim": 8, "shared_dim": 4, "rank": 12,
 KDA = DELTA | {"decay": "channel", "decay_rank": 8, "gate": "sigmoid", "gate_rank": 8}
 GROUPED = EXPERTS | {"router": {"scores": "sigmoid", "correction": True, "groups": 3, "top_groups": 2}}
 LATENTS = DELTAS | {"layers": [{"mixer": KDA, "ffn": GROUPED}, {"mixer": LATENT}, {"mixer": LATENT | {"window": None}}]}
+UNIT = {"kind": "rglru", "heads": 4, "head_dim": 8}
+UNITS = CHANNELS | {"layers": [{"mixer": UNIT}] * 2}
+CONSTANT = {"kind": "lightning", "heads": 2, "head_dim": 8, "slopes": [0.5, 0.1]}
+FALLING = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "encodings": ["alibi"]}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -169,3 +173,20 @@ def test_gated_delta_in_training_and_in_decode():
 def test_latents_and_channels_that_decay_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, LATENTS)
     assert_same_steps("aot_eager", LATENTS)
+
+
+def test_rglru_in_training_and_in_decode():
+    assert_same_step("aot_eager", DOCUMENTS, UNITS)
+    assert_same_steps("aot_eager", UNITS)
+
+
+def test_lightning_in_training_and_in_decode():
+    data = CHANNELS | {"layers": [{"mixer": CONSTANT}] * 2}
+    assert_same_step("aot_eager", DOCUMENTS, data)
+    assert_same_steps("aot_eager", data)
+
+
+def test_alibi_in_training_and_in_decode():
+    data = CHANNELS | {"encodings": {"alibi": {"kind": "alibi"}}, "layers": [{"mixer": FALLING}] * 2}
+    assert_same_step("aot_eager", DOCUMENTS, data)
+    assert_same_steps("aot_eager", data)

@@ -260,8 +260,17 @@ def _flash(call: SimpleNamespace) -> Tensor:
     assert call.cu_seqlens_k is call.cu_seqlens_q
     assert call.max_seqlen_q == call.max_seqlen_k == max(stop - start for start, stop in pairwise(bounds))
     assert call.causal is True
-    seen = between(call.window_size[0], 0)
-    return attended(call.q, call.k, call.v, bounds, seen, scaled(call.softmax_scale, call.softcap))
+    seen, score = between(call.window_size[0], 0), scaled(call.softmax_scale, call.softcap)
+    slopes = getattr(call, "alibi_slopes", None)
+    if slopes is not None:
+        assert (slopes.dtype, slopes.shape) == (torch.float32, call.q.shape[1:2])
+        return attended(call.q, call.k, call.v, bounds, seen, lambda scores: falling(score(scores), slopes))
+    return attended(call.q, call.k, call.v, bounds, seen, score)
+
+
+def falling(scores: Tensor, slopes: Tensor) -> Tensor:
+    places = torch.arange(scores.shape[1])
+    return scores - slopes[:, None, None] * (places[:, None] - places).abs()
 
 
 def _flash_4(call: SimpleNamespace) -> tuple[Tensor, None]:

@@ -187,6 +187,28 @@ def test_flash_attention_has_softcap(backend: str) -> None:
     assert_all_close(got, want, torch.float64, backend)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_flash_attention_has_slopes(packed: bool, softcap: float | None) -> None:
+    segments, slopes = rows(packed), (0.5, 0.0, 2.0, 0.125)
+    got, want = both(
+        ATTENTION,
+        lambda *some: AttentionInputs(*some, 3, 0.4, softcap, segments, slopes),
+        attention_tensors(),
+        "flash_attn",
+    )
+    assert_all_close(got, want, torch.float64, "flash_attn")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_who_has_slopes_on_a_gpu() -> None:
+    found = refusals(ATTENTION, cuda_request(ATTENTION)._replace(slopes=True))
+    assert {name: found[name] for name in ATTENTIONS} == {
+        name: None if name == "flash_attn" else "has no slopes" for name in ATTENTIONS
+    }
+    assert found["flex"] is found["blocked"] is None
+
+
 def test_a_batch_of_padding_alone() -> None:
     segments = torch.full((ROWS, TIME), -1)
     for backend in ATTENTIONS:
@@ -242,6 +264,7 @@ def test_compiled_models_call_backends_as_they_are(packed: bool) -> None:
             final,
             last,
             attention(x, B[..., :3], B[..., :3], scale=0.3, window=3, segments=segments, backend="varlen"),
+            attention(x, x, x, scale=0.3, slopes=(0.5, 0.1, 0.0, 2.0), segments=segments, backend="flash_attn"),
         ]
 
     compiled_step(run, scan_tensors(2, state=True))

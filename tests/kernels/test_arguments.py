@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import Past, attention, attention_step, causal_conv1d, gated_delta, selective_scan, ssd
+from fusiontree.kernels import (
+    Falling,
+    Past,
+    attention,
+    attention_step,
+    causal_conv1d,
+    gated_delta,
+    linear_recurrence,
+    selective_scan,
+    ssd,
+)
 
 R = torch.randn
 Q, K = R(2, 6, 4, 8), R(2, 6, 2, 8)
@@ -27,6 +37,15 @@ MISFITS = {
     ),
     "attention: past.age: integers [2, 3] are needed, found [2, 6] int64": lambda: attention(
         Q, K, K, scale=1.0, past=Past(R(2, 3, 2, 8), R(2, 3, 2, 8), LONG)
+    ),
+    "attention: slopes: one for each of 4 heads is needed, found 3": lambda: attention(
+        Q, K, K, scale=1.0, slopes=(0.5, 0.25, 0.125)
+    ),
+    "attention_step: slopes: one for each of 4 heads is needed, found 1": lambda: attention_step(
+        Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, falling=Falling((1.0,), LONG[:, :5])
+    ),
+    "attention_step: falling.distance: integers [2, 5] are needed, found [2, 6] int64": lambda: attention_step(
+        Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, falling=Falling((1.0,) * 4, LONG)
     ),
     "attention: window: at least 1 visible key is needed, found 0": lambda: attention(Q, K, K, scale=1.0, window=0),
     "attention: scale: a number other than 0 is needed": lambda: attention(Q, K, K, scale=0.0),
@@ -51,6 +70,9 @@ MISFITS = {
     ),
     "gated_delta: g: floating-point numbers [2, 6, 4] or [2, 6, 4, 3] are needed, found [2, 6, 4, 2] float32": (
         lambda: gated_delta(R(2, 6, 2, 3), R(2, 6, 2, 3), Q, R(2, 6, 4, 2), R(2, 6, 4))
+    ),
+    "linear_recurrence: a: floating-point numbers [2, 6, 4] are needed, found [2, 6, 1]": (
+        lambda: linear_recurrence(R(2, 6, 4), R(2, 6, 1))
     ),
     "causal_conv1d: initial_state: floating-point numbers [2, 2, 4] are needed, found [2, 5, 4]": (
         lambda: causal_conv1d(R(2, 6, 4), R(4, 3), initial_state=R(2, 5, 4))

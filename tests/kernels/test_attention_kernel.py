@@ -24,6 +24,8 @@ from fusiontree.kernels import ATTENTION, AttentionInputs, Past, UnsupportedErro
 
 ROWS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 8
 SCALE = 0.4
+SLOPES = (0.5, 0.03125, 2.0, 0.0)
+"""Of each head; exact in every type."""
 WINDOWS = [(time, window) for time in LENGTHS for window in (*sorted({1, 2, 7, 64, time, time + 1}), None)]
 
 
@@ -56,6 +58,7 @@ def brute_force(
     window: int | None = None,
     softcap: float | None = None,
     segments: Tensor | None = None,
+    slopes: tuple[float, ...] | None = None,
     past: Past | None = None,
     prefix: int = 0,
 ) -> Tensor:
@@ -70,27 +73,40 @@ def brute_force(
             mine = [j for j in range(i + 1) if own[j] == own[i]]
             always = [] if any(ages) else mine[:prefix]
             seen = [j for j in mine if window is None or i - j < window or j in always]
-            keys, values = k[row, seen], v[row, seen]
+            keys, values, distances = k[row, seen], v[row, seen], [i - j for j in seen]
             if past is not None and ages:
                 near = [window is None or i + age < window for age in ages]
                 old = [c for c, age in enumerate(ages) if age > 0 and (near[c] or c < prefix)]
                 keys = torch.cat([past.keys[row, old].double(), keys])
                 values = torch.cat([past.values[row, old].double(), values])
+                distances = [i + ages[c] for c in old] + distances
             for head in range(HEADS):
                 scores = SCALE * keys[:, head // (HEADS // KV_HEADS)] @ q[row, i, head]
                 scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                scores = scores if slopes is None else scores - slopes[head] * torch.tensor(distances)
                 y[row, i, head] = scores.softmax(0) @ values[:, head // (HEADS // KV_HEADS)]
     return y
 
 
-@pytest.mark.parametrize(("softcap", "prefix"), [(None, 0), (1.5, 0), (None, 3)])
+@pytest.mark.parametrize(
+    ("softcap", "prefix", "slopes"),
+    [(None, 0, None), (1.5, 0, None), (None, 3, None), (None, 0, SLOPES), (1.5, 3, SLOPES)],
+)
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 20, None])
 @pytest.mark.parametrize(("packed", "cached"), [(False, 0), (True, 0), (False, 5), (True, 5)])
-def test_is_its_definition(window: int | None, packed: bool, cached: int, softcap: float | None, prefix: int) -> None:
+def test_is_its_definition(
+    window: int | None,
+    packed: bool,
+    cached: int,
+    softcap: float | None,
+    prefix: int,
+    slopes: tuple[float, ...] | None,
+) -> None:
     inputs = draw_inputs(8, value_dim=5)
     segments = Draw(3).segments(8) if packed else None
     past = draw_past(cached, value_dim=5) if cached else None
     options = {"window": window, "softcap": softcap, "segments": segments, "past": past, "prefix": prefix}
+    options |= {"slopes": slopes}
     want = brute_force(*inputs, **options)
     for backend in serves(inputs, **options):
         got = attention(*inputs, scale=SCALE, backend=backend, **options)
@@ -141,12 +157,15 @@ def test_options_agree_with_the_reference(
 @pytest.mark.parametrize("cached", [0, 20])
 @pytest.mark.parametrize("starts", [(), (140,), (3, 127, 128, 131, 290)])
 @pytest.mark.parametrize(("window", "prefix"), [(7, 3), (40, 1), (60, 130), (90, 300)])
-def test_a_prefix_is_in_sight_of_every_block(window: int, prefix: int, starts: tuple[int, ...], cached: int) -> None:
+@pytest.mark.parametrize("slopes", [None, (0.013, 0.5, 1e-3, 0.11)])
+def test_a_prefix_is_in_sight_of_every_block(
+    window: int, prefix: int, starts: tuple[int, ...], cached: int, slopes: tuple[float, ...] | None
+) -> None:
     draws, past = draw_inputs(300), draw_past(cached) if cached else None
     segments = segments_from(starts, 300, ROWS).clone() if starts else None
     if segments is not None:
         segments[1, 200:] = -1
-    options = {"window": window, "segments": segments, "past": past, "prefix": prefix}
+    options = {"window": window, "segments": segments, "slopes": slopes, "past": past, "prefix": prefix}
     exact = leaves(draws, [torch.float64] * 3)
     want = attention(*exact, scale=SCALE, backend="reference", **options)
     want_grads = gradients((at_real(want, segments),), exact)
@@ -155,6 +174,42 @@ def test_a_prefix_is_in_sight_of_every_block(window: int, prefix: int, starts: t
         got = attention(*exact, scale=SCALE, backend=backend, **options)
         assert_close(at_real(got, segments), at_real(want, segments), what=backend)
         assert_all_close(gradients((at_real(got, segments),), exact), want_grads, torch.float64, backend)
+
+
+@pytest.mark.parametrize(
+    ("window", "packed", "cached"), [(None, False, 0), (None, True, 0), (60, True, 0), (60, True, 70)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_slopes_agree_with_the_reference(dtype: torch.dtype, window: int | None, packed: bool, cached: int) -> None:
+    time = 300
+    segments, past = Draw(7).segments(time) if packed else None, draw_past(cached, dtype=dtype) if cached else None
+    draws = draw_inputs(time, dtype=dtype)
+    options = {"window": window, "segments": segments, "slopes": (0.013, 0.5, 1e-3, 0.11)}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, past=past, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    backends = serves(leaves(draws, [dtype] * 3), past=past, **options)
+    assert {"reference", "blocked", "blocked_flash"} <= set(backends)
+    for backend in backends:
+        rounded = leaves(draws, [dtype] * 3)
+        held = past and Past(past.keys.to(dtype), past.values.to(dtype), past.age)
+        got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+        grads = gradients((at_real(got, segments),), rounded)
+        assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
+def test_far_keys_that_count_are_not_rounded_to_what_queries_have_room_for(backend: str) -> None:
+    """Keys whose scores grow as fast with the distance as slopes make them fall."""
+    time, slope = 300, 1.0
+    near = torch.arange(time, 0, -1).double() * slope / (SCALE * WIDTH)
+    k = near[:, None, None].expand(1, time, KV_HEADS, WIDTH).bfloat16()
+    q, v = torch.ones(1, time, HEADS, WIDTH).bfloat16(), draw_inputs(time)[2][:1].bfloat16()
+    options = {"scale": SCALE, "slopes": (slope,) * HEADS}
+    want = attention(q.double(), k.double(), v.double(), backend="reference", **options)
+    got = attention(q, k, v, backend=backend, **options)
+    assert_close(got[:, 200:], want[:, 200:], torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])
@@ -264,14 +319,15 @@ def test_reference_flops_are_the_closed_form(window: int | None) -> None:
 
 @pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_windowed_blocks_are_linear_in_time(backend: str, packed: bool) -> None:
+@pytest.mark.parametrize("slopes", [None, (0.5, 0.25)])
+def test_windowed_blocks_are_linear_in_time(slopes: tuple[float, ...] | None, backend: str, packed: bool) -> None:
     time, window = 65536, 100
     inputs = leaves(
         [torch.ones(1, time, 2, 4), torch.ones(1, time, 1, 4), torch.ones(1, time, 1, 4)], [torch.float32] * 3
     )
     segments = (torch.arange(time) // 1000)[None] if packed else None
     with LargestTensor() as largest:
-        y = attention(*inputs, window=window, scale=1.0, segments=segments, backend=backend)
+        y = attention(*inputs, window=window, scale=1.0, segments=segments, slopes=slopes, backend=backend)
         assert saved_elements(y) <= 32 * time
         y.sum().backward()
     assert largest.elements <= 8 * time
@@ -305,5 +361,7 @@ def test_refusals_say_why() -> None:
     inputs = draw_inputs(3)
     with pytest.raises(UnsupportedError, match=r"'sdpa' cannot serve this call: .*a window"):
         attention(*inputs, window=2, scale=SCALE, backend="sdpa")
+    with pytest.raises(UnsupportedError, match=r"'sdpa' cannot serve this call: not served: slopes"):
+        attention(*inputs, slopes=SLOPES, scale=SCALE, backend="sdpa")
     with pytest.raises(UnsupportedError, match="softcap"):
         attention(*inputs, softcap=2.0, scale=SCALE, backend="blocked_flash")

@@ -45,11 +45,17 @@ def test_blocks_are_those_with_visible_keys(window: int | None, time: int, packe
 CASES = [(1, False), (2, True), (100, True), (257, True), (None, False), (None, True)]
 
 
-def compare(window: int | None, packed: bool, softcap: float | None = None, dtype: torch.dtype = torch.float32) -> None:
+def compare(
+    window: int | None,
+    packed: bool,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    slopes: tuple[float, ...] | None = None,
+) -> None:
     draw, time = Draw(3), 257
     q, k, v = (draw.normal(6, time, heads, 16) for heads in (4, 2, 2))
     segments = draw.segments(time) if packed else None
-    options = {"scale": 0.4, "window": window, "segments": segments, "softcap": softcap}
+    options = {"scale": 0.4, "window": window, "segments": segments, "softcap": softcap, "slopes": slopes}
     want = attention(q, k, v, backend="reference", **options)
     got = attention(q.to(dtype), k.to(dtype), v.to(dtype), backend="flex_cpu", **options)
     assert got.dtype == dtype
@@ -65,6 +71,8 @@ def test_masks_are_the_reference(window: int | None, packed: bool, monkeypatch: 
     monkeypatch.setattr(compiling, "piece", lambda function, compiled: function)
     compare(window, packed)
     compare(window, packed, softcap=1.5)
+    compare(window, packed, slopes=(0.5, 0.01, 0.1, 0.0))
+    compare(window, packed, softcap=1.5, slopes=(0.5, 0.01, 0.1, 0.0))
 
 
 @pytest.mark.slow
@@ -73,6 +81,7 @@ def test_compiled_code_is_the_reference(window: int | None, packed: bool) -> Non
     compare(window, packed)
     compare(window, packed, softcap=1.5)
     compare(window, packed, dtype=torch.bfloat16)
+    compare(window, packed, slopes=(0.5, 0.01, 0.1, 0.0))
 
 
 @pytest.mark.slow

@@ -34,11 +34,16 @@ def test_gated_delta_chunked(packed, decays):
     torch.library.opcheck(OPS.gated_delta_chunked, inputs, test_utils=WHAT)
 
 
+def test_linear_recurrence_two_level():
+    x, a, state = tensors((2, TIME, WIDTH), (2, TIME, WIDTH), (2, WIDTH))
+    torch.library.opcheck(OPS.linear_recurrence_two_level, (x, a.sigmoid(), state), test_utils=WHAT)
+
+
+@pytest.mark.parametrize("slopes", [None, [0.5, 0.1]])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("kernel", ["product", "flash_cpu"])
-def test_attention_blocked(window, kernel):
+def test_attention_blocked(window, kernel, slopes):
     q, k, v = tensors((1, TIME, HEADS, WIDTH), (1, TIME, 1, WIDTH), (1, TIME, 1, WIDTH))
     segments = torch.arange(TIME)[None] // 30
-    torch.library.opcheck(
-        OPS.attention_blocked, (q, k, v, segments, None, window, kernel, 0.5, None, 2), test_utils=WHAT
-    )
+    inputs = (q, k, v, segments, None, window, kernel, 0.5, None, 2, slopes)
+    torch.library.opcheck(OPS.attention_blocked, inputs, test_utils=WHAT)

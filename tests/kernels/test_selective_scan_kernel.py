@@ -31,8 +31,9 @@ from fusiontree.kernels import (
     selective_scan_step,
 )
 from fusiontree.kernels.registry import serves_all
-from fusiontree.kernels.scan.selective import mamba_ssm, two_level
-from fusiontree.kernels.scan.selective.two_level import Limits
+from fusiontree.kernels.scan import tiling
+from fusiontree.kernels.scan.selective import mamba_ssm
+from fusiontree.kernels.scan.tiling import Limits
 
 ROWS, CHANNELS, STATE = 6, 4, 5
 ENTRIES = CHANNELS * STATE
@@ -51,7 +52,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every backend that serves, and `two_level` under other limits than the usual ones, which make one block."""
     if request.param not in CUTS:
         return request.param
-    monkeypatch.setitem(two_level.LIMITS, "cpu", CUTS[request.param])
+    monkeypatch.setitem(tiling.LIMITS, "cpu", CUTS[request.param])
     return "two_level"
 
 

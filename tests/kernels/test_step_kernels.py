@@ -6,6 +6,7 @@ from kernel_cases import Draw, assert_close, serving
 
 from fusiontree.kernels import (
     ATTENTION_STEP,
+    Falling,
     StepInputs,
     UnsupportedError,
     attention,
@@ -15,6 +16,7 @@ from fusiontree.kernels import (
 )
 
 HEADS, KV_HEADS, WIDTH, SCALE = 6, 2, 8, 0.3
+SLOPES = (0.013, 0.5, 1e-3, 0.11, 0.0, 2.0)
 
 
 def draw_step(filled, slots, dtype=torch.float64, value_dim=WIDTH):
@@ -41,6 +43,34 @@ def test_every_backend_is_the_reference(dtype, softcap, value_dim, filled) -> No
     for backend in backends:
         got = attention_step(*given, scale=SCALE, softcap=softcap, backend=backend)
         assert_close(got, want, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("filled", [[1, 2, 33, 300], [300, 300]])
+def test_falling_scores_are_the_reference(dtype, softcap, filled) -> None:
+    inputs = draw_step(filled, 300, dtype)
+    distance = torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(row)) for row in filled])
+    options = {"scale": SCALE, "softcap": softcap, "falling": Falling(SLOPES, distance)}
+    want = attention_step(*inputs, backend="reference", **options)
+    given = rounded(inputs, dtype)
+    for backend in serving(ATTENTION_STEP, StepInputs(*given, **options).request):
+        assert_close(attention_step(*given, backend=backend, **options), want, dtype, backend)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 40])
+@pytest.mark.parametrize("backend", ["reference", "product", "flash_cpu"])
+def test_a_ring_falls_as_attention_does(window: int, backend: str) -> None:
+    draw, time = Draw(window), 40
+    q, k, v = (draw.normal(2, time, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    want = attention(q, k, v, window=window, scale=SCALE, slopes=SLOPES, backend="reference")
+    keys, values = torch.zeros(2, 2, KV_HEADS, window, WIDTH).double().unbind()
+    for t in range(time):
+        keys[:, :, t % window], values[:, :, t % window] = k[:, t], v[:, t]
+        falling = Falling(SLOPES, ((t - torch.arange(window)) % window).expand(2, -1))
+        filled = torch.full((2,), min(t + 1, window))
+        got = attention_step(q[:, t], keys, values, filled, scale=SCALE, falling=falling, backend=backend)
+        assert_close(got, want[:, t], what=f"{t}")
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 40])

@@ -9,6 +9,7 @@ from fusiontree.core.model_spec import ModelSpec
 WIDTH = 16
 INNER = 24
 ENCODINGS = {
+    "alibi": {"kind": "alibi"},
     "sincos": {"kind": "srte_sincos"},
     "learned": {"kind": "srte_learned", "max_length": 64},
     "low_rank": {"kind": "srte_learned", "max_length": 64, "rank": 3},
@@ -67,7 +68,8 @@ def attentions(draw: st.DrawFn, *, project: bool = True) -> Data:
         "out_bias": project and draw(st.booleans()),
         "project": project,
     }
-    return {"kind": "attention", "encodings": draw(named(rotates=True)), **own, **options}
+    falling = draw(st.sampled_from([[], ["alibi"]]))
+    return {"kind": "attention", "encodings": draw(named(rotates=True)) + falling, **own, **options}
 
 
 @st.composite
@@ -137,6 +139,39 @@ def short_convs(draw: st.DrawFn, *, project: bool = True) -> Data:
         "inner": 6 if project else INNER,
         "conv": draw(st.integers(1, 4)),
         "conv_bias": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
+def rglrus(draw: st.DrawFn, *, project: bool = True) -> Data:
+    heads = draw(st.integers(1, 3)) if project else 4
+    return {
+        "kind": "rglru",
+        "encodings": draw(named(rotates=False)),
+        "heads": heads,
+        "head_dim": draw(st.integers(1, 4)) if project else INNER // heads,
+        "conv": draw(st.integers(1, 4)),
+        "conv_bias": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "out_bias": project and draw(st.booleans()),
+        "project": project,
+    }
+
+
+@st.composite
+def lightnings(draw: st.DrawFn, *, project: bool = True) -> Data:
+    heads = draw(st.integers(1, 3)) if project else 4
+    return {
+        "kind": "lightning",
+        "encodings": draw(named(rotates=True)),
+        "heads": heads,
+        "head_dim": 4,
+        "value_dim": draw(st.sampled_from([None, 3])) if project else INNER // 4,
+        "slopes": draw(st.lists(st.sampled_from([0.0, 0.1, 3.0]), min_size=heads, max_size=heads)),
+        "norm": draw(norms()),
         "bias": draw(st.booleans()),
         "out_bias": project and draw(st.booleans()),
         "project": project,
@@ -223,7 +258,7 @@ def gates(draw: st.DrawFn, names: list[str]) -> Data:
 def fusions(draw: st.DrawFn, depth: int) -> Data:
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
     inner = draw(st.booleans())
-    inners = (attentions, mlas, mamba2s, mamba1s, short_convs, gated_deltas)
+    inners = (attentions, mlas, mamba2s, mamba1s, short_convs, gated_deltas, rglrus, lightnings)
     branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
     kind = draw(st.sampled_from(["gated", "sum", "mean", "concat", "inject"]))
     several = len(names) > 1
@@ -279,7 +314,7 @@ def uses(draw: st.DrawFn) -> Data:
 
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
-    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas()
+    recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas(), rglrus(), lightnings()
     mixers = st.one_of(attentions(), mlas(), *recurrent, feed_forwards(), moes(), uses())
     return st.one_of(mixers, fusions(depth), chains(depth)) if depth > 0 else mixers
 

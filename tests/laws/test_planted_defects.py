@@ -6,19 +6,24 @@ import torch
 from fusiontree.branches import (
     Attention,
     GatedDelta,
+    Lightning,
     Mamba1,
     Mamba2,
     Mla,
     Mlp,
+    RgLru,
     attention,
     gated_delta,
+    lightning,
     mamba1,
     mamba2,
     mla,
     recurrent,
+    rglru,
 )
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
+from fusiontree.encodings import Alibi
 from fusiontree.encodings.rope import Rotary
 from fusiontree.encodings.srte import SincosTime, SrteSincos
 from fusiontree.fusions import Gated
@@ -88,6 +93,21 @@ def test_what_a_delta_rule_knows_is_forgotten(monkeypatch):
     assert broken_laws(GatedDelta) == "split"
 
 
+def test_what_a_channel_remembers_is_not_reset(monkeypatch):
+    monkeypatch.setattr(rglru, "linear_recurrence", replacing(rglru.linear_recurrence, segments=None))
+    assert broken_laws(RgLru) == "packed"
+
+
+def test_what_a_channel_remembers_is_forgotten(monkeypatch):
+    monkeypatch.setattr(rglru, "linear_recurrence", replacing(rglru.linear_recurrence, initial_state=None))
+    assert broken_laws(RgLru) == "split"
+
+
+def test_heads_of_constant_decay_are_not_reset(monkeypatch):
+    monkeypatch.setattr(lightning, "ssd", replacing(lightning.ssd, segments=None))
+    assert broken_laws(Lightning) == "packed"
+
+
 def test_attention_sees_other_documents(monkeypatch):
     monkeypatch.setattr(attention, "attention", replacing(attention.attention, segments=None))
     assert broken_laws(Attention) == "packed"
@@ -118,6 +138,12 @@ def test_a_step_does_not_see_its_own_token(monkeypatch):
     filled = Rows.filled
     monkeypatch.setattr(Rows, "filled", lambda self, slots: (filled(self, slots) - 1).clamp(min=1))
     assert broken_laws(Attention) == "split"
+
+
+def test_distances_stand_still_in_decode(monkeypatch):
+    distances = Rows.distances
+    monkeypatch.setattr(Rows, "distances", lambda self, slots: distances(self, slots).clamp(max=2))
+    assert broken_laws(Alibi) == "split"
 
 
 def test_positions_stand_still_in_decode(monkeypatch):

@@ -135,6 +135,10 @@ MORE_OF_QWEN3_NEXT = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
     **{"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-4},
 }
+QWEN3_NEXT_EXPERTS = QWEN3_NEXT | {
+    **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "shared_expert_intermediate_size": 20,
+}
 OLMO_HYBRID = {name: value for name, value in (SMALL | LINEAR).items() if name != "head_dim"}
 MORE_OF_OLMO_HYBRID = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
@@ -153,6 +157,26 @@ MORE_OF_KIMI_LINEAR = {
 EXPERTS_OF_KIMI_LINEAR = {
     **{"mlp_layer_types": ["dense", *["sparse"] * 3], "moe_intermediate_size": 16, "num_experts": 8},
     **{"num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+}
+RECURRENT_GEMMA = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"},
+    **{"num_hidden_layers": 4, "num_key_value_heads": 1, "attention_window_size": 11, "pad_token_id": None},
+}
+MORE_OF_RECURRENT_GEMMA = {
+    **{"lru_width": 72, "conv1d_width": 3, "block_types": ["attention", "recurrent"], "attention_bias": True},
+    **{"intermediate_size": 81, "logits_soft_cap": 3.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-4},
+    **{"num_hidden_layers": 3, "num_key_value_heads": 3},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+}
+MINIMAX = SMALL | {
+    **{"num_hidden_layers": 3, "num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 24},
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 16},
+    **{"linear_attn_alpha_factor": 1.7, "linear_attn_beta_factor": 0.8, "full_attn_alpha_factor": 1.3},
+    **{"full_attn_beta_factor": 0.9, "mlp_alpha_factor": 1.1, "mlp_beta_factor": 0.7},
+}
+MORE_OF_MINIMAX = {
+    **{"layer_types": None, "num_hidden_layers": 2, "head_dim": None, "sliding_window": 11, "rms_norm_eps": 1e-3},
+    **{"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
 }
 ZAMBA2 = {
     **{name: value for name, value in SMALL.items() if name not in ("head_dim", "num_key_value_heads")},
@@ -263,6 +287,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         QWEN3_NEXT | MORE_OF_QWEN3_NEXT,
     ),
+    "qwen3_next, experts": ("qwen3_next", QWEN3_NEXT_EXPERTS),
+    "qwen3_next, experts in some layers, not renormalised": (
+        "qwen3_next",
+        QWEN3_NEXT_EXPERTS | {"decoder_sparse_step": 2, "mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
     "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
     "olmo_hybrid, yarn": (
         "olmo_hybrid",
@@ -278,6 +307,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | EXPERTS_OF_KIMI_LINEAR
         | {"mlp_layer_types": ["sparse"] * 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     ),
+    "minimax": ("minimax", MINIMAX),
+    "minimax, window, tied": ("minimax", MINIMAX | MORE_OF_MINIMAX),
+    "minimax, no attention": ("minimax", MINIMAX | {"layer_types": ["linear_attention"] * 3}),
+    "minimax, no lightning": ("minimax", MINIMAX | {"layer_types": ["full_attention"] * 3}),
+    "recurrent_gemma": ("recurrent_gemma", RECURRENT_GEMMA),
+    "recurrent_gemma, another width, biases, low cap, untied": (
+        "recurrent_gemma",
+        RECURRENT_GEMMA | MORE_OF_RECURRENT_GEMMA,
+    ),
+    "recurrent_gemma, no attention": ("recurrent_gemma", RECURRENT_GEMMA | {"block_types": ["recurrent"]}),
+    "recurrent_gemma, no recurrence": ("recurrent_gemma", RECURRENT_GEMMA | {"block_types": ["attention"]}),
     "zamba2": ("zamba2", ZAMBA2),
     "zamba2, three blocks, adapted attention, rope, another width, limit, biases": (
         "zamba2",
@@ -319,13 +359,14 @@ def pair(name: str) -> Pair:
     theirs: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     theirs.set_experts_implementation("eager")
     saved = theirs.state_dict()
+    family = family_of(config.model_type)
+    data = config.to_dict()
+    computed = family.ignored(family.options(data))
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        for buffer in (buffer for name, buffer in theirs.named_buffers() if name in saved):
+        for buffer in (buffer for name, buffer in theirs.named_buffers() if name in saved and name not in computed):
             buffer.add_(0.1 * torch.randn_like(buffer))
-    family = family_of(config.model_type)
-    data = config.to_dict()
     ours = ft.build(family.spec_of(data)).eval()
     ours.load_state_dict(family.weights_of(data, theirs.state_dict()))
     return Pair(family, data, ours, theirs)

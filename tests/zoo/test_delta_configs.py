@@ -27,11 +27,13 @@ QWEN3_NEXT_80B = {
 """Qwen/Qwen3-Next-80B-A3B-Instruct."""
 
 
-def test_a_published_config_without_its_experts():
+@pytest.mark.parametrize("experts", [0, 512])
+def test_a_published_config_with_its_experts_and_without(experts):
     family = family_of("qwen3_next")
-    spec = family.spec_of(QWEN3_NEXT_80B | {"num_experts": 0})
+    spec = family.spec_of(QWEN3_NEXT_80B | {"num_experts": experts})
     layers = spec.expanded_layers()
     assert [layer.mixer.kind for layer in layers[:4]] == [*["gated_delta"] * 3, "attention"]  # pyright: ignore
+    assert {layer.ffn.kind for layer in layers} == {"moe" if experts else "swiglu"}  # pyright: ignore
     assert spec.data(short=True)["encodings"] == {"rope": {"kind": "rope", "theta": 1e7, "dim": 64}}
     assert family.spec_of(family.config_of(spec)) == spec
 
@@ -49,13 +51,11 @@ LINEAR = ["linear_attention"] * 5
 @pytest.mark.parametrize(
     ("name", "changes", "line"),
     [
-        ("qwen3_next", {"num_experts": 8}, "num_experts: found 8, qwen3_next is known with 0, layer 0 would have more"),
-        ("qwen3_next", {"num_experts": ...}, "num_experts: found 512, qwen3_next is known with 0"),
-        (
-            "qwen3_next",
-            {"num_experts": 8, "mlp_only_layers": [1], "decoder_sparse_step": 2},
-            "num_experts: found 8, qwen3_next is known with 0, layer 3 would have more",
-        ),
+        ("qwen3_next", {"num_experts": 8, "num_experts_per_tok": 9}, "top_k: found 9, there are 8 experts"),
+        ("qwen3_next", {"num_experts": -1}, "num_experts: has to be a whole number of at least 0, found -1"),
+        ("qwen3_next", {"decoder_sparse_step": 0}, "decoder_sparse_step: has to be a whole number of at least 1"),
+        ("qwen3_next", {"mlp_only_layers": "all"}, "mlp_only_layers: has to be a list of whole numbers, found 'all'"),
+        ("qwen3_next", {"num_experts": 8, "norm_topk_prob": "no"}, "router.renormalise: true or false is needed"),
         ("qwen3_next", {"layer_types": LINEAR[:3]}, "layer_types: 3 are given, num_hidden_layers says 5"),
         ("qwen3_next", {"layer_types": [*LINEAR[:4], "sliding_attention"]}, "layer_types: has to be a list of"),
         ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval: has to be a whole number"),
@@ -104,7 +104,7 @@ def test_heads_of_theirs_are_taken_apart_and_put_together():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_next, experts", "olmo_hybrid"])
 def test_files_of_transformers_are_read_and_ours_by_transformers(name, tmp_path):
     """The files of OLMo-Hybrid have other names than its class."""
     both = pair(name)

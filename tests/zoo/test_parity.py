@@ -7,7 +7,8 @@ import pytest
 import torch
 from public import CONFIGS, VOCABULARY, Pair, pair
 
-TOLERANCE = 2e-5
+TOLERANCE, OF_DELTA_RULES = 2e-5, 1e-4
+"""Delta rules make more of what is rounded: either side is 2e-5 off from itself in float64."""
 TIME = 37
 """Longer than every window, and no multiple of any block."""
 
@@ -27,9 +28,15 @@ def expected(both: Pair, tokens: torch.Tensor) -> torch.Tensor:
     return both.theirs(tokens, use_cache=False).logits
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def tolerance(both: Pair) -> float:
+    delta = any(getattr(node, "kind", None) == "gated_delta" for _, node in both.ours.spec.nodes())
+    return OF_DELTA_RULES if delta else TOLERANCE
+
+
+def close(both: Pair, found: torch.Tensor, tokens: torch.Tensor) -> None:
+    wanted = expected(both, tokens)
     scale = max(1.0, float(wanted.abs().max()))
-    assert float((found - wanted).abs().max()) <= TOLERANCE * scale
+    assert float((found - wanted).abs().max()) <= tolerance(both) * scale
 
 
 def test_transformers_runs_its_own_torch_code():
@@ -39,7 +46,7 @@ def test_transformers_runs_its_own_torch_code():
 
 @torch.no_grad()
 def test_logits(both, tokens):
-    close(both.ours(tokens), expected(both, tokens))
+    close(both, both.ours(tokens), tokens)
 
 
 def test_gradients(both, tokens):
@@ -51,7 +58,7 @@ def test_gradients(both, tokens):
     found = both.family.weights_to(both.config, here)
     for module in (both.ours, both.theirs):
         module.zero_grad()
-    saved = both.theirs.state_dict()
+    saved = set(both.theirs.state_dict()) - both.family.ignored(both.family.options(both.config))
     assert set(found) == set(theirs) | {name for name, _ in both.theirs.named_buffers() if name in saved}
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name, gradient in theirs.items():
@@ -64,7 +71,7 @@ def test_gradients(both, tokens):
 def test_decoding_and_chunked_prefill_are_the_full_forward(both, tokens, cuts):
     cache = both.ours.new_cache(2, TIME)
     found = [both.ours(chunk, cache=cache) for chunk in tokens.split(cuts, 1)]
-    close(torch.cat(found, 1), expected(both, tokens))
+    close(both, torch.cat(found, 1), tokens)
 
 
 @torch.no_grad()
@@ -72,14 +79,14 @@ def test_left_padding_changes_nothing(both, tokens):
     padded = torch.cat([torch.zeros(2, 9, dtype=torch.long), tokens], 1)
     documents = torch.zeros_like(padded)
     documents[:, :9] = -1
-    close(both.ours(padded, documents=documents)[:, 9:], expected(both, tokens))
+    close(both, both.ours(padded, documents=documents)[:, 9:], tokens)
 
 
 @torch.no_grad()
 def test_packed_documents_are_the_documents_alone(both, tokens):
     row = tokens.reshape(1, -1)
     documents = torch.arange(2).repeat_interleave(TIME)[None]
-    close(both.ours(row, documents=documents).reshape(2, TIME, -1), expected(both, tokens))
+    close(both, both.ours(row, documents=documents).reshape(2, TIME, -1), tokens)
 
 
 def test_round_trips_are_bitwise(both):
@@ -97,5 +104,9 @@ def test_round_trips_are_bitwise(both):
 def test_transformers_reads_our_config(both):
     config = type(both.theirs.config)(**both.family.config_of(both.ours.spec))
     again = type(both.theirs)(config)
-    shapes = {name: tensor.shape for name, tensor in both.theirs.state_dict().items()}
-    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+    computed = both.family.ignored(both.family.options(both.config))
+
+    def shapes(model):
+        return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in computed}
+
+    assert shapes(again) == shapes(both.theirs)

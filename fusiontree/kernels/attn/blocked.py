@@ -4,7 +4,7 @@ O(time * window) work, memory linear in time, and one (block x keys) mask at a t
 through slices would fill a whole gradient for each, which is quadratic again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Sight, sight
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding, Sight, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
@@ -32,6 +32,7 @@ class Options(NamedTuple):
     scale: float
     softcap: float | None
     prefix: int
+    slopes: tuple[float, ...] | None
 
     @property
     def reach(self) -> tuple[int | None, int]:
@@ -52,12 +53,10 @@ def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_he
 
 
 @lru_cache(maxsize=32)
-def _band(
-    queries: int, keys: int, reach: tuple[int | None, int], share: int, like: tuple[torch.dtype, torch.device]
-) -> Tensor:
+def _band(queries: int, keys: int, reach: tuple[int | None, int], folding: Folding, device: torch.device) -> Tensor:
     """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
-    seen = sight(keys, None, None, reach, like[1])
-    return seen.bias(slice(keys - queries, keys), slice(0, keys), share, like[0])
+    seen = sight(keys, None, None, reach, device)
+    return seen.bias(slice(keys - queries, keys), slice(0, keys), folding)
 
 
 class Span(NamedTuple):
@@ -106,11 +105,13 @@ class Blocks:
     def _bias(self, seen: Sight, block: tuple[slice, slice], options: Options, plain: bool) -> Tensor:
         queries, keys = block
         sizes, prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
+        falls, folding = options.slopes is not None, Folding(self.share, self.q.dtype, options.slopes)
         cut = self.segments is not None or 0 < keys.start < prefix  # a prefix that is not wholly on one side
-        if not plain or (prefix and cut) or sizes[0] * sizes[1] * self.share > LARGEST_BAND:
-            return seen.bias(queries, keys, self.share, self.q.dtype)
+        elements = sizes[0] * sizes[1] * self.share * (self.kv_heads if falls else 1)
+        if not plain or (prefix and (cut or falls)) or elements > LARGEST_BAND:
+            return seen.bias(queries, keys, folding)
         before = prefix if keys.start else 0
-        band = _band(*sizes, (options.window, prefix - before), self.share, (self.q.dtype, self.q.device))
+        band = _band(*sizes, (options.window, prefix - before), folding, self.q.device)
         return F.pad(band, (before, 0)) if before else band
 
 
@@ -126,11 +127,12 @@ def _attend(
     scale: float,
     softcap: float | None,
     prefix: int,
+    slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
     blocks, sums = Blocks((q, k, v), segments, age), []
     y = blocks.q.new_empty(*blocks.q.shape[:3], v.shape[-1])
-    options = Options(window, kernel, scale, softcap, prefix)
+    options = Options(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     for rows, _, block in blocks.over(options):
         y[:, :, rows], lse = KERNELS[kernel].forward(block)
         sums.append(lse)
@@ -159,10 +161,11 @@ def _attend_backward(
     scale: float,
     softcap: float | None,
     prefix: int,
+    slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
     blocks, dtype = Blocks((q, k, v), segments, age), wide(k.dtype)
-    options = Options(window, kernel, scale, softcap, prefix)
+    options = Options(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
     for rows, span, block in blocks.over(options):
@@ -188,7 +191,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _propagate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(7))
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(8))
 
 
 _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
@@ -197,7 +200,7 @@ _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
 def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
     age = None if inputs.past is None else inputs.past.age
-    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.prefix)
+    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.prefix, inputs.slopes)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
 

@@ -15,12 +15,12 @@ from fusiontree.kernels.documents import wide
 
 
 class Block(NamedTuple):
-    """The operands of one block; `bias` is 0 where a query sees a key and -inf elsewhere."""
+    """The operands of one block; `bias` is -inf where a query does not see a key."""
 
     q: Float[Tensor, "batch kv_heads rows head_dim"]
     k: Float[Tensor, "batch kv_heads keys head_dim"]
     v: Float[Tensor, "batch kv_heads keys value_dim"]
-    bias: Float[Tensor, "#batch 1 rows keys"]
+    bias: Float[Tensor, "#batch #kv_heads rows keys"]
     scale: float
     softcap: float | None
 
@@ -75,7 +75,7 @@ def product_backward(block: Block, saved: Saved) -> tuple[Tensor, Tensor, Tensor
 
 
 def _flash_options(block: Block) -> dict[str, Any]:
-    return {"attn_mask": block.bias.to(block.q.dtype), "scale": block.scale}
+    return {"attn_mask": block.bias, "scale": block.scale}
 
 
 def flash_forward(block: Block) -> tuple[Tensor, Tensor]:

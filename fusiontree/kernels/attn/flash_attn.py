@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
@@ -31,7 +32,7 @@ class Library(NamedTuple):
         return refusal(request.device, self.package, self.oldest) or self.limits.refusal(request)
 
 
-FLASH_2 = Library("flash-attn", "2.8", "flash_attn", -1, Limits(multiple=1, softcap=True))
+FLASH_2 = Library("flash-attn", "2.8", "flash_attn", -1, Limits(multiple=1, softcap=True, slopes=True))
 FLASH_3 = Library("flash-attn-3", "3.0", "flash_attn_interface", -1, Limits(range(9, 10), softcap=True))
 FLASH_4 = Library("flash-attn-4", "4.0.0", "flash_attn.cute", None, Limits(range(9, 13), largest=128))
 
@@ -42,9 +43,15 @@ def load(module: str) -> Callable[..., Any]:
     return import_module(module).flash_attn_varlen_func
 
 
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> Float[Tensor, "heads"]:
+    """As the library wants them, whatever the queries are."""
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
 def _run(inputs: AttentionInputs, library: Library) -> Tensor:
     left = library.unbounded if inputs.window is None else inputs.window - 1
     right = library.unbounded if inputs.window is None else 0
+    falling = {} if inputs.slopes is None else {"alibi_slopes": _slopes(inputs.slopes, inputs.q.device)}
 
     def one_call(documents: Packed, q: Tokens, k: Tokens, v: Tokens) -> Tokens:
         found = load(library.module)(
@@ -60,6 +67,7 @@ def _run(inputs: AttentionInputs, library: Library) -> Tensor:
             window_size=(left, right),
             softcap=inputs.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            **falling,
         )
         return found[0] if isinstance(found, tuple) else found  # some also give the log of the sum of exponentials
 

@@ -63,14 +63,17 @@ def _mask(first: Int[Tensor, "batch time"]) -> Any:
     return BlockMask.from_kv_blocks(*some, *all_, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(size, size))
 
 
-def _capped(softcap: float | None) -> Callable[..., Tensor] | None:
-    if softcap is None:
+def _scoring(inputs: AttentionInputs) -> Callable[..., Tensor] | None:
+    softcap = inputs.softcap
+    slopes = None if inputs.slopes is None else torch.tensor(inputs.slopes, device=inputs.q.device)
+    if softcap is None and slopes is None:
         return None
 
-    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+    def scored(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        score = score if softcap is None else softcap * torch.tanh(score / softcap)
+        return score if slopes is None else score - slopes[head] * (query - key)
 
-    return capped
+    return scored
 
 
 def _run(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
@@ -79,7 +82,7 @@ def _run(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]
     q, k, v = (tensor.transpose(1, 2) for tensor in inputs[:3])
     first = inputs.sight().first.expand(len(q), -1).int().contiguous()
     attend: Any = compiling.piece(flex_attention, compiled=True)
-    options = {"score_mod": _capped(inputs.softcap), "enable_gqa": q.shape[1] != k.shape[1]}
+    options = {"score_mod": _scoring(inputs), "enable_gqa": q.shape[1] != k.shape[1]}
     y = attend(q, k, v, block_mask=_mask(first), scale=inputs.scale, **options)
     return silence_padding(y.transpose(1, 2), inputs.segments)
 

@@ -1,13 +1,14 @@
 """The operator `attention`: its arguments, what sees what, and what the choice of a backend depends on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.documents import previous
+from fusiontree.errors import FusionTreeError
+from fusiontree.kernels.documents import previous, wide
 from fusiontree.kernels.registry import Op
 from fusiontree.kernels.shapes import Shapes
 from fusiontree.kernels.untraced import Untraced
@@ -38,11 +39,27 @@ class AttentionRequest(NamedTuple):
     head_dim: int
     value_dim: int
     gradients: bool
+    slopes: bool = False
 
     @property
     def equal_widths(self) -> bool:
         """Whether keys and values have the same width."""
         return self.head_dim == self.value_dim
+
+
+class Folding(NamedTuple):
+    """How biases are laid out: the `share` query heads of a key-value head are rows of each query, and with `slopes`,
+    one for each query head, scores fall with the distance."""
+
+    share: int
+    dtype: torch.dtype
+    slopes: tuple[float, ...] | None = None
+
+    def fall(self, distance: Int[Tensor, "#batch queries keys"]) -> Float[Tensor, "#batch kv_heads rows keys"]:
+        """-slope * distance, in float32 or better."""
+        slopes = torch.tensor(self.slopes, dtype=wide(self.dtype), device=distance.device)
+        by_row = slopes.view(-1, self.share).repeat(1, distance.shape[1])
+        return distance.repeat_interleave(self.share, 1)[:, None] * -by_row[..., None]
 
 
 class Sight(NamedTuple):
@@ -92,19 +109,24 @@ class Sight(NamedTuple):
         index = torch.arange(min(self.prefix, keys.start), device=self.heads.device)
         return (self.heads[:, queries.start, None] + index).clamp(max=keys.start)
 
-    def bias(self, queries: slice, keys: slice, share: int, dtype: torch.dtype) -> Float[Tensor, "#batch 1 rows keys"]:
-        """0 where a query sees a key and -inf elsewhere, for what `before` has found and the keys behind it; every
-        query has `share` rows."""
+    def bias(self, queries: slice, keys: slice, folding: Folding) -> Float[Tensor, "#batch #kv_heads rows keys"]:
+        """What is added to scores, for what `before` has found and the keys behind it: -inf where a query does not see
+        a key."""
         own = torch.arange(queries.start, queries.stop, device=self.first.device)[:, None]
         if self.heads is None:
             places = self.places[:, None, keys]
             seen = (places >= self.first[:, queries, None]) & (places <= own)
         else:
-            seen = self._seen_with_prefix(queries, keys, own)
-        seen = seen.repeat_interleave(share, 1)
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+            places, seen = self._seen_with_prefix(queries, keys, own)
+        seen = seen.repeat_interleave(folding.share, 1)
+        if folding.slopes is not None:
+            return folding.fall(own - places).masked_fill(~seen[:, None], -torch.inf)
+        return torch.zeros(seen.shape, dtype=folding.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
-    def _seen_with_prefix(self, queries: slice, keys: slice, own: Tensor) -> Bool[Tensor, "#batch queries keys"]:
+    def _seen_with_prefix(
+        self, queries: slice, keys: slice, own: Tensor
+    ) -> tuple[Int[Tensor, "#batch 1 keys"], Bool[Tensor, "#batch queries keys"]]:
+        """Where the keys stand, and which of them each query sees."""
         assert self.heads is not None
         index = torch.arange(keys.start, keys.stop, device=own.device)[None]
         before, rows = self.before(queries, keys), max(len(self.places), len(self.heads))
@@ -115,7 +137,8 @@ class Sight(NamedTuple):
         places, heads = self.places.expand(rows, -1).gather(1, index.clamp(min=0)), self.heads[:, queries, None]
         index, places = index[:, None], places[:, None]
         in_prefix = (index >= heads) & (index < heads + self.prefix)
-        return ((places >= self.first[:, queries, None]) | in_prefix) & (places <= own) & (index >= 0)
+        near = places >= self.first[:, queries, None]
+        return places, (near | in_prefix) & (places <= own) & (index >= 0)
 
 
 def sight(
@@ -156,6 +179,7 @@ class AttentionInputs(NamedTuple):
     scale: float
     softcap: float | None
     segments: Int[Tensor, "batch time"] | None
+    slopes: tuple[float, ...] | None = None
     past: Past | None = None
     prefix: int = 0
 
@@ -176,6 +200,7 @@ class AttentionInputs(NamedTuple):
             head_dim=self.k.shape[-1],
             value_dim=self.v.shape[-1],
             gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+            slopes=self.slopes is not None,
         )
 
     def results(self) -> list[Tensor]:
@@ -195,10 +220,21 @@ class AttentionInputs(NamedTuple):
         return sight(self.q.shape[1], self.segments, age, (self.window, self.prefix), self.q.device)
 
 
+def per_head(op: str, slopes: Sequence[float], q: Float[Tensor, "... heads head_dim"]) -> tuple[float, ...]:
+    """The slopes.
+
+    Raises:
+        FusionTreeError: there is not one for each query head.
+    """
+    if len(slopes) != q.shape[-2]:
+        raise FusionTreeError(f"{op}: slopes: one for each of {q.shape[-2]} heads is needed, found {len(slopes)}")
+    return tuple(slopes)
+
+
 ATTENTION: Op[AttentionInputs] = Op("attention", Shapes(AttentionInputs, (("heads", "kv_heads"),)))
 untraced = Untraced(
     "attention_untraced",
-    "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments",
+    "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments, float[]? slopes",
     AttentionInputs,
 )
 """Decorates backends, which serve no cached keys."""

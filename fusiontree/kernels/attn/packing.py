@@ -21,7 +21,7 @@ class Limits(NamedTuple):
         generations: the first numbers of the GPU's compute capability.
         multiple: of which head_dim is one.
         largest: head_dim.
-        softcap: whether it is served.
+        softcap, slopes: whether they are served.
         unequal_widths: whether value_dim may differ from head_dim.
     """
 
@@ -29,6 +29,7 @@ class Limits(NamedTuple):
     multiple: int = 8
     largest: int = 256
     softcap: bool = False
+    slopes: bool = False
     unequal_widths: bool = False
 
     def refusal(self, request: AttentionRequest) -> str | None:
@@ -42,6 +43,8 @@ class Limits(NamedTuple):
             return "serves no prefix"
         if request.softcap and not self.softcap:
             return "has no softcap"
+        if request.slopes and not self.slopes:
+            return "has no slopes"
         return self._width_refusal(request)
 
     def _device_refusal(self) -> str | None:

@@ -5,7 +5,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding
 from fusiontree.kernels.documents import silence_padding, wide
 
 
@@ -26,7 +26,7 @@ def _one_query(
     q: Float[Tensor, "b heads 1 d"],
     k: Tensor,
     v: Tensor,
-    bias: Float[Tensor, "#b 1 1 s"],
+    bias: Float[Tensor, "#b #heads 1 s"],
     inputs: AttentionInputs,
 ) -> Float[Tensor, "b heads 1 value_dim"]:
     scores = inputs.scale * (q @ k.mT)
@@ -44,11 +44,12 @@ def reference(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_
     """
     keys, values = inputs.all_keys()
     heads, sight = inputs.q.shape[2], inputs.sight()
+    folding = Folding(1, wide(inputs.q.dtype), inputs.slopes)
     q = rearrange(inputs.q.to(wide(inputs.q.dtype)), "b t h d -> b h t d")
     k, v = _per_query_head(keys, heads), _per_query_head(values, heads)
     outputs = []
     for one, reach, _ in sight.blocks(1):
-        bias, before = sight.bias(one, reach, 1, q.dtype), sight.before(one, reach)
+        bias, before = sight.bias(one, reach, folding), sight.before(one, reach)
         outputs.append(_one_query(q[:, :, one], _reached(k, reach, before), _reached(v, reach, before), bias, inputs))
     y = rearrange(torch.cat(outputs, dim=2), "b h t d -> b t h d")
     return silence_padding(y.to(inputs.q.dtype), inputs.segments)

@@ -12,6 +12,7 @@ def _refusal(request: AttentionRequest) -> str | None:
         "a window": request.windowed,
         "softcap": request.softcap,
         "segments": request.segments,
+        "slopes": request.slopes,
         "cached keys": request.past,
         "value_dim unlike head_dim (quadratic memory)": not request.equal_widths,
     }

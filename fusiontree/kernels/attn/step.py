@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel, flash_refusal
+from fusiontree.kernels.attn.op import Folding, per_head
 from fusiontree.kernels.documents import wide
 from fusiontree.kernels.registry import Op
 from fusiontree.kernels.shapes import Shapes
@@ -20,6 +21,15 @@ class StepRequest(NamedTuple):
     dtype: torch.dtype
     softcap: bool
     equal_widths: bool
+    slopes: bool = False
+
+
+class Falling(NamedTuple):
+    """How scores fall: for each query head by its slope times the `distance`, in tokens from the key in a filled slot
+    to the query."""
+
+    slopes: tuple[float, ...]
+    distance: Int[Tensor, "batch slots"]
 
 
 class StepInputs(NamedTuple):
@@ -31,12 +41,19 @@ class StepInputs(NamedTuple):
     filled: Int[Tensor, "batch"]
     scale: float
     softcap: float | None
+    falling: Falling | None = None
 
     @property
     def request(self) -> StepRequest:
         """See `registry.Inputs`."""
         equal_widths = self.keys.shape[-1] == self.values.shape[-1]
-        return StepRequest(self.q.device.type, self.q.dtype, self.softcap is not None, equal_widths)
+        return StepRequest(
+            self.q.device.type,
+            self.q.dtype,
+            softcap=self.softcap is not None,
+            equal_widths=equal_widths,
+            slopes=self.falling is not None,
+        )
 
 
 ATTENTION_STEP: Op[StepInputs] = Op("attention_step", Shapes(StepInputs, (("heads", "kv_heads"),)))
@@ -50,6 +67,7 @@ def attention_step(
     *,
     scale: float,
     softcap: float | None = None,
+    falling: Falling | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch heads value_dim"]:
     """One token of `attention`, for decoding without gradients: each row sees its first `filled` slots, in any order.
@@ -58,22 +76,29 @@ def attention_step(
         keys: in another type than q, as a cache under autocast is, they decide what is computed in.
         filled: at least 1; a ring that has wrapped is filled.
         softcap: see `attention`.
+        falling: the slopes of `attention`, and where the keys stand.
         backend: "auto" or one of `ATTENTION_STEP.backends`.
 
     Raises:
-        FusionTreeError: shapes that do not agree.
+        FusionTreeError: shapes that do not agree, slopes of other heads.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
-    return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap), backend)
+    if falling is not None:
+        falling = falling._replace(slopes=per_head("attention_step", falling.slopes, q))
+    return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap, falling), backend)
 
 
 def _attend(inputs: StepInputs, kernel: BlockKernel) -> Float[Tensor, "batch heads value_dim"]:
     """Query heads become rows of their kv head; empty slots are masked."""
-    q, keys, values, filled, scale, softcap = inputs
+    q, keys, values, filled, scale, softcap, falling = inputs
     rows = rearrange(q.to(keys.dtype), "b (hk share) d -> b hk share d", hk=keys.shape[1])
     empty = torch.arange(keys.shape[2], device=q.device) >= filled[:, None]
-    bias = torch.zeros(empty.shape, dtype=keys.dtype, device=q.device).masked_fill_(empty, -torch.inf)
-    bias = bias[:, None, None].expand(-1, -1, rows.shape[2], -1)
+    if falling is None:
+        bias = torch.zeros(empty.shape, dtype=keys.dtype, device=q.device)[:, None, None]
+    else:
+        folding = Folding(rows.shape[2], keys.dtype, falling.slopes)
+        bias = folding.fall(falling.distance[:, None])
+    bias = bias.masked_fill_(empty[:, None, None], -torch.inf).expand(-1, -1, rows.shape[2], -1)
     y, _ = kernel.forward(Block(rows, keys, values, bias, scale, softcap))
     return y.flatten(1, 2).to(q.dtype)
 
@@ -88,6 +113,9 @@ def reference(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
         scores = inputs.scale * (inputs.q[row].to(dtype).unflatten(0, (-1, share)) @ keys.mT)
         if inputs.softcap is not None:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+        if inputs.falling is not None:
+            slopes = scores.new_tensor(inputs.falling.slopes).view(-1, share, 1)
+            scores = scores - slopes * inputs.falling.distance[row, :filled]
         outputs.append((scores.softmax(-1) @ values).flatten(0, 1))
     return torch.stack(outputs).to(inputs.q.dtype)
 
@@ -105,4 +133,5 @@ def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
         return _attend(inputs, FLASH_CPU)
     most = max(1, int(inputs.filled.max()))  # the kernel divides by the number of keys
     keys, values = (ring[:, :, :most] for ring in (inputs.keys, inputs.values))
-    return _attend(inputs._replace(keys=keys, values=values), FLASH_CPU)
+    falling = inputs.falling and inputs.falling._replace(distance=inputs.falling.distance[:, :most])
+    return _attend(inputs._replace(keys=keys, values=values, falling=falling), FLASH_CPU)

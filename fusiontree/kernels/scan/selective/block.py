@@ -1,18 +1,18 @@
 """Some whole chunks of `selective_scan` at once, forward and backward, in the wide dtype.
 
 Positions in the chunk come first: the recurrence takes one position of all chunks at a time, everything else is one
-operation on the block. Channels come last: that is where a machine's vectors lie. Several chunks are gone through
-twice, from nothing, which gives the state that enters each chunk, and from there. Nothing is divided, and no exponent
+operation on the block. Channels come last: that is where a machine's vectors lie. Nothing is divided, and no exponent
 is positive.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from fusiontree.kernels.scan.chunkwise import entering, leaving, recur
 
 LOG2_E = math.log2(math.e)
 
@@ -69,44 +69,6 @@ def _exp(block: Block, A: Rates, decays: Elements) -> None:
     decays.exp2_()
 
 
-def _recur(values: Sequence[States], decays: Sequence[States], before: States) -> None:
-    """v_i += d_i v_(i-1), in place."""
-    for value, decay in zip(values, decays, strict=True):
-        before = value.addcmul_(decay, before)
-
-
-def _ends(values: Sequence[States], decays: Sequence[States]) -> tuple[States, States]:
-    """What `_recur` would make of the last value, from the first on, and the share of the first that is in it."""
-    end, kept = values[0].clone(), torch.ones_like(values[0])
-    for value, decay in zip(values[1:], decays, strict=True):
-        torch.addcmul(value, decay, end, out=end)
-        kept.mul_(decay)
-    return end, kept
-
-
-def _between(ends: States, kept: States, first: State) -> States:
-    """The state before each chunk, from what each adds to it and keeps of it."""
-    states = [first]
-    for end, share in zip(ends[:-1], kept[:-1], strict=True):
-        states.append(torch.addcmul(end, share, states[-1]))
-    return torch.stack(states)
-
-
-def _entering(inflow: Sequence[States], decays: Sequence[States], state: State) -> States:
-    if inflow[0].shape[0] == 1:
-        return state[None]
-    ends, kept = _ends(inflow, decays[1:])
-    return _between(ends, kept * decays[0], state)
-
-
-def _leaving(wanted: Sequence[States], decays: Sequence[States], grad_state: State) -> States:
-    """The gradient of the state after each chunk; `wanted` is what the outputs want of each token's state."""
-    if wanted[0].shape[0] == 1:
-        return grad_state[None]
-    starts, kept = _ends(wanted[::-1], decays[:0:-1])
-    return _between((starts * decays[0]).flip(0), (kept * decays[0]).flip(0), grad_state).flip(0)
-
-
 class _Passed(NamedTuple):
     """The decays, as a whole and by position, and the states before each chunk and after each of its tokens."""
 
@@ -121,8 +83,8 @@ def _passed(block: Block, A: Rates, state: State, room: Room) -> _Passed:
     states, (before, *after) = room.take("states", shape[0] + 1, *shape[1:])
     _exp(block, A, decays)
     torch.mul(block.x * block.dt, block.B, out=states[1:])
-    before.copy_(_entering(after, factors, state))
-    _recur(after, factors, before)
+    before.copy_(entering(after, factors, state))
+    recur(after, factors, before)
     return _Passed(decays, factors, states)
 
 
@@ -137,8 +99,8 @@ def backward(block: Block, A: Rates, state: State, grads: tuple[Channels, State]
     decays, factors, states = _passed(block, A, state, room)
     adjoints, wanted = room.take("adjoints", *decays.shape)
     torch.mul(block.C, grads[0], out=adjoints)
-    wanted[-1].add_(_leaving(wanted, factors, grads[1]))
-    _recur(wanted[-2::-1], factors[:0:-1], wanted[-1])
+    wanted[-1].add_(leaving(wanted, factors, grads[1]))
+    recur(wanted[-2::-1], factors[:0:-1], wanted[-1])
 
     grad_state, grad_inflow = factors[0][0] * wanted[0][0], block.B.mT @ adjoints
     grad_B, grad_C = adjoints @ (block.x * block.dt).mT, states[1:] @ grads[0].mT

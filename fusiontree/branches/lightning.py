@@ -1,0 +1,159 @@
+"""Lightning attention: linear attention whose heads forget at constant rates (TransNormerLLM, arXiv 2307.14995;
+MiniMax-01, arXiv 2501.08313).
+
+The state of a head is S_t = exp(-slope) S_(t-1) + v_t k_t^T, its output S_t q_t, with q, k and v behind silu. The
+outputs of all heads are normalised as one vector and multiplied by sigmoid(z).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.branches.recurrent import is_step
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Norm, Normalise, wide
+from fusiontree.core.spec import Count, Flag, NonNegative, invalid
+from fusiontree.kernels import ssd, ssd_step
+
+Stream = Float[Tensor, "batch time width"]
+Heads = Float[Tensor, "batch time heads channels"]
+
+
+@branches.register
+class Lightning(BranchSpec):
+    """Linear attention with a constant decay a head (MiniMax-01).
+
+    Attributes:
+        heads: each with a state of value_dim x head_dim.
+        head_dim: of queries and keys.
+        value_dim: of values; null: head_dim.
+        slopes: how fast each head forgets: a token that came n tokens ago counts exp(-slope n).
+        norm: of all heads together, before sigmoid(z).
+        bias: of the maps in.
+        project: false returns the heads side by side, for a fusion with a projection.
+    """
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    rigid: ClassVar[frozenset[str]] = frozenset({"width", "heads"})
+    kind: Literal["lightning"] = "lightning"
+    heads: Count
+    head_dim: Count
+    value_dim: Count | None = None
+    slopes: tuple[NonNegative, ...]
+    norm: Norm = Norm()
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if len(self.slopes) != self.heads:
+            raise invalid({("slopes",): f"one for each of {self.heads} heads is needed, found {len(self.slopes)}"})
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Three heads, of which one forgets nothing, values wider than keys, with biases."""
+        return cls(heads=3, head_dim=4, value_dim=6, slopes=(0.0, 0.1, 0.7), bias=True, out_bias=True)
+
+    @property
+    def keys(self) -> int:
+        """The width of all queries side by side, and of all keys."""
+        return self.heads * self.head_dim
+
+    @property
+    def inner(self) -> int:
+        """The width of all heads side by side."""
+        return self.heads * (self.value_dim or self.head_dim)
+
+    @property
+    def maps(self) -> dict[str, int]:
+        """The rows of the maps in."""
+        return {"q": self.keys, "k": self.keys, "v": self.inner, "z": self.inner}
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the heads."""
+        return scope.width if self.project else self.inner
+
+    def channels(self) -> Iterator[int]:
+        """Queries and keys rotate."""
+        yield self.head_dim
+
+    def build(self, scope: Scope) -> "LightningBranch":
+        """The module."""
+        return LightningBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, and the recurrence: one outer product and one read of every state."""
+        maps = sum(self.maps.values()) + (self.inner if self.project else 0)
+        return 2.0 * scope.width * maps + 4.0 * self.inner * self.head_dim
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The states in float32 or better."""
+        return self.inner * self.head_dim * wide(dtype).itemsize
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Heads have an order, that of the slopes."""
+        keys, values = "heads*head_dim", "heads*value_dim"
+        rows = {"q": keys, "k": keys, "v": values, "z": values}
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
+        axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
+        axes |= {"norm.weight": (values,)} if self.norm.gain != "none" else {}
+        axes |= {"out.weight": ("width", values)} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        own = {"heads": self.heads, "head_dim": self.head_dim, "value_dim": self.value_dim or self.head_dim}
+        return {"width": scope.width, **own}
+
+
+class LightningBranch(Node):
+    """The module of `Lightning`: q, k, v and z are separate parameters."""
+
+    def __init__(self, spec: Lightning, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q, self.k, self.v, self.z = (Linear(width, rows, bias=spec.bias) for rows in spec.maps.values())
+        self.norm = Normalise(spec.norm, spec.inner)
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Scan, normalise, gate."""
+        spec = self.spec
+        x = context.encode(spec.encodings, x)
+        maps = (self.q, self.k, self.v)
+        q, k, v = (rearrange(F.silu(to(x)), "b t (h n) -> b t h n", h=spec.heads) for to in maps)
+        q, k = context.rotate(spec.encodings, q), context.rotate(spec.encodings, k)
+        y = rearrange(self._scan((q, k, v), context, context.state(self)), "b t h p -> b t (h p)")
+        y = torch.sigmoid(self.z(x)) * self.norm(y)
+        return y if self.out is None else self.out(y)
+
+    def _scan(self, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
+        """`ssd` with steps of 1, whose B are the keys and whose C the queries."""
+        (q, k, v), precise = qkv, wide(qkv[2].dtype)
+        rates = -torch.tensor(self.spec.slopes, dtype=precise, device=v.device)
+        steps = torch.ones(v.shape[:3], dtype=precise, device=v.device)
+        if state is not None and is_step(v, context):
+            y, _ = ssd_step(state["state"], v[:, 0], steps[:, 0], rates, k[:, 0], q[:, 0])
+            return y[:, None]
+        start = None if state is None else state["state"]
+        y, end = ssd(v, steps, rates, k, q, initial_state=start, segments=context.segments)
+        if state is not None:
+            state["state"].copy_(end.detach())
+        return y
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """The heads' states."""
+        spec = self.spec
+        shape = (batch, spec.heads, spec.value_dim or spec.head_dim, spec.head_dim)
+        return {"state": like.new_zeros(shape, dtype=wide(like.dtype))}

@@ -1,0 +1,190 @@
+"""RG-LRU, the recurrent block of Griffin (arXiv 2402.19427): a gated linear recurrence a channel.
+
+With i and r, the input and the recurrence gate, sigmoids of maps within a head, the state of a channel is
+h_t = a_t h_(t-1) + sqrt(1 - a_t^2) i_t u_t with a_t = exp(-8 softplus(Lambda) r_t), where u stands behind a short
+causal convolution without an activation. At the first token of a document the factor is 1 and not sqrt(1 - a^2). The
+output is W_out (h * gelu(z)).
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Generator, Tensor
+
+from fusiontree.branches.recurrent import Convolution, is_step, kept
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
+from fusiontree.core.modules import Linear, Module, constant, fan_in, wide
+from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.kernels import linear_recurrence, linear_recurrence_step
+
+Stream = Float[Tensor, "batch time width"]
+Inner = Float[Tensor, "batch time inner"]
+
+SHARPNESS = 8.0
+"""c of the paper: how far an open recurrence gate raises what is kept to a power."""
+STEEPEST = 1000.0
+"""The largest slope of sqrt(1 - a^2) that is passed on, as in the paper's code: at a = 1 there is no bound."""
+MAPS = ("x", "z")
+GATES = ("input_gate", "recurrence_gate")
+
+
+@branches.register
+class RgLru(BranchSpec):
+    """A real-gated linear recurrent unit (Griffin, RecurrentGemma).
+
+    Attributes:
+        heads: groups of channels; gates of a channel read those of its head.
+        head_dim: channels of a head.
+        conv: taps.
+        bias: of the maps in; the gates always have one.
+        project: false returns the channels, for a fusion with a projection.
+    """
+
+    rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    kind: Literal["rglru"] = "rglru"
+    heads: Count
+    head_dim: Count
+    conv: Count = 4
+    conv_bias: Flag = True
+    bias: Flag = False
+    out_bias: Flag = False
+    project: Flag = True
+
+    @model_validator(mode="after")
+    def _has_an_output_map(self) -> Self:
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Three heads, with every bias."""
+        return cls(heads=3, head_dim=4, conv=3, bias=True, out_bias=True)
+
+    @property
+    def inner(self) -> int:
+        """The channels of all heads."""
+        return self.heads * self.head_dim
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or that of the channels."""
+        return scope.width if self.project else self.inner
+
+    def build(self, scope: Scope) -> "RgLruBranch":
+        """The module."""
+        return RgLruBranch(self, scope.width)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The maps, the convolution and the gates; the recurrence has no matrix product."""
+        maps = 3 if self.project else 2
+        return 2.0 * self.inner * (maps * scope.width + self.conv + 2 * self.head_dim)
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """The convolution's last inputs, and the states in float32 or better."""
+        return self.inner * ((self.conv - 1) * dtype.itemsize + wide(dtype).itemsize)
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Everything runs over the channels, by head."""
+        inner = "heads*head_dim"
+        axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (inner, "width") for name in MAPS}
+        axes |= {f"{name}.bias": (inner,) for name in MAPS} if self.bias else {}
+        axes |= {"conv.weight": (inner, "conv")} | ({"conv.bias": (inner,)} if self.conv_bias else {})
+        axes |= {f"{name}.weight": ("heads", "head_dim", "head_dim") for name in GATES}
+        axes |= {f"{name}.bias": ("heads", "head_dim") for name in GATES} | {"Lambda": (inner,)}
+        axes |= {"out.weight": ("width", inner)} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": scope.width, **{name: getattr(self, name) for name in ("heads", "head_dim", "conv")}}
+
+
+class HeadGate(Module):
+    """The sigmoid of a linear map within each head; `weight` [heads, from, to]."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = self.declare("weight", (heads, head_dim, head_dim), fan_in(0.1))
+        self.bias = self.declare("bias", (heads, head_dim), constant(0.0))
+
+    def forward(self, x: Inner) -> Inner:
+        """A number in (0, 1) for each channel, in float32 or better."""
+        by_head = rearrange(x, "b t (h d) -> h (b t) d", h=len(self.weight))
+        logits = torch.baddbmm(self.bias[:, None], by_head, self.weight)
+        return torch.sigmoid(rearrange(logits, "h (b t) d -> b t (h d)", b=len(x)).to(wide(x.dtype)))
+
+
+class RgLruBranch(Node):
+    """The module of `RgLru`."""
+
+    def __init__(self, spec: RgLru, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.x, self.z = (Linear(width, spec.inner, bias=spec.bias) for _ in MAPS)
+        self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
+        self.input_gate, self.recurrence_gate = (HeadGate(spec.heads, spec.head_dim) for _ in GATES)
+        self.Lambda = self.declare("Lambda", (spec.inner,), _slow_decay)
+        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Convolve, remember, gate."""
+        state = context.state(self)
+        x = context.encode(self.spec.encodings, x)
+        u = self.conv(self.x(x), context, kept(state, "conv"))
+        y = self._remembered(u, context, state) * F.gelu(self.z(x), approximate="tanh")
+        return y if self.out is None else self.out(y)
+
+    def _remembered(self, u: Inner, context: Context, state: State | None) -> Inner:
+        inflow, decay = self._gated(u, context)
+        if state is not None and is_step(u, context):
+            y, _ = linear_recurrence_step(state["state"], inflow[:, 0], decay[:, 0])
+            return y[:, None].to(u.dtype)
+        start = None if state is None else state["state"]
+        y, end = linear_recurrence(inflow, decay, initial_state=start, segments=context.segments)
+        if state is not None:
+            state["state"].copy_(end.detach())
+        return y.to(u.dtype)
+
+    def _gated(self, u: Inner, context: Context) -> tuple[Inner, Inner]:
+        """What is added to the state and what is kept of it, in float32 or better."""
+        precise = wide(u.dtype)
+        log = -SHARPNESS * self.recurrence_gate(u) * F.softplus(self.Lambda.to(precise))
+        share = _BoundedSqrt.apply(-torch.expm1(2 * log))
+        share = torch.where((context.positions == 0)[..., None], 1.0, share)  # a document's first token
+        return self.input_gate(u) * u.to(precise) * share, torch.exp(log)
+
+    def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
+        """The convolution's last inputs, oldest first, and the channels' states."""
+        spec = self.spec
+        state = like.new_zeros((batch, spec.inner), dtype=wide(like.dtype))
+        return {"conv": like.new_zeros(batch, spec.conv - 1, spec.inner), "state": state}
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    """The square root; its slope is at most `STEEPEST`, so that what keeps everything can still be learned."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return grads[0] / (2 * root).clamp(min=1 / STEEPEST)
+
+
+def _slow_decay(tensor: Tensor, generator: Generator) -> None:
+    """exp(-2 softplus(Lambda)) uniform in [0.9^2, 0.999^2], as the paper's code starts it: a ring, as of LRU
+    (arXiv 2303.06349)."""
+    tensor.uniform_(0.9**2, 0.999**2, generator=generator).log_().mul_(-0.5)
+    tensor.copy_(torch.log(torch.expm1(tensor)))

@@ -1,0 +1,56 @@
+"""ALiBi: attention whose scores fall linearly with the distance, by a slope a head (arXiv 2108.12409)."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
+
+
+@encodings.register
+class Alibi(EncodingSpec):
+    """Scores of attention less slope * distance in tokens. Slopes follow from the number of a branch's heads; windowed
+    heads have the first ones, global heads the last."""
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset({"bias"})
+    kind: Literal["alibi"] = "alibi"
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """The only one."""
+        return cls()
+
+    def build(self, width: int, channels: Sequence[int]) -> "LinearBias":
+        """The module."""
+        return LinearBias()
+
+
+class LinearBias(Encoding):
+    """Holds no parameters."""
+
+    def forward(self, positions: Int[Tensor, "batch time"]) -> "Slopes":
+        """The same everywhere: what counts is the distance."""
+        return Slopes()
+
+
+class Slopes(Table):
+    """The slopes of the paper."""
+
+    def slopes(self, heads: int) -> tuple[float, ...]:
+        """See `paper_slopes`."""
+        return paper_slopes(heads)
+
+
+def paper_slopes(heads: int) -> tuple[float, ...]:
+    """Down to 2^-8, each the same part of the one before; where the number of heads is no power of two, those of the
+    power below, then every second one of the power above (section 3 of the paper, and its code).
+
+    >>> paper_slopes(2), paper_slopes(3)
+    ((0.0625, 0.00390625), (0.0625, 0.00390625, 0.25))
+    """
+    below = 1 << heads.bit_length() - 1
+    first = [2 ** (-8 * (head + 1) / below) for head in range(below)]
+    rest = [2 ** (-4 * (2 * head + 1) / below) for head in range(heads - below)]
+    return (*first, *rest)

@@ -1,0 +1,1 @@
+"""The recurrence of each channel by itself, with a decay at each token."""

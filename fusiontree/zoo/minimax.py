@@ -1,0 +1,197 @@
+"""MiniMax-01 (arXiv 2501.08313): lightning attention in most layers, softmax attention in the others, experts in each.
+
+What goes on is not the stream but its norm, alpha * norm + beta * sub-layer, with factors of their own for each kind
+of sub-layer; so each is a layer of ours.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fusiontree.branches import Lightning
+from fusiontree.core.stack import LayerSpec, Residual
+from fusiontree.errors import FusionTreeError
+from fusiontree.zoo import delta, parts
+from fusiontree.zoo.family import Family, Reader, register
+from fusiontree.zoo.options import Options, rope_parameters, rope_theta
+from fusiontree.zoo.tensors import Part, Same, Stacked, below, interleaved, linear
+
+THETA = 1_000_000.0
+IDLE = ("block_size", "router_jitter_noise", "router_aux_loss_coef", "shared_moe_mode")
+"""How lightning attention is cut, what is only of training, and of a shared expert that there is not."""
+COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Tensors of lightning attention that follow from the config."""
+FACTORS = {"linear_attn": "lightning", "full_attn": "attention", "mlp": "moe"}
+"""Their prefixes, and our kinds."""
+
+
+def _spec(options: Options) -> dict[str, Any]:
+    options.only("hidden_act", "silu")
+    options.only("postnorm", True)  # the first conversions say so
+    options.only("shared_intermediate_size", 0)
+    for key in IDLE:
+        options.get(key, None)
+    norm, attends = parts.rms(options), _attends(options)
+    attention, moe, rope = _attention(options), _moe(options), rope_theta(options, THETA)
+    residuals = _residuals(options)
+    layers: list[dict[str, Any]] = []
+    for index, full in enumerate(attends):
+        mixer = attention if full else _lightning(options, index)
+        layers.append({"mixer": mixer, "norm": norm, "residual": residuals[mixer["kind"]]})
+        layers.append({"ffn": moe, "norm": norm, "residual": residuals["moe"]})
+    return {
+        "vocab_size": options["vocab_size"],
+        "width": options.count("hidden_size"),
+        "encodings": {"rope": rope} if any(attends) else {},
+        "layers": layers,
+        "norm": norm,
+        "head": {"tied": options["tie_word_embeddings"]},
+    }
+
+
+def _attends(options: Options) -> list[bool]:
+    """Every second layer, from the first on, where the config does not say."""
+    found = delta.attends(options, 2)
+    return found if options.get("layer_types", None) is not None else [not full for full in found]
+
+
+def _residuals(options: Options) -> dict[str, dict[str, Any]]:
+    def factors(name: str) -> dict[str, Any]:
+        return {"from": "normed", "keep": options[f"{name}_alpha_factor"], "add": options[f"{name}_beta_factor"]}
+
+    return {kind: factors(name) for name, kind in FACTORS.items()}
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    heads, head_dim = options.count("num_attention_heads"), parts.head_dim(options)
+    options.only("rotary_dim", head_dim)  # the authors' code turns so many channels, transformers' all of them
+    return {
+        "kind": "attention",
+        "heads": heads,
+        "kv_heads": options.get("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "window": options.get("sliding_window", None),
+        "encodings": ["rope"],
+    }
+
+
+def _lightning(options: Options, index: int) -> dict[str, Any]:
+    return {
+        "kind": "lightning",
+        "heads": options.count("num_attention_heads"),
+        "head_dim": parts.head_dim(options),
+        "slopes": slopes(options.count("num_attention_heads"), index, options.count("num_hidden_layers")),
+        "norm": {"kind": "rms", "eps": 1e-6},  # whatever the config says of other norms
+    }
+
+
+def slopes(heads: int, layer: int, layers: int) -> list[float]:
+    """How fast the heads of a layer forget: half as fast from one to the next where there are eight, slower in later
+    layers (section 2.2 of the paper), and never quite not."""
+    depth = 1 - layer / (layers - 1 + 1e-5) + 1e-5
+    return [2 ** (-8 * (head + 1) / heads) * depth for head in range(heads)]
+
+
+def _moe(options: Options) -> dict[str, Any]:
+    return {
+        "kind": "moe",
+        "experts": options.count("num_local_experts"),
+        "top_k": options["num_experts_per_tok"],
+        "hidden": options["intermediate_size"],
+    }
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    spec, moe = reader.spec, reader.first("moe")
+    mixers = [layer for layer in reader.layers if layer.mixer is not None]
+    slots = [(layer.mixer is not None, layer.ffn is not None) for layer in reader.layers]
+    if slots != [(True, False), (False, True)] * len(mixers):
+        raise FusionTreeError("layers: in minimax a mixer and experts take turns, each in a layer of its own")
+    linear = [isinstance(layer.mixer, Lightning) for layer in mixers]
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(mixers),
+        "layer_types": [delta.LINEAR if each else delta.FULL for each in linear],
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "tie_word_embeddings": spec.head.tied,
+        **_factors(reader.layers),
+        **_mixer_config(reader),
+    }
+
+
+def _factors(layers: Sequence[LayerSpec]) -> dict[str, Any]:
+    """As the first sub-layer of each kind has them."""
+    first: dict[str, Residual] = {}
+    for layer in layers:
+        node: Any = layer.mixer or layer.ffn
+        first.setdefault(node.kind, layer.residual)
+    known = {name: first[kind] for name, kind in FACTORS.items() if kind in first}
+    alphas = {f"{name}_alpha_factor": residual.keep for name, residual in known.items()}
+    return alphas | {f"{name}_beta_factor": residual.add for name, residual in known.items()}
+
+
+def _mixer_config(reader: Reader) -> dict[str, Any]:
+    attention, unit = reader.find("attention"), reader.find("lightning")
+    sizes = {"num_attention_heads": unit.heads, "head_dim": unit.head_dim} if unit else {}
+    if attention is None:
+        return sizes
+    turned = {"rope_parameters": rope_parameters(reader.encoding("rope"), THETA)}
+    return {**sizes, **parts.attention_sizes(attention), "sliding_window": attention.window, **turned}
+
+
+def _tensors(options: Options) -> Iterator[Part]:
+    hidden = options.count("intermediate_size")
+    yield from _tensors_with(options, "mlp", lambda: parts.experts(hidden))
+
+
+def _files(options: Options) -> Iterator[Part]:
+    yield from _tensors_with(options, "block_sparse_moe", lambda: _experts_apart(options.count("num_local_experts")))
+
+
+def _experts_apart(count: int) -> Iterator[Part]:
+    for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        yield Stacked(tuple(f"{index}.{theirs}.weight" for index in range(count)), ours)
+
+
+def _tensors_with(options: Options, moe: str, experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
+    yield from parts.whole(options, "norm")
+    for index, full in enumerate(_attends(options)):
+        theirs, mixer, ffn = f"model.layers.{index}", f"layers.{2 * index}", f"layers.{2 * index + 1}"
+        yield Same(f"{theirs}.input_layernorm.weight", (f"{mixer}.norm.mixer.before.weight",))
+        yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ffn}.norm.ffn.before.weight",))
+        maps = parts.attention(bias=False, out_bias=False) if full else _lightning_tensors(options)
+        yield from below(f"{theirs}.self_attn", f"{mixer}.mixer", maps)
+        yield Same(f"{theirs}.{moe}.gate.weight", (f"{ffn}.ffn.router.weight",))
+        yield from below(f"{theirs}.{moe}.experts", f"{ffn}.ffn.experts", experts())
+
+
+def _lightning_tensors(options: Options) -> Iterator[Same]:
+    """Each head of theirs has its query, its key and its value."""
+    heads, head_dim = options.count("num_attention_heads"), parts.head_dim(options)
+    names, view = ("q.weight", "k.weight", "v.weight"), interleaved(heads, head_dim, head_dim, head_dim)
+    yield Same("qkv_proj.weight", names, (heads * head_dim,) * 3, view)
+    yield Same("norm.weight", ("norm.weight",))
+    yield from linear("output_gate", "z")
+    yield from linear("out_proj", "out")
+
+
+def _ignored(options: Options) -> set[str]:
+    layers = [index for index, full in enumerate(_attends(options)) if not full]
+    computed = {f"model.layers.{index}.self_attn.{name}" for index in layers for name in COMPUTED}
+    return parts.tied_head(options) | computed
+
+
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    **{f"{name}_{factor}_factor": 1.0 for name in FACTORS for factor in ("alpha", "beta")},
+}
+MINIMAX = register(Family("minimax", "MiniMaxForCausalLM", _spec, _config, _tensors, DEFAULTS, _ignored, _files))
