@@ -1,0 +1,119 @@
+"""EleutherAI's lm-evaluation-harness (the extra `eval`) on models of ours, straight from their directories.
+
+Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.registry import register_model
+from lm_eval.api.task import Task
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from fusiontree.core import yaml
+from fusiontree.core.model import LanguageModel
+from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.zoo.hf import FusionTreeForCausalLM, tokenizer_of
+
+Base: Any = HFLM
+"""Its decorator hides from type checkers what it is."""
+
+
+class FusionTreeLM(Base):
+    """A directory of ours as a model of lm-eval: its own class for models of transformers, around ours.
+
+    Args:
+        pretrained: the directory.
+        device: cpu, cuda, cuda:1, ...
+        max_length: tokens of a window; what a model with learned positions has, else 2048 (lm-eval's own default).
+        batch_size: of texts that run at once, or "auto" for what fits.
+        max_batch_size: where "auto" begins.
+
+    Raises:
+        FusionTreeError: see `fusiontree.load` and `fusiontree.zoo.hf.tokenizer_of`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        device: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+    ) -> None:
+        model: Any = FusionTreeForCausalLM.from_directory(pretrained, device=device)
+        tokenizer: Any = tokenizer_of(pretrained, model.model.spec)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        batching = {"batch_size": batch_size, "max_batch_size": max_batch_size}
+        super().__init__(model, tokenizer=tokenizer, max_length=max_length, **batching)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval notes beside results. A directory has no commit on the hub; its spec has a digest."""
+        ours: LanguageModel = self.model.model
+        count = sum(parameter.numel() for parameter in ours.parameters())
+        return {"model_num_parameters": count, "model_dtype": str(self.model.dtype), "digest": ours.spec.digest()}
+
+
+register_model("fusiontree")(FusionTreeLM)
+
+
+def evaluate(
+    directory: Path | str, tasks: Sequence[str | Path], *, limit: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run tasks on a saved model.
+
+    Args:
+        directory: of the model.
+        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are read as
+            plain data, so `!function` and `include` are refused: no file makes code run.
+        limit: only the first documents of each task.
+        options: those of `FusionTreeLM`.
+
+    Returns:
+        lm-eval's `results` by task, `n-samples` by task, and what the `model` is.
+
+    Raises:
+        FusionTreeError: not a model of ours, or a task that cannot be read, known, or built.
+    """
+    model: Any = FusionTreeLM(str(directory), **options)
+    manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
+    built: Any = [_built(place, config, manager) for each in tasks for place, config in _configs(each, manager)]
+    found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
+    return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
+
+
+def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:
+    """The tasks behind a file, a folder or a name, each with the place that errors name."""
+    path = Path(named)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        if not files:
+            raise FusionTreeError(f"{path}: holds no task, which is a YAML file")
+        return [(str(file), _read(file)) for file in files]
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return [(str(path), _read(path))]
+    if str(named) not in manager.task_index:
+        raise FusionTreeError(f"{named}: neither a file nor a task of lm-eval{suggest(str(named), manager.all_tasks)}")
+    return [(str(named), str(named))]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found = yaml.read_file(file)
+    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+        raise FusionTreeError(f"{file}: not a task, it names none under the key 'task'")
+    if "include" in found or "class" in found:
+        key = "include" if "include" in found else "class"
+        raise FusionTreeError(f"{file}: {key}: tasks in files are plain data; write out what it stands for")
+    return found
+
+
+def _built(place: str, config: Any, manager: TaskManager) -> Task | Group | list[Task]:
+    try:
+        return manager._load_spec(config)
+    except Exception as error:  # lm-eval, Jinja and datasets raise what they like
+        raise FusionTreeError(f"{place}: {type(error).__name__}: {error}") from None
