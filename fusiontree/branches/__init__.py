@@ -4,21 +4,27 @@ The spec classes, and the registry's `register`, `names` and `get`.
 """
 
 from fusiontree.branches.attention import Attention, QKNorm
+from fusiontree.branches.chain import Chain
 from fusiontree.branches.gated_delta import GatedDelta
+from fusiontree.branches.linear import Linear
 from fusiontree.branches.mamba1 import Mamba1
 from fusiontree.branches.mamba2 import GatedNorm, Mamba2
 from fusiontree.branches.mlp import Mlp
 from fusiontree.branches.moe import Moe, Router
 from fusiontree.branches.short_conv import ShortConv
 from fusiontree.branches.swiglu import SwiGLU
+from fusiontree.branches.use import Adapter, Use
 from fusiontree.core.contracts import branches as _registry
 
 register, names, get = _registry.register, _registry.names, _registry.get
 
 __all__ = [
+    "Adapter",
     "Attention",
+    "Chain",
     "GatedDelta",
     "GatedNorm",
+    "Linear",
     "Mamba1",
     "Mamba2",
     "Mlp",
@@ -27,6 +33,7 @@ __all__ = [
     "Router",
     "ShortConv",
     "SwiGLU",
+    "Use",
     "get",
     "names",
     "register",

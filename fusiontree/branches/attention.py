@@ -3,17 +3,17 @@ branch, each with key-value heads of their own."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
+from fusiontree.core.contracts import BranchSpec, Hook, Node, NodeSpec, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, scaled
 from fusiontree.core.spec import Count, Flag, Natural, Positive, Real, Spec, invalid
 from fusiontree.kernels import Past, attention, attention_step
@@ -32,11 +32,26 @@ class Group:
     kv_heads: int
     window: int | None
 
-    def slots(self, capacity: int | None) -> int:
+    def reach(self, prefix: int) -> int | None:
+        """How many tokens a query sees at most (None: all): those in the window, and the prefix wherever it is."""
+        return None if self.window is None else self.window + prefix
+
+    def slots(self, capacity: int | None, prefix: int) -> int:
         """How many tokens the cache of a row holds (0: as many as come)."""
-        if self.window is None:
+        reach = self.reach(prefix)
+        if reach is None:
             return capacity or 0
-        return self.window if capacity is None else min(self.window, capacity)
+        return reach if capacity is None else min(reach, capacity)
+
+
+class Keys(NamedTuple):
+    """What the queries of a group look at: a chunk's keys and values, and those in the cache from before it. For a
+    step the cache holds the new token's, too, and `rings` is all there is to look at."""
+
+    k: Heads
+    v: Heads
+    past: Past | None = None
+    rings: tuple[Ring, Ring] | None = None
 
 
 class AttentionMultipliers(Spec):
@@ -60,7 +75,8 @@ class Attention(BranchSpec):
     (null: all). Scores are softcap * tanh(scale * q k / softcap); `scale` is head_dim ** -0.5 unless given.
     `qk_norm` normalises queries and keys before they rotate. `gate` multiplies the heads by sigmoid(gate(x))
     (Qwen3-Next; arXiv 2505.06708). `bias` is that of q, k, v and the gate. `project: false` returns the heads side by
-    side, for a fusion with a projection.
+    side, for a fusion with a projection. `keys_from` is the path of attention in an earlier layer whose keys and values
+    are used, so that this one has none (Hymba, arXiv 2411.13676).
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
@@ -80,6 +96,13 @@ class Attention(BranchSpec):
     out_bias: Flag = False
     project: Flag = True
     multipliers: AttentionMultipliers = AttentionMultipliers()
+    keys_from: Annotated[str, Field(strict=True)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_are_its_own(self) -> Self:
+        if self.keys_from is not None and self.multipliers.key != 1.0:
+            raise invalid({("multipliers", "key"): f"its keys are those of {self.keys_from}"})
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -126,7 +149,30 @@ class Attention(BranchSpec):
     @property
     def inner(self) -> int:
         """The width of all heads side by side."""
-        return self.heads * (self.value_dim or self.head_dim)
+        return self.heads * self.values
+
+    @property
+    def borrows(self) -> str | None:
+        """The path of the attention whose keys and values it uses."""
+        return self.keys_from
+
+    def refuses(self, lender: NodeSpec) -> str | None:
+        """What differs of keys and values."""
+        if not isinstance(lender, Attention):
+            return f"keys_from: {self.keys_from} is no attention, found {getattr(lender, 'kind', None)}"
+        if lender.keys_from is not None:
+            return f"keys_from: {self.keys_from} uses those of {lender.keys_from}; name that"
+        for name in ("kv_heads", "global_kv_heads", "head_dim", "values", "window"):
+            own, theirs = getattr(self, name), getattr(lender, name)
+            if own != theirs:
+                word = "value_dim" if name == "values" else name
+                return f"{word}: has to be that of {self.keys_from}, {theirs}, found {own}"
+        return None
+
+    @property
+    def values(self) -> int:
+        """Channels of a head's values."""
+        return self.value_dim or self.head_dim
 
     def output_width(self, scope: Scope) -> int:
         """The stream's width, or that of the heads."""
@@ -138,25 +184,27 @@ class Attention(BranchSpec):
 
     def build(self, scope: Scope) -> "AttentionBranch":
         """The module."""
-        return AttentionBranch(self, scope.width)
+        return AttentionBranch(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, and scores and values over the mean number of visible keys."""
-        value_dim = self.value_dim or self.head_dim
-        maps = self.heads * self.head_dim + self.kv_heads * (self.head_dim + value_dim)
-        seen = sum(group.heads * mean_visible(group.window, length) for group in self.groups())
-        out = self.inner * (self.gate + self.project)
-        return 2.0 * scope.width * (maps + out) + 2.0 * seen * (self.head_dim + value_dim)
+        keys = 0 if self.keys_from else self.kv_heads * (self.head_dim + self.values)
+        seen = sum(group.heads * mean_visible(group.reach(scope.prefix), length) for group in self.groups())
+        maps = self.heads * self.head_dim + keys + self.inner * (self.gate + self.project)
+        return 2.0 * scope.width * maps + 2.0 * seen * (self.head_dim + self.values)
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """Keys and values of the tokens that heads can still see."""
-        channels = self.head_dim + (self.value_dim or self.head_dim)
-        return sum(group.slots(length) * group.kv_heads for group in self.groups()) * channels * dtype.itemsize
+        if self.keys_from is not None:
+            return 0
+        slots = sum(group.slots(length, scope.prefix) * group.kv_heads for group in self.groups())
+        return slots * (self.head_dim + self.values) * dtype.itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Query heads run within their key-value head."""
         q, kv = "{g}_kv_heads*{g}_queries*{d}", "{g}_kv_heads*{d}"
-        rows = {"q": _both(q, "head_dim"), "k": _both(kv, "head_dim"), "v": _both(kv, "value_dim")}
+        rows = {"q": _both(q, "head_dim")}
+        rows |= {} if self.keys_from else {"k": _both(kv, "head_dim"), "v": _both(kv, "value_dim")}
         rows |= {"gate": _both(q, "value_dim")} if self.gate else {}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
@@ -164,12 +212,12 @@ class Attention(BranchSpec):
         axes |= {"out.bias": ("width",)} if self.out_bias else {}
         if self.qk_norm and self.qk_norm.gain != "none":
             each = self.qk_norm.over == "head"
-            axes |= {f"{name}_norm.weight": ("head_dim" if each else rows[name],) for name in ("q", "k")}
+            axes |= {f"{n}_norm.weight": ("head_dim" if each else rows[n],) for n in ("q", "k") if n in rows}
         return axes
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
-        sizes = {"width": scope.width, "head_dim": self.head_dim, "value_dim": self.value_dim or self.head_dim}
+        sizes = {"width": scope.width, "head_dim": self.head_dim, "value_dim": self.values}
         for name, heads, kv_heads in self._counts():
             sizes |= {f"{name}_kv_heads": kv_heads, f"{name}_queries": heads // max(kv_heads, 1)}
         return sizes
@@ -198,29 +246,27 @@ def _qk_norm(spec: Attention, heads: int) -> Normalise | None:
 class AttentionBranch(Node):
     """The module of `Attention`: separate q, k, v and out; windowed heads come first."""
 
-    def __init__(self, spec: Attention, width: int) -> None:
+    def __init__(self, spec: Attention, scope: Scope) -> None:
         super().__init__()
-        self.spec = spec
-        value_dim = spec.value_dim or spec.head_dim
+        self.spec, self.prefix, width = spec, scope.prefix, scope.width
         self.q = Linear(width, spec.heads * spec.head_dim, bias=spec.bias)
-        self.k = Linear(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
-        self.v = Linear(width, spec.kv_heads * value_dim, bias=spec.bias)
-        self.q_norm, self.k_norm = (_qk_norm(spec, heads) for heads in (spec.heads, spec.kv_heads))
+        self.q_norm = _qk_norm(spec, spec.heads)
+        if spec.keys_from is None:
+            self.k = Linear(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
+            self.v = Linear(width, spec.kv_heads * spec.values, bias=spec.bias)
+            self.k_norm = _qk_norm(spec, spec.kv_heads)
         self.gate = Linear(width, spec.inner, bias=spec.bias) if spec.gate else None
         self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
         self.scale = spec.scale or spec.head_dim**-0.5
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Attend, group by group."""
-        spec, state = self.spec, context.state(self)
+        spec, groups = self.spec, self.spec.groups()
         x = scaled(context.encode(spec.encodings, x), spec.multipliers.input)
-        q = self._rotated(self.q(x), self.q_norm, context)
-        k = self._rotated(scaled(self.k(x), spec.multipliers.key), self.k_norm, context)
-        v = rearrange(self.v(x), "b t (h d) -> b t h d", h=spec.kv_heads)
-        groups = spec.groups()
-        heads = [group.heads for group in groups], [group.kv_heads for group in groups]
-        parts = zip(groups, q.split(heads[0], 2), k.split(heads[1], 2), v.split(heads[1], 2), strict=True)
-        y = torch.cat([self._attend(group, (q, k, v), context, state) for group, q, k, v in parts], 2)
+        queries = self._rotated(self.q(x), self.q_norm, context).split([group.heads for group in groups], 2)
+        keys = self._keys(x, context) if spec.keys_from is None else context.borrowed[self.place]
+        parts = zip(groups, queries, keys, strict=True)
+        y = torch.cat([self._attend(group, q, visible, context) for group, q, visible in parts], 2)
         y = rearrange(y, "b t h d -> b t (h d)")
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)
@@ -233,16 +279,36 @@ class AttentionBranch(Node):
         heads = norm(heads) if norm and not together else heads
         return context.rotate(spec.encodings, heads)
 
-    def _attend(self, group: Group, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
-        q, k, v = qkv
-        past = None
-        if state is not None:
-            rings = self._rings(group, context, state)
-            if context.is_step(q):
-                return self._step(rings, (q, k, v), context)
-            past = _recall(rings, context, k, v)
-        softcap, segments = self.spec.softcap, context.segments
-        return attention(q, k, v, window=group.window, scale=self.scale, softcap=softcap, segments=segments, past=past)
+    def _keys(self, x: Stream, context: Context) -> list[Keys]:
+        """What the queries of each group look at; the chunk is written into the cache."""
+        spec, groups = self.spec, self.spec.groups()
+        k = self._rotated(scaled(self.k(x), spec.multipliers.key), self.k_norm, context)
+        v = rearrange(self.v(x), "b t (h d) -> b t h d", h=spec.kv_heads)
+        heads = [group.kv_heads for group in groups]
+        parts = zip(groups, k.split(heads, 2), v.split(heads, 2), strict=True)
+        keys = [self._remember(group, Keys(k, v), context) for group, k, v in parts]
+        if self.lends:
+            context.lent[self.place] = keys
+        return keys
+
+    def _remember(self, group: Group, new: Keys, context: Context) -> Keys:
+        state = context.state(self)
+        if state is None:
+            return new
+        rings = self._rings(group, context, state)
+        if context.is_step(new.k):
+            _write_one(rings, context, new)
+            return new._replace(rings=rings)
+        return new._replace(past=_recall(rings, context, new))
+
+    def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Heads:
+        options = {"scale": self.scale, "softcap": self.spec.softcap}
+        if keys.rings is not None:
+            assert context.rows is not None
+            filled = context.rows.filled(keys.rings[0].shape[2])
+            return attention_step(q[:, 0], *keys.rings, filled, **options)[:, None]
+        visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
+        return attention(q, keys.k, keys.v, **visible, **options)
 
     def _rings(self, group: Group, context: Context, state: State) -> tuple[Ring, Ring]:
         """A group's keys and values, with room for the chunk."""
@@ -252,26 +318,25 @@ class AttentionBranch(Node):
             state.update({name: _grown(state[name], context.rows.room) for name in names})
         return state[names[0]], state[names[1]]
 
-    def _step(self, rings: tuple[Ring, Ring], qkv: tuple[Heads, Heads, Heads], context: Context) -> Heads:
-        """One token a row: its key takes the place of the one that leaves the window, and the ring is all it sees."""
-        (q, k, v), rows = (tensor[:, 0] for tensor in qkv), context.rows
-        assert rows is not None
-        for ring, new in zip(rings, (k, v), strict=True):
-            rows.write_one(ring.transpose(1, 2), new)
-        filled = rows.filled(rings[0].shape[2])
-        return attention_step(q, *rings, filled, scale=self.scale, softcap=self.spec.softcap)[:, None]
-
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """A ring of keys and one of values for each group, heads before slots: a step reads a head's in one piece."""
-        value_dim = self.spec.value_dim or self.spec.head_dim
+        if self.spec.keys_from is not None:
+            return {}
         return {
-            f"{group.name}.{name}": like.new_zeros(batch, group.kv_heads, group.slots(capacity), channels)
+            f"{group.name}.{name}": like.new_zeros(batch, group.kv_heads, group.slots(capacity, self.prefix), channels)
             for group in self.spec.groups()
-            for name, channels in (("keys", self.spec.head_dim), ("values", value_dim))
+            for name, channels in (("keys", self.spec.head_dim), ("values", self.spec.values))
         }
 
 
-def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> Past | None:
+def _write_one(rings: tuple[Ring, Ring], context: Context, new: Keys) -> None:
+    """One token a row: its key takes the place of the one that leaves the window."""
+    assert context.rows is not None
+    for ring, values in zip(rings, (new.k, new.v), strict=True):
+        context.rows.write_one(ring.transpose(1, 2), values[:, 0])
+
+
+def _recall(rings: tuple[Ring, Ring], context: Context, new: Keys) -> Past | None:
     """What the cache holds before a chunk, None where that is nothing; the chunk is written into it."""
     rows = context.rows
     assert rows is not None
@@ -280,8 +345,8 @@ def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> P
     past = None
     if used:
         past = Past(keys[:, :used].clone(), values[:, :used].clone(), rows.ages(keys.shape[1])[:, :used])
-    rows.write(keys, k)
-    rows.write(values, v)
+    rows.write(keys, new.k)
+    rows.write(values, new.v)
     return past
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from fusiontree.core.model_spec import ModelSpec
 
 
+EMPTY = -1
+"""What an empty slot holds."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where the rows of a chunk stand, for the nodes that write a cache.
@@ -28,6 +32,7 @@ class Rows:
         fresh: which rows the chunk brings tokens; None: all of them.
         held: no row has more tokens in the cache as the chunk starts; a bound that nobody has to ask a device for.
         room: how many tokens a ring that grows has to hold; None where rings have room for all that may come.
+        prefix: the first tokens of a document that keep their slots; only those behind them go round.
     """
 
     before: Int[Tensor, "batch"]
@@ -39,19 +44,24 @@ class Rows:
     fresh: Bool[Tensor, "batch"] | None
     held: int
     room: int | None
+    prefix: int = 0
+
+    def _latest(self, tokens: Int[Tensor, "batch"], slots: int) -> Int[Tensor, "batch slots"]:
+        """The last of so many tokens of a document that each slot of a ring held; none where it is not among them."""
+        slot, last = torch.arange(slots, device=tokens.device), tokens[:, None] - 1
+        latest = last - (last - slot) % (slots - self.prefix)
+        latest = torch.where(slot < self.prefix, slot, latest)
+        return torch.where((latest >= slot) & (latest <= last), latest, EMPTY)
 
     def ages(self, slots: int) -> Int[Tensor, "batch slots"]:
         """How many tokens before the chunk the token in each slot of a ring is; 0 for an empty slot."""
-        slot = torch.arange(slots, device=self.before.device)
-        age = (self.before[:, None] - 1 - slot) % slots + 1
-        return torch.where(age <= self.before[:, None], age, 0)
+        latest = self._latest(self.before, slots)
+        return torch.where(latest >= 0, self.before[:, None] - latest, 0)
 
     def sources(self, slots: int) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:
         """For each slot of a ring: where in the chunk the token is that it holds afterwards, and whether that
         token is in the chunk at all (otherwise the slot keeps what it has)."""
-        slot = torch.arange(slots, device=self.after.device)
-        last = self.after[:, None] - 1
-        held = last - (last - slot) % slots
+        held = self._latest(self.after, slots)
         fresh = held >= self.carried[:, None]
         return torch.where(fresh, held - self.carried[:, None] + self.tail[:, None], 0), fresh
 
@@ -65,7 +75,7 @@ class Rows:
     def write_one(self, ring: Tensor, values: Tensor) -> None:
         """The same for the values [batch, ...] of a chunk of one token, which touches one slot of each row."""
         row = torch.arange(ring.shape[0], device=ring.device)
-        slot = (self.after - 1).clamp(min=0) % ring.shape[1]
+        slot = self.prefix + (self.after - 1 - self.prefix) % (ring.shape[1] - self.prefix)
         if self.fresh is not None:
             values = torch.where(_over(self.fresh, values), values, ring[row, slot])
         ring[row, slot] = values.detach().to(ring.dtype)
@@ -111,6 +121,8 @@ class Cache:
         self.documents = torch.zeros_like(like)
         self.most = 0
         """No row has seen more; known without looking at the device."""
+        self.begun = False
+        """Every row has seen a token; False may only mean that nobody looked."""
 
     @property
     def batch(self) -> int:
@@ -147,3 +159,4 @@ class Cache:
     def advance(self, rows: Rows) -> None:
         """Take note of a chunk that every node has seen."""
         self.seen, self.positions, self.documents = rows.after, rows.positions, rows.documents
+        self.begun = self.begun or rows.fresh is None or bool(rows.fresh.all())

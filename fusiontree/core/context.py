@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,9 @@ class Context:
 
     `segments` numbers the documents of each row from 0: segment 0 continues what the cache holds, any other
     starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
-    those of one layer, by the place of the node in it, so that equal layers have equal contexts.
+    those of one layer, by the place of the node in it, so that equal layers have equal contexts; so is what its
+    nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first layer
+    reads, where a node reads it again.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -27,6 +29,9 @@ class Context:
     tables: Mapping[str, "Table"] = field(default_factory=dict)
     rows: "Rows | None" = None
     states: Mapping[str, "State"] | None = None
+    embedding: Float[Tensor, "batch time width"] | None = None
+    borrowed: Mapping[str, Any] = field(default_factory=dict)
+    lent: dict[str, Any] = field(default_factory=dict)
 
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""

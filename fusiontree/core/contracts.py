@@ -6,7 +6,7 @@ value_dim, state, groups, branches.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -29,10 +29,18 @@ reads for its own computation it clones first where the gradient still needs it.
 
 @dataclass(frozen=True)
 class Scope:
-    """What surrounds a node: the width of its input and output, and the encodings that it may name."""
+    """What surrounds a node: the width of its input and output, the encodings and shared nodes that it may name, and
+    how many learned vectors stand before each document."""
 
     width: int
     encodings: Mapping[str, "EncodingSpec"]
+    shared: Mapping[str, "NodeSpec"] = field(default_factory=dict)
+    prefix: int = 0
+
+    @property
+    def for_shared(self) -> "Scope":
+        """What surrounds a shared node: it uses no other."""
+        return replace(self, shared={})
 
 
 class NodeSpec(Spec, ABC):
@@ -56,9 +64,43 @@ class NodeSpec(Spec, ABC):
         """The nodes directly inside, each with its path from here."""
         yield from ()
 
+    def around(self, child: str, scope: Scope) -> Scope:
+        """What surrounds a node inside, by its path from here."""
+        return scope
+
+    def within(self, scope: Scope, path: str = "") -> Iterator[tuple[str, "NodeSpec", Scope]]:
+        """This node and all inside, each with its path (that of this one is given) and what surrounds it."""
+        yield path, self, scope
+        for step, child in self.children():
+            yield from child.within(self.around(step, scope), f"{path}.{step}" if path else step)
+
     def problems(self, scope: Scope) -> Problems:
         """What only the surroundings can show to be wrong."""
         yield from ()
+
+    @classmethod
+    def example_needs(cls, width: int) -> Mapping[str, Any]:
+        """What a model needs at its top level so that the example can stand in it; `layers` are further ones."""
+        return {}
+
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether the module reads `Context.embedding`."""
+        return False
+
+    @property
+    def borrows(self) -> str | None:
+        """The path of the node of an earlier layer whose `Context.lent` the module reads, if there is one."""
+        return None
+
+    def refuses(self, lender: "NodeSpec") -> str | None:
+        """Why that node's cannot be read, or None."""
+        return f"{getattr(lender, 'kind', 'it')} lends nothing"
+
+    @property
+    def uses(self) -> str | None:
+        """The name of the shared node that runs here, if one does."""
+        return None
 
     def output_width(self, scope: Scope) -> int:
         """The last dimension of what the node returns."""
@@ -67,10 +109,11 @@ class NodeSpec(Spec, ABC):
     @abstractmethod
     def flops(self, scope: Scope, length: int) -> float:
         """Forward FLOPs per token, children left out: matrix products only (2 per multiply-add), the mean
-        over the positions of a sequence of `length` tokens; a scan counts the products of its recurrence."""
+        over the positions of a sequence of `length` tokens; a scan counts the products of its recurrence. A prefix
+        counts among the tokens."""
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
-        """Bytes that one sequence's cache of `length` tokens takes, children left out."""
+        """Bytes that one sequence's cache of `length` tokens takes, children left out; a prefix counts among them."""
         return 0
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -123,6 +166,8 @@ class Node(Module, ABC):
 
     path: str = ""
     place: str = ""
+    lends: bool = False
+    """Whether a node of a later layer borrows from it."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time features"]:
@@ -130,8 +175,21 @@ class Node(Module, ABC):
         raise NotImplementedError
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
-        """An empty cache for `batch` rows: room for `capacity` tokens (None: as many as come)."""
+        """An empty cache for `batch` rows: room for `capacity` tokens, a prefix among them (None: as many as come)."""
         return {}
+
+    def stands(self) -> Iterator["Node"]:
+        """The nodes that keep a cache here: this one, and where it uses shared nodes, those in its place."""
+        yield self
+
+
+class Binds(Node, ABC):
+    """A node that runs a shared one, to which the model introduces it once both know their paths."""
+
+    @abstractmethod
+    def bind(self, shared: nn.ModuleDict) -> None:
+        """Find the shared node by its name."""
+        raise NotImplementedError
 
 
 class EncodingSpec(Spec, ABC):

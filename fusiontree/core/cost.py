@@ -37,20 +37,22 @@ def costs(spec: ModelSpec, *, length: int, dtype: torch.dtype = torch.float32) -
         length: tokens of the sequence.
         dtype: what weights and cached keys are stored in.
     """
-    model, scope = build(spec, device="meta"), spec.scope
-    modules = dict(model.named_modules())
-    own = {path: (node.flops(scope, length), node.cache_bytes(scope, length, dtype)) for path, node in spec.nodes()}
+    modules, stream = dict(build(spec, device="meta").named_modules()), length + spec.prefix_length
+    share = stream / length  # what a prefix costs is spread over the tokens
+    own = {p: (share * n.flops(scope, stream), n.cache_bytes(scope, stream, dtype)) for p, n, scope in spec.running()}
     encodings = [(f"encodings.{name}", encoding) for name, encoding in spec.encodings.items()]
     kinds = {path: str(getattr(part, "kind", "")) for path, part in [*spec.nodes(), *encodings]}
     own["head"] = (2.0 * spec.width * spec.vocab_size, 0)
-    own |= {path: (encoding.flops(spec.width), 0) for path, encoding in encodings}
+    own |= {path: (share * encoding.flops(spec.width), 0) for path, encoding in encodings}
     return [_cost(path, kinds.get(path), modules[path], own) for path in _parts(spec)]
 
 
 def _parts(spec: ModelSpec) -> Iterator[str]:
     yield from ("", "embedding")
+    yield from ["prefix"] if spec.prefix else []
     yield from (f"encodings.{name}" for name in spec.encodings)
     nodes = [path for path, _ in spec.nodes()]
+    yield from (path for path in nodes if path.startswith("shared."))
     for index in range(len(spec.expanded_layers())):
         layer = f"layers.{index}"
         yield layer

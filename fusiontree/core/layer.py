@@ -9,6 +9,8 @@ from fusiontree.core.modules import Normalise, scaled
 from fusiontree.core.stack import LayerSpec
 
 Stream = Float[Tensor, "batch time width"]
+PLACES = {"pre": ["before"], "post": ["after"], "sandwich": ["before", "after"], "none": []}
+"""Where norms stand, by the placement."""
 
 
 class Layer(nn.Module):
@@ -22,8 +24,7 @@ class Layer(nn.Module):
         self.norm = nn.ModuleDict()
         for name, node in (("mixer", self.mixer), ("ffn", self.ffn)):
             if node is not None:
-                places = {"pre": ["before"], "post": ["after"], "sandwich": ["before", "after"]}[spec.placement]
-                self.norm[name] = nn.ModuleDict({place: Normalise(spec.norm, scope.width) for place in places})
+                self.norm[name] = nn.ModuleDict({p: Normalise(spec.norm, scope.width) for p in PLACES[spec.placement]})
 
     def forward(self, x: Stream, context: Context) -> Stream:
         """Run the sub-layers that there are."""

@@ -15,13 +15,15 @@ from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
 from fusiontree.core.context import Context
-from fusiontree.core.contracts import Encoding, Node, State
+from fusiontree.core.contracts import Binds, Encoding, Node, State
 from fusiontree.core.cross_entropy import NO_LABEL, cross_entropy
 from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
+from fusiontree.core.lending import Ledger, Loans
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
 from fusiontree.core.modules import Module, Normalise, constant, normal, scaled
 from fusiontree.core.observation import Observation
+from fusiontree.core.prefix import Prefix, insert
 from fusiontree.errors import FusionTreeError
 
 Ids = Int[Tensor, "batch time"]
@@ -85,11 +87,19 @@ class LanguageModel(nn.Module):
         self.encodings = nn.ModuleDict(
             {name: e.build(spec.width, spec.rotated_channels(name)) for name, e in spec.encodings.items()}
         )
+        self.shared = nn.ModuleDict({name: node.build(scope.for_shared) for name, node in spec.shared.items()})
         self.layers = nn.ModuleList(Layer(layer, scope) for layer in spec.expanded_layers())
         self.norm = Normalise(spec.norm, spec.width)
         self.head = Head(spec.head, spec.width, spec.vocab_size)
+        self.prefix = Prefix(spec.prefix, spec.width) if spec.prefix else None
+        self.reads_embedding = any(node.reads_embedding for _, node in spec.nodes())
+        borrows = {path: node.borrows for path, node in spec.nodes() if node.borrows is not None}
+        self.loans = Loans(borrows)
         for path, node in self.nodes():
-            node.path, node.place = path, path.split(".", 2)[2]
+            node.path, node.place = path, ".".join(path.split(".")[2:])
+            node.lends = path in borrows.values()
+            if isinstance(node, Binds):
+                node.bind(self.shared)
 
     def compile(self, **options: Any) -> None:
         """Compile the layers, each as one graph; layers of one form and shape share it.
@@ -108,6 +118,12 @@ class LanguageModel(nn.Module):
         for path, module in self.named_modules():
             if isinstance(module, Node):
                 yield path, module
+
+    def running(self) -> Iterator[Node]:
+        """Every node that a forward pass meets; shared ones once for each use, with the path of the use."""
+        for path, node in self.nodes():
+            if path.startswith("layers."):
+                yield from node.stands()
 
     def forward(
         self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None
@@ -154,12 +170,16 @@ class LanguageModel(nn.Module):
         layout = boundaries.arrange(tokens, documents, positions, cache, one_form=one_form)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)
+        stream, places = (layout, None) if self.prefix is None else insert(layout, len(self.prefix.weight), cache)
+        x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
+        x = x if self.prefix is None else self.prefix(x, places)
         if cache is None or layout.rows is None:
-            x = self.stack(tokens, self.context(layout))
+            x = self.stack(x, self.context(stream))
         else:
-            with nullcontext() if _is_step(layout) else eagerly():  # chunks come in any number of lengths
-                x = self.stack(tokens, self.context(layout), cache)
+            with nullcontext() if _is_step(stream) else eagerly():  # chunks come in any number of lengths
+                x = self.stack(x, self.context(stream), cache)
             cache.advance(layout.rows)
+        x = x if places is None else places.text(x)
         return x if layout.order is None else _scatter(x, layout.order)
 
     def context(self, layout: boundaries.Layout) -> Context:
@@ -168,16 +188,18 @@ class LanguageModel(nn.Module):
         tables = {name: self._encoding(name)(layout.positions) for name in self.spec.encodings}
         return Context(layout.positions, layout.segments, tables, layout.rows)
 
-    def stack(self, tokens: Ids, context: Context, cache: Cache | None = None) -> Features:
-        """Embed, run the layers, each with its own part of the cache, normalise."""
-        x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
+    def stack(self, x: Features, context: Context, cache: Cache | None = None) -> Features:
+        """Run the layers, each with its own part of the cache, normalise."""
+        context = replace(context, embedding=x) if self.reads_embedding else context
+        ledger = Ledger(self.loans)
         for index, layer in enumerate(self.layers):
+            own = ledger.enter(index, context) if self.loans else context
             if cache is not None:
-                x = layer(x, replace(context, states=cache.layers.get(f"layers.{index}", {})))
+                x = layer(x, replace(own, states=cache.layers.get(f"layers.{index}", {})))
             elif self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False)
+                x = checkpoint(layer, x, own, use_reentrant=False)
             else:
-                x = layer(x, context)
+                x = layer(x, own)
         return self.norm(x)
 
     def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
@@ -191,20 +213,21 @@ class LanguageModel(nn.Module):
             if not isinstance(count, int) or count < 1:
                 raise FusionTreeError(f"{name}: a whole number from 1 on is needed, found {count!r}")
         if max_length is not None:
-            row = sum(node.cache_bytes(self.spec.scope, max_length, like.dtype) for _, node in self.spec.nodes())
+            row = self.spec.cache_bytes(max_length, like.dtype)
             memory.check_room(batch_size * row, like.device, what=f"a cache of {batch_size} x {max_length} tokens")
-        states = {path: node.new_state(batch_size, max_length, like) for path, node in self.nodes()}
-        if self.compiled and max_length is not None:
-            self._allow_other_lengths(states, batch_size, max_length)
+        capacity = None if max_length is None else max_length + self.spec.prefix_length
+        states = {node.path: node.new_state(batch_size, capacity, like) for node in self.running()}
+        if self.compiled and capacity is not None:
+            self._allow_other_lengths(states, batch_size, capacity)
         counters = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return Cache({path: state for path, state in states.items() if state}, counters, max_length, self.spec)
 
-    def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, max_length: int) -> None:
+    def _allow_other_lengths(self, states: Mapping[str, State], batch_size: int, capacity: int) -> None:
         """One compiled form of a step for all capacities."""
         like = torch.empty(0, device="meta")
-        for path, node in self.nodes():
-            longer = node.new_state(batch_size, max_length + 1, like)
-            for name, tensor in states[path].items():
+        for node in self.running():
+            longer = node.new_state(batch_size, capacity + 1, like)
+            for name, tensor in states[node.path].items():
                 any_size(tensor, longer[name])
 
     def observe(self) -> AbstractContextManager[Observation]:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from fusiontree.core import paths, yaml
-from fusiontree.core.contracts import AnyEncoding, BranchSpec, NodeSpec, Scope
+from fusiontree.core import lending, paths, yaml
+from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, NodeSpec, Scope
 from fusiontree.core.modules import Norm
+from fusiontree.core.prefix import PrefixSpec
 from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
 from fusiontree.errors import SpecError, suggest
@@ -45,7 +47,9 @@ class ModelSpec(Spec):
     vocab_size: Count
     width: Count
     embedding: EmbeddingSpec = EmbeddingSpec()
+    prefix: PrefixSpec | None = None
     encodings: NamedMap[AnyEncoding] = NamedMap()
+    shared: NamedMap[AnyNode] = NamedMap()
     layers: Annotated[tuple[Entry, ...], Field()]
     norm: Norm = Norm()
     head: HeadSpec = HeadSpec()
@@ -74,29 +78,50 @@ class ModelSpec(Spec):
     def _problems(self) -> Iterator[tuple[str, str]]:
         """What does not fit its surroundings, by path: for nodes what they say, and widths that are not the
         stream's (what is inside a fusion, the fusion looks at)."""
-        scope = self.scope
-        for path, node in self.nodes():
+        for path, node, scope in self.placed():
             yield from ((f"{path}.{where}", text) for where, text in node.problems(scope))
             width = node.output_width(scope)
-            if path.count(".") == 2 and width != scope.width:
+            if _is_sublayer(path) and width != scope.width:
                 yield path, f"has to return the width {scope.width}, found {width}"
+        yield from lending.problems(dict(self.nodes()))
+
+    @property
+    def prefix_length(self) -> int:
+        """How many learned vectors stand before each document."""
+        return self.prefix.tokens if self.prefix else 0
 
     @property
     def scope(self) -> Scope:
         """What every node of the stack is surrounded by."""
-        return Scope(self.width, self.encodings)
+        return Scope(self.width, self.encodings, self.shared, self.prefix_length)
 
     def expanded_layers(self) -> tuple[LayerSpec, ...]:
         """The layers, one by one."""
         return expand(self.layers)
 
-    def nodes(self) -> Iterator[tuple[str, NodeSpec]]:
-        """Every branch and fusion with its path, parents before children."""
+    def placed(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
+        """Every branch and fusion with its path and what surrounds it, parents before children, shared ones first."""
+        scope = self.scope
+        for name, node in self.shared.items():
+            yield from node.within(scope.for_shared, f"shared.{name}")
         for index, layer in enumerate(self.expanded_layers()):
             for slot in ("mixer", "ffn"):
                 node = getattr(layer, slot)
                 if node is not None:
-                    yield from _below(f"layers.{index}.{slot}", node)
+                    yield from node.within(scope, f"layers.{index}.{slot}")
+
+    def running(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
+        """Those that a forward pass meets on its way through the layers; shared ones run where they are used."""
+        yield from (found for found in self.placed() if found[0].startswith("layers."))
+
+    def nodes(self) -> Iterator[tuple[str, NodeSpec]]:
+        """Every branch and fusion with its path."""
+        yield from ((path, node) for path, node, _ in self.placed())
+
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Bytes that one sequence's cache of `length` tokens takes, keys stored in `dtype`."""
+        length += self.prefix_length
+        return sum(node.cache_bytes(scope, length, dtype) for _, node, scope in self.running())
 
     def rotated_channels(self, encoding: str) -> tuple[int, ...]:
         """How many channels branches let this encoding rotate, each number once."""
@@ -156,7 +181,8 @@ class ModelSpec(Spec):
     @property
     def longest(self) -> int | None:
         """The most positions that every encoding has; None: any number."""
-        return min((e.limit for e in self.encodings.values() if e.limit is not None), default=None)
+        limits = [e.limit - self.prefix_length for e in self.encodings.values() if e.limit is not None]
+        return min(limits, default=None)
 
     def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
         """What differs, by path of the expanded forms: (here, there); None where there is nothing. A part that is
@@ -209,10 +235,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _below(path: str, node: NodeSpec) -> Iterator[tuple[str, NodeSpec]]:
-    yield path, node
-    for step, child in node.children():
-        yield from _below(f"{path}.{step}", child)
+def _is_sublayer(path: str) -> bool:
+    return path.startswith("layers.") and path.count(".") == 2
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -233,7 +257,7 @@ def _holds_maps(values: list[Any]) -> bool:
     return any(isinstance(value, Mapping) for value in values)
 
 
-_OPEN = ("branches", "encodings")
+_OPEN = ("branches", "encodings", "shared")
 
 
 def _places(data: Any, pattern: str, *, adding: bool) -> list[paths.Steps]:

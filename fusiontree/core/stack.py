@@ -28,19 +28,19 @@ class Residual(Spec):
 class LayerSpec(Spec):
     """Up to two residual sub-layers, `mixer` and `ffn`. `{}` is the identity.
 
-    `placement` says where norms stand: `pre` x + f(norm(x)), `post` x + norm(f(x)), `sandwich` both.
+    `placement` says where norms stand: `pre` x + f(norm(x)), `post` x + norm(f(x)), `sandwich` both, `none` x + f(x).
     """
 
     mixer: AnyNode | None = None
     ffn: AnyNode | None = None
     norm: Norm = Norm()
-    placement: Literal["pre", "post", "sandwich"] = "pre"
+    placement: Literal["pre", "post", "sandwich", "none"] = "pre"
     residual: Residual = Residual()
 
     @model_validator(mode="after")
     def _source_exists(self) -> "LayerSpec":
-        if self.placement == "post" and self.residual.source == "normed":
-            raise invalid({("residual", "from"): "'normed' needs placement pre or sandwich, found post"})
+        if self.placement in ("post", "none") and self.residual.source == "normed":
+            raise invalid({("residual", "from"): f"'normed' needs placement pre or sandwich, found {self.placement}"})
         return self
 
 

@@ -7,6 +7,7 @@ from fusiontree.core.contracts import fusions as _registry
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, example_branches
 from fusiontree.fusions.concat import Concat
 from fusiontree.fusions.gated import Gated
+from fusiontree.fusions.inject import Inject
 from fusiontree.fusions.mean import Mean
 from fusiontree.fusions.parts import AlignSpec, ExchangeSpec, Features, ProjectionSpec
 from fusiontree.fusions.sum import Sum
@@ -21,6 +22,7 @@ __all__ = [
     "ExchangeSpec",
     "Features",
     "Gated",
+    "Inject",
     "Mean",
     "ProjectionSpec",
     "Sum",

@@ -3,7 +3,7 @@
 Every parameter belongs to a path, so the weights of a pruned model are those of its paths and nothing else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ def drop_from_spec(spec: ModelSpec, drops: Iterable[str]) -> ModelSpec:
             cannot go without changing the others.
     """
     drops = _outermost(drops)
+    _check_loans(spec, drops)
     data = spec.expand().data()
     for path in drops:
         _drop(data, path, spec)
-    _drop_unnamed_encodings(data)
+    _drop_unnamed(data)
     data["lineage"].append(Lineage(parent=spec.digest(), edit=f"drop {', '.join(drops)}").data())
     return ModelSpec.parse(data).fold()
 
@@ -40,6 +41,14 @@ def _outermost(drops: Iterable[str]) -> list[str]:
     """Each path once, and none that lies inside another."""
     every = dict.fromkeys(drops)
     return [path for path in every if not any(path.startswith(f"{other}.") for other in every)]
+
+
+def _check_loans(spec: ModelSpec, drops: list[str]) -> None:
+    """Nobody is left who uses keys and values of what goes."""
+    gone = {path for path, *_ in spec.running() if any(path == drop or path.startswith(f"{drop}.") for drop in drops)}
+    for path, node, _ in spec.running():
+        if node.borrows in gone and path not in gone:
+            raise PruneError(f"{node.borrows}: cannot be dropped exactly: {path} reads its keys; drop that, too")
 
 
 def _drop(data: dict[str, Any], path: str, spec: ModelSpec) -> None:
@@ -72,19 +81,22 @@ def _drop_sublayer(data: dict[str, Any], path: str) -> None:
 
 def droppable(spec: ModelSpec) -> list[str]:
     """Every path that a plan may drop: branches, sub-layers and layers."""
-    found = [path for path, _ in spec.nodes() if path.split(".")[-2] == "branches" or path.count(".") == 2]
+    found = [path for path, *_ in spec.running() if path.split(".")[-2] == "branches" or path.count(".") == 2]
     layers = [f"layers.{index}" for index, layer in enumerate(spec.expanded_layers()) if layer.mixer or layer.ffn]
     return [*layers, *found]
 
 
-def _drop_unnamed_encodings(data: dict[str, Any]) -> None:
-    named = {name for _, node in paths.walk(data["layers"]) if isinstance(node, dict) for name in _names(node)}
+def _drop_unnamed(data: dict[str, Any]) -> None:
+    """Shared nodes that nobody uses any more go, then encodings that nobody names."""
+    used = {node.get("of") for node in _mappings(data["layers"]) if node.get("kind") == "use"}
+    data["shared"] = {name: node for name, node in data["shared"].items() if name in used}
+    lists = [node.get("encodings") for part in ("layers", "shared") for node in _mappings(data[part])]
+    named = {name for names in lists if isinstance(names, list) for name in names}
     data["encodings"] = {name: encoding for name, encoding in data["encodings"].items() if name in named}
 
 
-def _names(node: Mapping[str, Any]) -> list[str]:
-    value = node.get("encodings")
-    return list(value) if isinstance(value, list) else []
+def _mappings(data: Any) -> Iterator[dict[str, Any]]:
+    yield from (value for _, value in paths.walk(data) if isinstance(value, dict))
 
 
 def carry(weights: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:

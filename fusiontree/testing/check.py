@@ -66,10 +66,10 @@ def models(component: type[Spec]) -> Iterator[ModelSpec]:
 
 
 def _model(mixer: NodeSpec, named: dict[str, EncodingSpec] | None = None) -> ModelSpec:
-    layers: list[Any] = [{"mixer": mixer}, {"ffn": {"kind": "mlp", "hidden": 8}}]
-    return ModelSpec.model_validate(
-        {"vocab_size": VOCABULARY, "width": WIDTH, "layers": layers, "encodings": named or {}}
-    )
+    needs = mixer.example_needs(WIDTH)
+    layers: list[Any] = [{"mixer": mixer}, {"ffn": {"kind": "mlp", "hidden": 8}}, *needs.get("layers", [])]
+    data = {"vocab_size": VOCABULARY, "width": WIDTH, "encodings": named or {}, **needs, "layers": layers}
+    return ModelSpec.model_validate(data)
 
 
 def _around_branch(branch: BranchSpec) -> Iterator[ModelSpec]:

@@ -65,7 +65,9 @@ def strict(subject: Subject) -> str | None:
 
 def _mappings(data: object, prefix: str = "") -> Iterator[str]:
     if isinstance(data, dict):
-        if not prefix.endswith(("branches", "encodings", "values", "multipliers", "vary")):
+        if not prefix.endswith(
+            ("branches", "encodings", "values", "multipliers", "vary", "shared", "links", "norms", "adapters")
+        ):
             yield prefix
         for key, value in data.items():
             yield from _mappings(value, f"{prefix}.{key}" if prefix else key)
@@ -103,22 +105,23 @@ def _tables(subject: Subject) -> str | None:
 
 
 def _axis_tables(spec: ModelSpec) -> dict[str, tuple]:
-    scope = spec.scope
-    tables = {path: (node.axes(), node.sizes(scope), _rigid(node)) for path, node in spec.nodes()}
+    lenders = {node.borrows for _, node in spec.nodes()}
+    tables: dict[str, tuple] = {}
+    for path, node, scope in spec.placed():
+        tied = path.startswith("shared.") or path in lenders or node.borrows is not None
+        tables[path] = (node.axes(), node.sizes(scope), _rigid(node, tied=tied))
     for name, encoding in spec.encodings.items():
         rigid = frozenset({"width", "max_length"})
         tables[f"encodings.{name}"] = (encoding.axes(), encoding.sizes(spec.width), rigid)
     return tables
 
 
-def _rigid(node: NodeSpec) -> frozenset[str]:
-    """The axes that may not be turned around here; inner features are tied to what the fusion does with them."""
-    inner = getattr(node, "project", True) is False
-    return (
-        frozenset(name for dimensions in node.axes().values() for name in axes.names(dimensions))
-        if inner
-        else node.rigid
-    )
+def _rigid(node: NodeSpec, *, tied: bool) -> frozenset[str]:
+    """The axes that may not be turned around here: all, where they are `tied` to parameters of other nodes, as inner
+    features are to what the fusion does with them."""
+    if tied or getattr(node, "project", True) is False:
+        return frozenset(name for dimensions in node.axes().values() for name in axes.names(dimensions))
+    return node.rigid
 
 
 def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> str | None:
@@ -312,12 +315,17 @@ def cache_size(subject: Subject) -> str | None:
 
 def _cache_size(subject: Subject, length: int, dtype: torch.dtype) -> str | None:
     cache = build(subject.spec, device="meta", dtype=dtype).new_cache(3, length)
-    for path, node in subject.spec.nodes():
-        predicted = 3 * node.cache_bytes(subject.spec.scope, length, dtype)
-        found = sum(tensor.nbytes for tensor in cache.states.get(path, {}).values())
+    for path, node, scope in subject.spec.running():
+        predicted = 3 * node.cache_bytes(scope, length + scope.prefix, dtype)
+        here = [state for place, state in cache.states.items() if place == path or (node.uses and _below(place, path))]
+        found = sum(tensor.nbytes for state in here for tensor in state.values())
         if predicted != found:
             return f"{path}: predicted {predicted} bytes, found {found}"
     return None
+
+
+def _below(place: str, path: str) -> bool:
+    return place.startswith(f"{path}.")
 
 
 def flops(subject: Subject) -> str | None:

@@ -259,6 +259,7 @@ def cuda_request(op: Op[Any]) -> Any:
         softcap=False,
         segments=True,
         past=False,
+        prefix=False,
         head_dim=64,
         value_dim=64,
         gradients=True,

@@ -57,6 +57,7 @@ def brute_force(
     softcap: float | None = None,
     segments: Tensor | None = None,
     past: Past | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """Row by row, head by head, query by query, with lists of visible keys: the definition as a program."""
     y = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
@@ -65,11 +66,14 @@ def brute_force(
         for i in range(q.shape[1]):
             if own[i] < 0:
                 continue
-            seen = [j for j in range(i + 1) if own[j] == own[i] and (window is None or i - j < window)]
+            ages = past.age[row].tolist() if past is not None and own[i] == 0 else []
+            mine = [j for j in range(i + 1) if own[j] == own[i]]
+            always = [] if any(ages) else mine[:prefix]
+            seen = [j for j in mine if window is None or i - j < window or j in always]
             keys, values = k[row, seen], v[row, seen]
-            if past is not None and own[i] == 0:
-                ages = past.age[row].tolist()
-                old = [c for c, a in enumerate(ages) if a > 0 and (window is None or i + a < window)]
+            if past is not None and ages:
+                near = [window is None or i + age < window for age in ages]
+                old = [c for c, age in enumerate(ages) if age > 0 and (near[c] or c < prefix)]
                 keys = torch.cat([past.keys[row, old].double(), keys])
                 values = torch.cat([past.values[row, old].double(), values])
             for head in range(HEADS):
@@ -79,15 +83,15 @@ def brute_force(
     return y
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("softcap", "prefix"), [(None, 0), (1.5, 0), (None, 3)])
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 20, None])
 @pytest.mark.parametrize(("packed", "cached"), [(False, 0), (True, 0), (False, 5), (True, 5)])
-def test_is_its_definition(window: int | None, packed: bool, cached: int, softcap: float | None) -> None:
+def test_is_its_definition(window: int | None, packed: bool, cached: int, softcap: float | None, prefix: int) -> None:
     inputs = draw_inputs(8, value_dim=5)
     segments = Draw(3).segments(8) if packed else None
     past = draw_past(cached, value_dim=5) if cached else None
-    want = brute_force(*inputs, window=window, softcap=softcap, segments=segments, past=past)
-    options = {"window": window, "softcap": softcap, "segments": segments, "past": past}
+    options = {"window": window, "softcap": softcap, "segments": segments, "past": past, "prefix": prefix}
+    want = brute_force(*inputs, **options)
     for backend in serves(inputs, **options):
         got = attention(*inputs, scale=SCALE, backend=backend, **options)
         assert torch.isfinite(got).all()
@@ -134,6 +138,25 @@ def test_options_agree_with_the_reference(
         assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
 
 
+@pytest.mark.parametrize("cached", [0, 20])
+@pytest.mark.parametrize("starts", [(), (140,), (3, 127, 128, 131, 290)])
+@pytest.mark.parametrize(("window", "prefix"), [(7, 3), (40, 1), (60, 130), (90, 300)])
+def test_a_prefix_is_in_sight_of_every_block(window: int, prefix: int, starts: tuple[int, ...], cached: int) -> None:
+    draws, past = draw_inputs(300), draw_past(cached) if cached else None
+    segments = segments_from(starts, 300, ROWS).clone() if starts else None
+    if segments is not None:
+        segments[1, 200:] = -1
+    options = {"window": window, "segments": segments, "past": past, "prefix": prefix}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    assert not torch.allclose(want, attention(*exact, scale=SCALE, **{**options, "prefix": 0}))
+    for backend in serves(exact, **options):
+        got = attention(*exact, scale=SCALE, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), what=backend)
+        assert_all_close(gradients((at_real(got, segments),), exact), want_grads, torch.float64, backend)
+
+
 @pytest.mark.parametrize("backend", ["reference", "blocked", "blocked_flash"])
 def test_gradcheck_with_cached_keys(backend: str) -> None:
     draw = Draw(1)
@@ -143,7 +166,8 @@ def test_gradcheck_with_cached_keys(backend: str) -> None:
 
     def run(*args: Tensor) -> Tensor:
         past = Past(args[3], args[4], age)
-        return attention(*args[:3], window=4, scale=SCALE, segments=segments, past=past, backend=backend)
+        options = {"window": 2, "prefix": 1, "segments": segments, "past": past}
+        return attention(*args[:3], scale=SCALE, backend=backend, **options)
 
     assert torch.autograd.gradcheck(run, inputs)
 

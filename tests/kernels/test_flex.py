@@ -27,7 +27,7 @@ def dense(blocks: flex.Blocks) -> Tensor:
 @pytest.mark.parametrize("window", [1, 2, 128, 129, 300, None])
 def test_blocks_are_those_with_visible_keys(window: int | None, time: int, packed: bool) -> None:
     segments = Draw(time).segments(time) if packed else None
-    first = sight(time, segments, None, window, torch.device("cpu")).first
+    first = sight(time, segments, None, (window, 0), torch.device("cpu")).first
     own = torch.arange(time)
     seen = (own >= first[..., None]) & (own <= own[:, None])
     blocks = -(-time // BLOCK)

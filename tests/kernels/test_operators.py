@@ -38,4 +38,6 @@ def test_gated_delta_chunked(packed):
 def test_attention_blocked(window, kernel):
     q, k, v = tensors((1, TIME, HEADS, WIDTH), (1, TIME, 1, WIDTH), (1, TIME, 1, WIDTH))
     segments = torch.arange(TIME)[None] // 30
-    torch.library.opcheck(OPS.attention_blocked, (q, k, v, segments, None, window, kernel, 0.5, None), test_utils=WHAT)
+    torch.library.opcheck(
+        OPS.attention_blocked, (q, k, v, segments, None, window, kernel, 0.5, None, 2), test_utils=WHAT
+    )

@@ -27,12 +27,13 @@ def attention(
     softcap: float | None = None,
     segments: Int[Tensor, "batch time"] | None = None,
     past: Past | None = None,
+    prefix: int = 0,
     backend: str = "auto",
 ) -> Float[Tensor, "batch time heads value_dim"]:
     """Softmax of scale q k^T over the keys that each query sees, times v (Vaswani et al., arXiv 1706.03762).
 
     A query sees the keys of its own segment at its own place and up to window - 1 before it; segment 0 also
-    sees cached keys, by their age. Query head j reads kv head j // (heads / kv_heads) (arXiv 2305.13245).
+    sees cached keys, by their age. What stands in the prefix of its segment it sees in spite of the window. Query head j reads kv head j // (heads / kv_heads) (arXiv 2305.13245).
     Differentiable in q, k, v and the cached keys and values.
 
     Args:
@@ -40,6 +41,8 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118).
         segments: document boundaries, as in `fusiontree.kernels.documents`.
         past: keys from before this call.
+        prefix: how many tokens of each segment, from its first one on, the window does not hide (Hymba, arXiv
+            2411.13676); of segment 0 the first cached keys, if any are cached.
         backend: "auto" or one of `ATTENTION.backends`.
 
     Raises:
@@ -50,4 +53,4 @@ def attention(
         raise FusionTreeError(f"attention: window: at least 1 visible key is needed, found {window}")
     if scale == 0:
         raise FusionTreeError("attention: scale: a number other than 0 is needed, found 0")
-    return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, past), backend)
+    return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, past, prefix), backend)

@@ -9,12 +9,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
-from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, sight
+from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Sight, sight
 from fusiontree.kernels.documents import silence_padding, wide
 
 QUERIES = 128
@@ -30,6 +31,12 @@ class Options(NamedTuple):
     kernel: str
     scale: float
     softcap: float | None
+    prefix: int
+
+    @property
+    def reach(self) -> tuple[int | None, int]:
+        """What hides keys, and what does not."""
+        return self.window, self.prefix
 
 
 def _fold(queries: Float[Tensor, "b t heads d"], kv_heads: int) -> Float[Tensor, "b kv_heads t*share d"]:
@@ -45,10 +52,36 @@ def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_he
 
 
 @lru_cache(maxsize=32)
-def _band(queries: int, keys: int, window: int | None, share: int, like: tuple[torch.dtype, torch.device]) -> Tensor:
+def _band(
+    queries: int, keys: int, reach: tuple[int | None, int], share: int, like: tuple[torch.dtype, torch.device]
+) -> Tensor:
     """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
-    seen = sight(keys, None, None, window, like[1])
+    seen = sight(keys, None, None, reach, like[1])
     return seen.bias(slice(keys - queries, keys), slice(0, keys), share, like[0])
+
+
+class Span(NamedTuple):
+    """Keys: some one after another, and before them those of a prefix."""
+
+    keys: slice
+    before: Int[Tensor, "#batch prefix"] | None
+
+    def of(self, tensor: Float[Tensor, "batch kv_heads all_keys d"]) -> Float[Tensor, "batch kv_heads keys d"]:
+        """Those of a tensor."""
+        found = tensor[:, :, self.keys]
+        return found if self.before is None else torch.cat([tensor.gather(2, self._index(tensor)), found], 2)
+
+    def add(self, total: Float[Tensor, "batch kv_heads all_keys d"], part: Tensor) -> None:
+        """Add what belongs to them to what belongs to all."""
+        if self.before is not None:
+            count = self.before.shape[1]
+            total.scatter_add_(2, self._index(total), part[:, :, :count].to(total.dtype))
+            part = part[:, :, count:]
+        total[:, :, self.keys] += part
+
+    def _index(self, tensor: Tensor) -> Tensor:
+        assert self.before is not None
+        return self.before[:, None, :, None].expand(len(tensor), tensor.shape[1], -1, tensor.shape[-1])
 
 
 class Blocks:
@@ -62,18 +95,23 @@ class Blocks:
         self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k), _leading(v)
         self.segments, self.age = segments, age
 
-    def over(self, options: Options) -> Iterator[tuple[slice, slice, Block]]:
+    def over(self, options: Options) -> Iterator[tuple[slice, Span, Block]]:
         """The rows of some queries, the keys that they see, and both with their bias."""
-        seen = sight(self.time, self.segments, self.age, options.window, self.q.device)
+        seen = sight(self.time, self.segments, self.age, options.reach, self.q.device)
         for queries, keys, plain in seen.blocks(QUERIES):
-            sizes = queries.stop - queries.start, keys.stop - keys.start
-            if plain and sizes[0] * sizes[1] * self.share <= LARGEST_BAND:
-                bias = _band(*sizes, options.window, self.share, (self.q.dtype, self.q.device))
-            else:
-                bias = seen.bias(queries, keys, self.share, self.q.dtype)
             rows = slice(queries.start * self.share, queries.stop * self.share)
-            k, v = self.k[:, :, keys], self.v[:, :, keys]
-            yield rows, keys, Block(self.q[:, :, rows], k, v, bias, options.scale, options.softcap)
+            span, bias = Span(keys, seen.before(queries, keys)), self._bias(seen, (queries, keys), options, plain)
+            yield rows, span, Block(self.q[:, :, rows], span.of(self.k), span.of(self.v), bias, *options[2:4])
+
+    def _bias(self, seen: Sight, block: tuple[slice, slice], options: Options, plain: bool) -> Tensor:
+        queries, keys = block
+        sizes, prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
+        cut = self.segments is not None or 0 < keys.start < prefix  # a prefix that is not wholly on one side
+        if not plain or (prefix and cut) or sizes[0] * sizes[1] * self.share > LARGEST_BAND:
+            return seen.bias(queries, keys, self.share, self.q.dtype)
+        before = prefix if keys.start else 0
+        band = _band(*sizes, (options.window, prefix - before), self.share, (self.q.dtype, self.q.device))
+        return F.pad(band, (before, 0)) if before else band
 
 
 @torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
@@ -87,11 +125,12 @@ def _attend(
     kernel: str,
     scale: float,
     softcap: float | None,
+    prefix: int,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
     blocks, sums = Blocks((q, k, v), segments, age), []
     y = blocks.q.new_empty(*blocks.q.shape[:3], v.shape[-1])
-    options = Options(window, kernel, scale, softcap)
+    options = Options(window, kernel, scale, softcap, prefix)
     for rows, _, block in blocks.over(options):
         y[:, :, rows], lse = KERNELS[kernel].forward(block)
         sums.append(lse)
@@ -119,16 +158,19 @@ def _attend_backward(
     kernel: str,
     scale: float,
     softcap: float | None,
+    prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
     blocks, dtype = Blocks((q, k, v), segments, age), wide(k.dtype)
-    options = Options(window, kernel, scale, softcap)
+    options = Options(window, kernel, scale, softcap, prefix)
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
-    for rows, keys, block in blocks.over(options):
+    for rows, span, block in blocks.over(options):
         saved = Saved(y[:, :, rows], lse[..., rows], grad[:, :, rows])
-        for total, part, span in zip(grads, KERNELS[kernel].backward(block, saved), (rows, keys, keys), strict=True):
-            total[:, :, span] += part
+        for total, part, at in zip(
+            grads, KERNELS[kernel].backward(block, saved), (Span(rows, None), span, span), strict=True
+        ):
+            at.add(total, part)
     grad_q, grad_k, grad_v = grads
     return _unfold(grad_q, blocks.time).to(q.dtype), _leading(grad_k).to(k.dtype), _leading(grad_v).to(v.dtype)
 
@@ -146,7 +188,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _propagate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(6))
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in range(7))
 
 
 _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
@@ -155,7 +197,7 @@ _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
 def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
     age = None if inputs.past is None else inputs.past.age
-    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap)
+    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.prefix)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
 

@@ -108,6 +108,8 @@ def _cpu_refusal(request: AttentionRequest) -> str | None:
 def _unserved(request: AttentionRequest) -> str | None:
     if request.dtype == torch.float64:
         return "has no float64"
+    if request.prefix:
+        return "serves no prefix"
     return "serves no cached keys" if request.past else None
 
 

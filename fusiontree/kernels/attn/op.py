@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.documents import previous
@@ -17,7 +17,8 @@ BEYOND = 2**40
 
 
 class Past(NamedTuple):
-    """Cached keys, in any order. `age`: tokens from a key to the call's first one (0: an empty slot)."""
+    """Cached keys, in any order but that the document's first tokens, its prefix, are the first ones. `age`: tokens from
+    a key to the call's first one (0: an empty slot)."""
 
     keys: Float[Tensor, "batch cached kv_heads head_dim"]
     values: Float[Tensor, "batch cached kv_heads value_dim"]
@@ -33,6 +34,7 @@ class AttentionRequest(NamedTuple):
     softcap: bool
     segments: bool
     past: bool
+    prefix: bool
     head_dim: int
     value_dim: int
     gradients: bool
@@ -44,19 +46,23 @@ class AttentionRequest(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """Which keys each query sees: those of places from `first` to the query's own.
+    """Which keys each query sees: those of places from `first` to the query's own, and its document's prefix.
 
     Attributes:
         places: where keys stand in time; cached ones are before 0, empty slots behind everything.
         first: the first place that each query sees. Padding sees padding, which keeps every softmax finite.
         starts: where each query's document starts; None where nobody needs to know.
         cached: how many keys are cached ones; those stand in no order.
+        prefix: how many keys from a document's first one on no window hides.
+        heads: which key is the first of each query's document; None where there is no prefix.
     """
 
     places: Int[Tensor, "#batch keys"]
     first: Int[Tensor, "#batch time"]
     starts: Int[Tensor, "#batch time"] | None
     cached: int
+    prefix: int = 0
+    heads: Int[Tensor, "#batch time"] | None = None
 
     def blocks(self, size: int) -> Iterator[tuple[slice, slice, bool]]:
         """Blocks of `size` queries, the keys that any of them sees, and whether documents hide none of those from
@@ -78,28 +84,66 @@ class Sight(NamedTuple):
         reach = torch.stack([firsts, self.starts[:, last].amax(0)]).tolist()
         return reach[0], reach[1]
 
+    def before(self, queries: slice, keys: slice) -> Int[Tensor, "#batch prefix"] | None:
+        """The prefix of the first query's document, where keys begin behind its start; what of it is among the keys is
+        cut to the first of them. The prefixes of documents that start later are all among the keys."""
+        if self.heads is None or keys.start == 0:
+            return None
+        index = torch.arange(min(self.prefix, keys.start), device=self.heads.device)
+        return (self.heads[:, queries.start, None] + index).clamp(max=keys.start)
+
     def bias(self, queries: slice, keys: slice, share: int, dtype: torch.dtype) -> Float[Tensor, "#batch 1 rows keys"]:
-        """0 where a query sees a key and -inf elsewhere; every query has `share` rows."""
-        places = self.places[:, None, keys]
-        own = torch.arange(queries.start, queries.stop, device=places.device).repeat_interleave(share)[:, None]
-        first = self.first[:, queries].repeat_interleave(share, 1)[:, :, None]
-        seen = (places >= first) & (places <= own)
+        """0 where a query sees a key and -inf elsewhere, for what `before` has found and the keys behind it; every
+        query has `share` rows."""
+        own = torch.arange(queries.start, queries.stop, device=self.first.device)[:, None]
+        if self.heads is None:
+            places = self.places[:, None, keys]
+            seen = (places >= self.first[:, queries, None]) & (places <= own)
+        else:
+            seen = self._seen_with_prefix(queries, keys, own)
+        seen = seen.repeat_interleave(share, 1)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
+    def _seen_with_prefix(self, queries: slice, keys: slice, own: Tensor) -> Bool[Tensor, "#batch queries keys"]:
+        assert self.heads is not None
+        index = torch.arange(keys.start, keys.stop, device=own.device)[None]
+        before, rows = self.before(queries, keys), max(len(self.places), len(self.heads))
+        if before is not None:
+            before = torch.where(before < keys.start, before, -1)  # nobody sees a key twice
+            index = torch.cat([before, index.expand(len(before), -1)], 1)
+        index = index.expand(rows, -1)
+        places, heads = self.places.expand(rows, -1).gather(1, index.clamp(min=0)), self.heads[:, queries, None]
+        index, places = index[:, None], places[:, None]
+        in_prefix = (index >= heads) & (index < heads + self.prefix)
+        return ((places >= self.first[:, queries, None]) | in_prefix) & (places <= own) & (index >= 0)
 
-def sight(time: int, segments: Tensor | None, age: Tensor | None, window: int | None, device: torch.device) -> Sight:
-    """What the queries of a call see; see `attention`."""
+
+def sight(
+    time: int, segments: Tensor | None, age: Tensor | None, reach: tuple[int | None, int], device: torch.device
+) -> Sight:
+    """What the queries of a call see, by the window and the prefix; see `attention`."""
+    window, prefix = reach
     own = torch.arange(time, device=device)[None]
     first = torch.full_like(own, -BEYOND) if window is None else own - window + 1
     starts = None
     if segments is not None:
         starts = torch.where(segments != previous(segments), own, -BEYOND).cummax(1).values
         first = torch.maximum(first, starts)
+    heads = _heads(starts, age, own) if prefix and window is not None else None
     if age is None:
-        return Sight(own, first.clamp(min=0), starts, 0)
+        return Sight(own, first.clamp(min=0), starts, 0, prefix, heads)
     places = torch.where(age > 0, -age, BEYOND)
     places = torch.cat([places, own.to(places.dtype).expand(age.shape[0], -1)], dim=1)
-    return Sight(places, first, starts, age.shape[1])
+    return Sight(places, first, starts, age.shape[1], prefix, heads)
+
+
+def _heads(starts: Tensor | None, age: Tensor | None, own: Tensor) -> Int[Tensor, "#batch time"]:
+    """The key that is the first of each query's document: in the call, or the first cached one."""
+    starts = torch.full_like(own, -BEYOND) if starts is None else starts
+    if age is None:
+        return starts.clamp(min=0)
+    continued = torch.where((age > 0).any(1, keepdim=True), 0, age.shape[1])
+    return torch.where(starts < 0, continued, starts + age.shape[1])
 
 
 class AttentionInputs(NamedTuple):
@@ -113,19 +157,22 @@ class AttentionInputs(NamedTuple):
     softcap: float | None
     segments: Int[Tensor, "batch time"] | None
     past: Past | None = None
+    prefix: int = 0
 
     @property
     def request(self) -> AttentionRequest:
         """See `registry.Inputs`."""
         time, past = self.q.shape[1], self.past
+        windowed = self.window is not None and (past is not None or self.window < time)
         tensors = (self.q, self.k, self.v) + (() if past is None else (past.keys, past.values))
         return AttentionRequest(
             device=self.q.device.type,
             dtype=self.q.dtype,
-            windowed=self.window is not None and (past is not None or self.window < time),
+            windowed=windowed,
             softcap=self.softcap is not None,
             segments=self.segments is not None,
             past=past is not None,
+            prefix=windowed and self.prefix > 0,
             head_dim=self.k.shape[-1],
             value_dim=self.v.shape[-1],
             gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
@@ -145,7 +192,7 @@ class AttentionInputs(NamedTuple):
     def sight(self) -> Sight:
         """What the queries see."""
         age = None if self.past is None else self.past.age
-        return sight(self.q.shape[1], self.segments, age, self.window, self.q.device)
+        return sight(self.q.shape[1], self.segments, age, (self.window, self.prefix), self.q.device)
 
 
 ATTENTION: Op[AttentionInputs] = Op("attention", Shapes(AttentionInputs, (("heads", "kv_heads"),)))

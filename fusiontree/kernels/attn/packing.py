@@ -38,6 +38,8 @@ class Limits(NamedTuple):
             return found
         if request.past:
             return "serves no cached keys"
+        if request.prefix:
+            return "serves no prefix"
         if request.softcap and not self.softcap:
             return "has no softcap"
         return self._width_refusal(request)

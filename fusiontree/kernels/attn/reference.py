@@ -2,7 +2,7 @@
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs
@@ -12,6 +12,14 @@ from fusiontree.kernels.documents import silence_padding, wide
 def _per_query_head(values: Float[Tensor, "b t kv_heads d"], heads: int) -> Float[Tensor, "b heads t d"]:
     share = heads // values.shape[2]
     return repeat(values.to(wide(values.dtype)), "b t hk d -> b (hk share) t d", share=share)
+
+
+def _reached(keys: Float[Tensor, "b heads s d"], reach: slice, before: Int[Tensor, "#b prefix"] | None) -> Tensor:
+    """The keys in reach, behind the prefix that is not."""
+    if before is None:
+        return keys[:, :, reach]
+    index = before[:, None, :, None].expand(len(keys), keys.shape[1], -1, keys.shape[-1])
+    return torch.cat([keys.gather(2, index), keys[:, :, reach]], 2)
 
 
 def _one_query(
@@ -40,7 +48,7 @@ def reference(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_
     k, v = _per_query_head(keys, heads), _per_query_head(values, heads)
     outputs = []
     for one, reach, _ in sight.blocks(1):
-        bias = sight.bias(one, reach, 1, q.dtype)
-        outputs.append(_one_query(q[:, :, one], k[:, :, reach], v[:, :, reach], bias, inputs))
+        bias, before = sight.bias(one, reach, 1, q.dtype), sight.before(one, reach)
+        outputs.append(_one_query(q[:, :, one], _reached(k, reach, before), _reached(v, reach, before), bias, inputs))
     y = rearrange(torch.cat(outputs, dim=2), "b h t d -> b t h d")
     return silence_padding(y.to(inputs.q.dtype), inputs.segments)

@@ -1,0 +1,118 @@
+"""Nodes one after another, as one branch: a block that does not read and write the stream at every step."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import AnyNode, BranchSpec, Hook, Node, NodeSpec, Scope, branches
+from fusiontree.core.modules import Norm, Normalise
+from fusiontree.core.spec import Flag, NamedMap, invalid
+from fusiontree.errors import suggest
+
+Stream = Float[Tensor, "batch time width"]
+
+
+@branches.register
+class Chain(BranchSpec):
+    """Links that each read what the one before returns.
+
+    Attributes:
+        links: nodes, first to last; of any widths, if the last returns that of the stream.
+        norms: of what a link reads, by its name.
+        embedding: the first link reads the stream and the embedding side by side, which is twice the width (Zamba,
+            arXiv 2405.16712).
+    """
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset()
+    kind: Literal["chain"] = "chain"
+    links: Annotated[NamedMap[AnyNode], Field(min_length=1)]
+    norms: NamedMap[Norm] = NamedMap()
+    embedding: Flag = False
+
+    @model_validator(mode="after")
+    def _norms_stand_before_links(self) -> Self:
+        for name in self.norms:
+            if name not in self.links:
+                raise invalid({("norms", name): f"no link is called {name!r}{suggest(name, self.links)}"})
+        return self
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Attention over stream and embedding, a map back to the stream's width, and a feed-forward network."""
+        attention = {"kind": "attention", "heads": 2, "kv_heads": 1, "head_dim": 4, "window": 4, "project": False}
+        links = {
+            "attention": attention,
+            "out": {"kind": "linear", "outputs": width},
+            "mlp": {"kind": "mlp", "hidden": 8},
+        }
+        return cls.model_validate({"links": links, "norms": {"attention": {}, "mlp": {}}, "embedding": True})
+
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether it does."""
+        return self.embedding
+
+    def children(self) -> Iterator[tuple[str, NodeSpec]]:
+        """The links."""
+        yield from ((f"links.{name}", node) for name, node in self.links.items())
+
+    def around(self, child: str, scope: Scope) -> Scope:
+        """What a link reads has a width of its own. Shared nodes have that of the stream, and fit in no other."""
+        width = self._widths(scope)[child.removeprefix("links.")]
+        return scope if width == scope.width else replace(scope, width=width, shared={})
+
+    def _widths(self, scope: Scope) -> dict[str, int]:
+        """What each link reads."""
+        width, widths = scope.width * (2 if self.embedding else 1), {}
+        for name, node in self.links.items():
+            widths[name] = width
+            width = node.output_width(replace(scope, width=width))
+        return widths
+
+    def output_width(self, scope: Scope) -> int:
+        """What the last link returns."""
+        name, last = list(self.links.items())[-1]
+        return last.output_width(self.around(f"links.{name}", scope))
+
+    def build(self, scope: Scope) -> "ChainBranch":
+        """The module."""
+        return ChainBranch(self, scope)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """None but the links'."""
+        return 0.0
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Those of the norms."""
+        normed = [name for name, norm in self.norms.items() if norm.gain != "none"]
+        return {f"norms.{name}.weight": (f"{name}_width",) for name in normed}
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": scope.width} | {f"{name}_width": width for name, width in self._widths(scope).items()}
+
+
+class ChainBranch(Node):
+    """The module of `Chain`."""
+
+    def __init__(self, spec: Chain, scope: Scope) -> None:
+        super().__init__()
+        self.spec = spec
+        around = {name: spec.around(f"links.{name}", scope) for name in spec.links}
+        self.links = nn.ModuleDict({name: node.build(around[name]) for name, node in spec.links.items()})
+        self.norms = nn.ModuleDict({name: Normalise(norm, around[name].width) for name, norm in spec.norms.items()})
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """Link by link."""
+        if self.spec.embedding:
+            assert context.embedding is not None
+            x = torch.cat([x, context.embedding], -1)
+        for name, link in self.links.items():
+            x = link(self.norms[name](x) if name in self.norms else x, context)
+        return x

@@ -1,0 +1,66 @@
+"""A linear map alone: a link between nodes of different widths."""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import BranchSpec, Node, Scope, branches
+from fusiontree.core.modules import Linear as LinearMap
+from fusiontree.core.spec import Count, Flag
+
+Stream = Float[Tensor, "batch time width"]
+
+
+@branches.register
+class Linear(BranchSpec):
+    """W x + b.
+
+    Attributes:
+        outputs: features that it returns; null: as many as it reads.
+        bias: whether there is a b.
+    """
+
+    kind: Literal["linear"] = "linear"
+    outputs: Count | None = None
+    bias: Flag = False
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """With a bias."""
+        return cls(bias=True)
+
+    def output_width(self, scope: Scope) -> int:
+        """The features that it returns."""
+        return self.outputs or scope.width
+
+    def build(self, scope: Scope) -> "LinearBranch":
+        """The module."""
+        return LinearBranch(self, scope)
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """The map."""
+        return 2.0 * scope.width * self.output_width(scope)
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Widths alone."""
+        return {"map.weight": ("output_width", "width")} | ({"map.bias": ("output_width",)} if self.bias else {})
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        return {"width": scope.width, "output_width": self.output_width(scope)}
+
+
+class LinearBranch(Node):
+    """The module of `Linear`."""
+
+    def __init__(self, spec: Linear, scope: Scope) -> None:
+        super().__init__()
+        self.spec = spec
+        self.map = LinearMap(scope.width, spec.output_width(scope), bias=spec.bias)
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time outputs"]:
+        """Each position on its own."""
+        return self.map(context.encode(self.spec.encodings, x))

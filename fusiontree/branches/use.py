@@ -1,0 +1,212 @@
+"""A node that runs with weights of another: `shared` at the top level of a spec names them (Zamba, arXiv 2405.16712).
+
+Each use has a cache of its own, and may add low-rank maps of its own to maps that are shared (Zamba2, arXiv
+2411.15242).
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import Binds, BranchSpec, Hook, Node, NodeSpec, Problems, Scope, branches
+from fusiontree.core.modules import Linear, Module, constant
+from fusiontree.core.spec import Count, Name, NamedMap, Spec
+from fusiontree.errors import suggest
+
+Stream = Float[Tensor, "batch time width"]
+Shape = tuple[int, int]
+"""Of a map: outputs, inputs."""
+
+
+class Adapter(Spec):
+    """W x + up down x, of low `rank`, in the place of W x: for each of `maps`, paths inside the shared node, whose
+    inputs are the same; they share `down`. `up` starts at 0 (LoRA, arXiv 2106.09685)."""
+
+    maps: Annotated[tuple[str, ...], Field(min_length=1)]
+    rank: Count
+
+
+@branches.register
+class Use(BranchSpec):
+    """The shared node `of`, at this place.
+
+    Attributes:
+        of: its name in the spec's `shared`.
+        adapters: low-rank maps that belong to this use alone.
+    """
+
+    hooks: ClassVar[frozenset[Hook]] = frozenset()
+    kind: Literal["use"] = "use"
+    of: Name
+    adapters: NamedMap[Adapter] = NamedMap()
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """A feed-forward network, two of whose maps are adapted together."""
+        return cls(of="block", adapters=NamedMap(hidden=Adapter(maps=("gate", "up"), rank=2)))
+
+    @classmethod
+    def example_needs(cls, width: int) -> Mapping[str, Any]:
+        """The network, and another use of it."""
+        return {
+            "shared": {"block": {"kind": "swiglu", "hidden": 8}},
+            "layers": [{"ffn": {"kind": "use", "of": "block"}}],
+        }
+
+    def problems(self, scope: Scope) -> Problems:
+        """A name that nobody defined, and adapters of what is not there."""
+        yield from super().problems(scope)
+        if self.of not in scope.shared:
+            known = f"there are {', '.join(scope.shared)}" if scope.shared else "none can be used here"
+            yield "of", f"no shared node is called {self.of!r}{suggest(self.of, scope.shared)}; {known}"
+            return
+        if self.adapters and not any(True for _, node, inside in self._shared(scope) for _ in node.problems(inside)):
+            yield from self._adapter_problems(self._maps(scope))
+
+    def _adapter_problems(self, maps: Mapping[str, Shape]) -> Problems:
+        adapted: list[str] = []
+        for name, adapter in self.adapters.items():
+            place = f"adapters.{name}.maps"
+            for path in adapter.maps:
+                if path not in maps:
+                    yield place, f"{self.of} has no linear map {path!r}{suggest(path, maps)}"
+                if path in adapted:
+                    yield place, f"{path!r} is adapted twice"
+                adapted.append(path)
+            widths = dict.fromkeys(str(maps[path][1]) for path in adapter.maps if path in maps)
+            if len(widths) > 1:
+                yield place, f"maps of equal inputs are needed, found the widths {', '.join(widths)}"
+
+    def _shared(self, scope: Scope) -> Iterator[tuple[str, NodeSpec, Scope]]:
+        """The nodes that run here, by their paths in the shared one."""
+        yield from scope.shared[self.of].within(scope.for_shared)
+
+    def _maps(self, scope: Scope) -> dict[str, Shape]:
+        """The shape of every linear map of the shared node, by its path."""
+        if not self.adapters:
+            return {}
+        with torch.device("meta"):
+            built = scope.shared[self.of].build(scope.for_shared)
+        maps = ((path, part) for path, part in built.named_modules() if isinstance(part, Linear))
+        return {path: (part.out_features, part.in_features) for path, part in maps}
+
+    def output_width(self, scope: Scope) -> int:
+        """What the shared node returns."""
+        return scope.shared[self.of].output_width(scope) if self.of in scope.shared else scope.width
+
+    def build(self, scope: Scope) -> "UseBranch":
+        """The module."""
+        return UseBranch(self, self._maps(scope))
+
+    def flops(self, scope: Scope, length: int) -> float:
+        """Those of the shared node, and of the adapters."""
+        shared = sum(node.flops(inside, length) for _, node, inside in self._shared(scope))
+        maps = self._maps(scope)
+        return shared + 2.0 * sum(a.rank * sum(maps[path]) for a in self.adapters.values() for path in a.maps)
+
+    def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
+        """Those of the shared node."""
+        return sum(node.cache_bytes(inside, length, dtype) for _, node, inside in self._shared(scope))
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Those of the adapters; their widths are those of the shared maps."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, adapter in self.adapters.items():
+            found[f"adapters.{name}.down.weight"] = (f"{name}_rank", f"{name}_in_width")
+            ups = ((f"adapters.{name}.up.{i}.weight", f"{name}_{i}_width") for i in range(len(adapter.maps)))
+            found |= {path: (width, f"{name}_rank") for path, width in ups}
+        return found
+
+    def sizes(self, scope: Scope) -> Mapping[str, int]:
+        """Axis sizes."""
+        maps, found = self._maps(scope), {"width": scope.width}
+        for name, adapter in self.adapters.items():
+            found |= {f"{name}_rank": adapter.rank, f"{name}_in_width": maps[adapter.maps[0]][1]}
+            found |= {f"{name}_{index}_width": maps[path][0] for index, path in enumerate(adapter.maps)}
+        return found
+
+    @property
+    def uses(self) -> str:
+        """The name of the shared node."""
+        return self.of
+
+
+class AdapterMaps(Module):
+    """The module of an `Adapter`."""
+
+    def __init__(self, spec: Adapter, shapes: list[Shape]) -> None:
+        super().__init__()
+        self.down = Linear(shapes[0][1], spec.rank)
+        self.up = nn.ModuleList(Linear(spec.rank, shape[0], init=constant(0.0)) for shape in shapes)
+
+
+class Adapted(nn.Module):
+    """A shared map with what one use adds."""
+
+    def __init__(self, shared: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.down, self.up = shared, down, up
+
+    def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        """The sum of both."""
+        return self.shared(x) + self.up(self.down(x))
+
+
+class UseBranch(Binds):
+    """The module of `Use`. It runs a twin of the shared node, which has the same parameters but its own path.
+
+    The twin is no submodule, so that parameters are found once, where they are shared.
+    """
+
+    twin: Node
+
+    def __init__(self, spec: Use, maps: Mapping[str, Shape]) -> None:
+        super().__init__()
+        self.spec = spec
+        built = {name: AdapterMaps(a, [maps[path] for path in a.maps]) for name, a in spec.adapters.items()}
+        self.adapters = nn.ModuleDict(built)
+
+    def bind(self, shared: nn.ModuleDict) -> None:
+        """Make the twin."""
+        adapted = {}
+        for name, adapter in self.spec.adapters.items():
+            maps = cast(AdapterMaps, self.adapters[name])
+            adapted |= {path: (maps.down, maps.up[index]) for index, path in enumerate(adapter.maps)}
+        twin = _twin(shared[self.spec.of], "", adapted)
+        for path, module in twin.named_modules():
+            if isinstance(module, Node):
+                below = f".{path}" if path else ""
+                module.path, module.place = self.path + below, self.place + below
+        self.__dict__["twin"] = twin
+
+    def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
+        """As the shared node."""
+        return self.twin(x, context)
+
+    def train(self, mode: bool = True) -> Self:
+        """In its twin, too."""
+        if "twin" in self.__dict__:
+            self.twin.train(mode)
+        return super().train(mode)
+
+    def stands(self) -> Iterator[Node]:
+        """The shared nodes at this place."""
+        yield from (module for module in self.twin.modules() if isinstance(module, Node))
+
+
+def _twin(module: nn.Module, path: str, adapted: Mapping[str, tuple[nn.Module, nn.Module]]) -> nn.Module:
+    """A module with the same dictionaries of parameters, buffers and hooks as another, and twins of its children.
+
+    What replaces a parameter (another device, shards, loaded weights) puts it into those dictionaries, so that both
+    always have the same.
+    """
+    twin = copy.copy(module)
+    children = ((name, child, f"{path}.{name}" if path else name) for name, child in module.named_children())
+    twin._modules = {name: _twin(child, below, adapted) for name, child, below in children}
+    return Adapted(twin, *adapted[path]) if path in adapted else twin

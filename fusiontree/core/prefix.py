@@ -1,0 +1,136 @@
+"""Learned vectors before the tokens of every document (meta tokens; Hymba, arXiv 2411.13676).
+
+They stand in the stream from the first layer to the last, at the first positions, and attention sees them whatever its
+window. To whoever calls the model they are not there.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fusiontree.core.boundaries import Ids, Layout
+from fusiontree.core.cache import Cache, Rows
+from fusiontree.core.modules import Module, normal
+from fusiontree.core.spec import Count, Spec
+
+Stream = Float[Tensor, "batch time width"]
+
+
+class PrefixSpec(Spec):
+    """`tokens` learned vectors before each document."""
+
+    tokens: Count
+
+
+class Prefix(Module):
+    """The module of a `PrefixSpec`."""
+
+    def __init__(self, spec: PrefixSpec, width: int) -> None:
+        super().__init__()
+        self.weight = self.declare("weight", (spec.tokens, width), normal(0.02))
+
+    def forward(self, tokens: Stream, places: "Places | None") -> Float[Tensor, "batch longer width"]:
+        """The stream of a chunk whose tokens' embeddings are given."""
+        if places is None:
+            return tokens
+        own = self.weight.to(tokens.dtype)[places.vectors]
+        text = tokens.gather(1, places.tokens[..., None].expand(-1, -1, tokens.shape[-1]))
+        return torch.where(places.is_text[..., None], text, own)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a chunk stand once every document that starts in it has its prefix.
+
+    Attributes:
+        of_tokens: the place of each token in the stream.
+        tokens: for each place, its token, or (in a prefix) the first one behind it.
+        vectors: for each place, which of the learned vectors; of no meaning at tokens.
+        is_text: which places are those of tokens.
+        is_real: which places are neither padding nor behind the row's end.
+    """
+
+    of_tokens: Int[Tensor, "batch time"]
+    tokens: Int[Tensor, "batch longer"]
+    vectors: Int[Tensor, "batch longer"]
+    is_text: Bool[Tensor, "batch longer"]
+    is_real: Bool[Tensor, "batch longer"]
+
+    def text(self, stream: Float[Tensor, "batch longer width"]) -> Stream:
+        """What stands at the tokens."""
+        return stream.gather(1, self.of_tokens[..., None].expand(-1, -1, stream.shape[-1]))
+
+
+def insert(layout: Layout, count: int, cache: Cache | None) -> tuple[Layout, Places | None]:
+    """The layout of the stream, and where tokens stand in it; None where no document starts.
+
+    Args:
+        layout: of the tokens, as `boundaries.arrange` has made it.
+        count: learned vectors before each document.
+        cache: the one that `layout.rows` are the rows of.
+    """
+    begins = _begins(layout, cache)
+    places = None if begins is None else _places(begins, layout.segments, count)
+    rows = None if layout.rows is None else _rows(layout.rows, places, count)
+    if places is None:
+        return replace(layout, positions=layout.positions + count, rows=rows), None
+    positions = layout.positions.gather(1, places.tokens) + torch.where(places.is_text, count, places.vectors)
+    segments = None
+    if layout.segments is not None:
+        segments = layout.segments.gather(1, places.tokens).masked_fill(~places.is_real, -1)
+    elif cache is not None and not bool(places.is_real.all()):
+        segments = torch.where(places.is_real, 0, -1)
+    return Layout(None, segments, positions.masked_fill(~places.is_real, 0), rows), places
+
+
+def _begins(layout: Layout, cache: Cache | None) -> Bool[Tensor, "batch time"] | None:
+    """Which tokens start a document of which nothing came before; None where it is known that there is none."""
+    fresh = torch.ones_like(layout.positions[:, 0], dtype=torch.bool)
+    if layout.rows is not None:
+        fresh = layout.rows.before == 0
+    if layout.segments is not None:
+        before = torch.cat([torch.where(fresh, -1, 0)[:, None], layout.segments[:, :-1]], 1)
+        return (layout.segments != before) & (layout.segments >= 0)
+    if cache is not None and cache.begun:
+        return None
+    return torch.cat([fresh[:, None], torch.zeros_like(layout.positions[:, 1:], dtype=torch.bool)], 1)
+
+
+def _places(begins: Bool[Tensor, "batch time"], segments: Ids | None, count: int) -> Places:
+    time = begins.shape[1]
+    started = begins.cumsum(1)
+    of_tokens = torch.arange(time, device=begins.device) + count * started
+    # In a chunk without segments documents start in its first column, and prefixes are of one length.
+    most = 1 if segments is None else int(started[:, -1].max())
+    place = torch.arange(time + count * most, device=begins.device).expand(len(begins), -1).contiguous()
+    token = torch.searchsorted(of_tokens.contiguous(), place)
+    behind = token == time
+    token = token.clamp(max=time - 1)
+    ahead = of_tokens.gather(1, token) - place
+    is_text = (ahead == 0) & ~behind
+    is_real = ~behind if segments is None else ~behind & (segments.gather(1, token) >= 0)
+    return Places(of_tokens, token, (count - ahead).clamp(0, count - 1), is_text, is_real)
+
+
+def _rows(rows: Rows, places: Places | None, count: int) -> Rows:
+    """The same rows where prefixes count, too."""
+
+    def with_prefix(tokens: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
+        return torch.where(tokens > 0, tokens + count, 0)
+
+    tail = rows.tail
+    if places is not None:
+        starts = (rows.carried == 0) & (rows.after > 0)
+        tail = torch.where(starts, places.of_tokens.gather(1, tail[:, None])[:, 0] - count, 0)
+    return replace(
+        rows,
+        before=with_prefix(rows.before),
+        tail=tail,
+        carried=with_prefix(rows.carried),
+        after=with_prefix(rows.after),
+        held=rows.held + count if rows.held else 0,
+        room=None if rows.room is None else rows.room + count,
+        prefix=count,
+    )

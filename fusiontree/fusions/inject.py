@@ -1,0 +1,75 @@
+"""Branches whose sum joins the input of another node, and not the stream (Zamba, arXiv 2405.16712)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, Self
+
+from fusiontree.core.context import Context
+from fusiontree.core.contracts import AnyNode, NodeSpec, Problems, Scope, Weights, fusions
+from fusiontree.core.modules import Norm, Normalise, total
+from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, Stream, example_branches
+from fusiontree.fusions.parts import Features
+
+
+@fusions.register
+class Inject(BaseFusionSpec):
+    """What another node makes of its input and the branches.
+
+    into(norm(x + sum_i h_i)), the sum behind the projection where there is one.
+
+    Attributes:
+        into: the node that reads them.
+        norm: of what it reads.
+    """
+
+    kind: Literal["inject"] = "inject"
+    into: AnyNode
+    norm: Norm | None = None
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """Two branches into a feed-forward network."""
+        return cls.model_validate(
+            {"branches": example_branches(width), "into": {"kind": "mlp", "hidden": 8}, "norm": {}, "projection": {}}
+        )
+
+    def children(self) -> Iterator[tuple[str, NodeSpec]]:
+        """The branches, then the node that reads them."""
+        yield from super().children()
+        yield "into", self.into
+
+    def problems(self, scope: Scope) -> Problems:
+        """As of every fusion; the node has to return the stream's width."""
+        yield from super().problems(scope)
+        if self.into.output_width(scope) != scope.width:
+            yield "into", f"has to return the width {scope.width}, found {self.into.output_width(scope)}"
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """As of every fusion, and the norm's."""
+        own = {"norm.weight": ("width",)} if self.norm and self.norm.gain != "none" else {}
+        return {**super().axes(), **own}
+
+    def passes(self, branch: str) -> bool:
+        """The branch is not what is returned."""
+        return False
+
+    def build(self, scope: Scope) -> "InjectFusion":
+        """The module."""
+        return InjectFusion(self, scope)
+
+
+class InjectFusion(BaseFusion):
+    """The module of `Inject`."""
+
+    def __init__(self, spec: Inject, scope: Scope) -> None:
+        super().__init__(spec, scope)
+        self.into = spec.into.build(scope)
+        self.norm = Normalise(spec.norm, scope.width) if spec.norm else None
+
+    def fuse(self, features: Features, weights: Weights) -> Fused:
+        """The sum of the branches."""
+        return total(features.values())
+
+    def forward(self, x: Stream, context: Context) -> Stream:
+        """The branches, then the node."""
+        x = x + super().forward(x, context)
+        return self.into(x if self.norm is None else self.norm(x), context)
