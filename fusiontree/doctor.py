@@ -117,6 +117,7 @@ def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
         softcap=False,
         segments=False,
         past=False,
+        prefix=False,
         head_dim=64,
         value_dim=64,
         gradients=True,

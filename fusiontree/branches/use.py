@@ -183,7 +183,7 @@ class UseBranch(Binds):
             if isinstance(module, Node):
                 below = f".{path}" if path else ""
                 module.path, module.place = self.path + below, self.place + below
-        self.__dict__["twin"] = twin
+        object.__setattr__(self, "twin", twin)  # nn.Module's own would register it
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """As the shared node."""
@@ -191,8 +191,7 @@ class UseBranch(Binds):
 
     def train(self, mode: bool = True) -> Self:
         """In its twin, too."""
-        if "twin" in self.__dict__:
-            self.twin.train(mode)
+        self.twin.train(mode)
         return super().train(mode)
 
     def stands(self) -> Iterator[Node]:

@@ -20,8 +20,8 @@ class Context:
     `segments` numbers the documents of each row from 0: segment 0 continues what the cache holds, any other
     starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
     those of one layer, by the place of the node in it, so that equal layers have equal contexts; so is what its
-    nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first layer
-    reads, where a node reads it again.
+    nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first
+    layer reads, where a node reads it again.
     """
 
     positions: Int[Tensor, "batch time"]

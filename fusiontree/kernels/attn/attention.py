@@ -32,8 +32,9 @@ def attention(
 ) -> Float[Tensor, "batch time heads value_dim"]:
     """Softmax of scale q k^T over the keys that each query sees, times v (Vaswani et al., arXiv 1706.03762).
 
-    A query sees the keys of its own segment at its own place and up to window - 1 before it; segment 0 also
-    sees cached keys, by their age. What stands in the prefix of its segment it sees in spite of the window. Query head j reads kv head j // (heads / kv_heads) (arXiv 2305.13245).
+    A query sees the keys of its own segment at its own place and up to window - 1 before it, and those of the
+    segment's prefix; segment 0 also sees cached keys, by their age. Query head j reads kv head
+    j // (heads / kv_heads) (arXiv 2305.13245).
     Differentiable in q, k, v and the cached keys and values.
 
     Args:

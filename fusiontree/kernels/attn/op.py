@@ -17,8 +17,8 @@ BEYOND = 2**40
 
 
 class Past(NamedTuple):
-    """Cached keys, in any order but that the document's first tokens, its prefix, are the first ones. `age`: tokens from
-    a key to the call's first one (0: an empty slot)."""
+    """Cached keys, in any order; a prefix comes first. `age`: tokens from a key to the call's first one (0: an
+    empty slot)."""
 
     keys: Float[Tensor, "batch cached kv_heads head_dim"]
     values: Float[Tensor, "batch cached kv_heads value_dim"]
