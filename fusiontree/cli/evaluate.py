@@ -28,8 +28,8 @@ def evaluate(
     try:
         from fusiontree.evaluation import harness
     except ImportError as error:
-        missing = f"{error.name} is not installed; pip install 'fusiontree[eval]'"
-        raise FusionTreeError(f"eval: {missing}") from None
+        missing = str(error.name).partition(".")[0]
+        raise FusionTreeError(f"eval: {missing} is not installed; pip install 'fusiontree[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     options = {"batch_size": batch_size, "limit": limit, "max_length": max_length, "device": device}
     found = harness.evaluate(model, tasks, **options)

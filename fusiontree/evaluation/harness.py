@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.group import Group
-from lm_eval.api.registry import register_model
-from lm_eval.api.task import Task
+import lm_eval.api.metrics  # noqa: F401  # registers them
+from jinja2 import Environment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval import utils
+from lm_eval.api.registry import metric_registry, register_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -62,6 +64,18 @@ class FusionTreeLM(Base):
 register_model("fusiontree")(FusionTreeLM)
 
 
+def _sandboxed(theirs: Environment) -> Environment:
+    """An environment of the same templates that lets none reach into Python, as transformers renders chats."""
+    ours = ImmutableSandboxedEnvironment(
+        loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline
+    )
+    ours.filters.update(theirs.filters)
+    return ours
+
+
+utils.env = _sandboxed(utils.env)
+
+
 def evaluate(
     directory: Path | str, tasks: Sequence[str | Path], *, limit: int | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -69,8 +83,8 @@ def evaluate(
 
     Args:
         directory: of the model.
-        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are read as
-            plain data, so `!function` and `include` are refused: no file makes code run.
+        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are plain
+            data: what would make them run code is refused, and templates are rendered in a sandbox.
         limit: only the first documents of each task.
         options: those of `FusionTreeLM`.
 
@@ -82,7 +96,8 @@ def evaluate(
     """
     model: Any = FusionTreeLM(str(directory), **options)
     manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
-    built: Any = [_built(place, config, manager) for each in tasks for place, config in _configs(each, manager)]
+    configs = [named for each in tasks for named in _configs(each, manager)]
+    built: Any = [part for place, config in configs for part in _built(place, config, manager)]
     found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
     return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
 
@@ -102,18 +117,36 @@ def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:
     return [(str(named), str(named))]
 
 
+REFUSED = ("include", "class", "group", "use_prompt", "custom_dataset", "unsafe_code")
+"""Keys that name code or other files."""
+
+
 def _read(file: Path) -> dict[str, Any]:
     found = yaml.read_file(file)
     if not isinstance(found, dict) or not isinstance(found.get("task"), str):
         raise FusionTreeError(f"{file}: not a task, it names none under the key 'task'")
-    if "include" in found or "class" in found:
-        key = "include" if "include" in found else "class"
-        raise FusionTreeError(f"{file}: {key}: tasks in files are plain data; write out what it stands for")
+    for key in REFUSED:
+        if key in found:
+            raise FusionTreeError(f"{file}: {key}: tasks in files are plain data; write out what it stands for")
+    if found.get("dataset_path") == "pandas":
+        raise FusionTreeError(f"{file}: dataset_path: pandas reads pickles, which could run code")
+    for metric in found.get("metric_list") or ():
+        _check_metric(file, metric)
     return found
 
 
-def _built(place: str, config: Any, manager: TaskManager) -> Task | Group | list[Task]:
+def _check_metric(file: Path, metric: Any) -> None:
+    """Refuse metrics that lm-eval does not bring: it would ask the library `evaluate`, which loads code by name."""
+    name = metric.get("metric") if isinstance(metric, dict) else metric
+    known: Any = metric_registry
+    if not isinstance(metric, dict) or name not in known or metric.get("hf_evaluate"):
+        raise FusionTreeError(f"{file}: metric_list: unknown {name!r}{suggest(str(name), known)}")
+
+
+def _built(place: str, config: Any, manager: TaskManager) -> list[Any]:
+    """The task, the group, or what lm-eval keeps under a tag."""
     try:
-        return manager._load_spec(config)
+        found: Any = manager.load(config)
     except Exception as error:  # lm-eval, Jinja and datasets raise what they like
         raise FusionTreeError(f"{place}: {type(error).__name__}: {error}") from None
+    return [found["groups"][place]] if place in found["groups"] else list(found["tasks"].values())

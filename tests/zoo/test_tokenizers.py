@@ -10,6 +10,7 @@ import pytest
 import transformers
 from lm_eval.models.huggingface import HFLM
 from public import VOCABULARY, pair
+from published import TINY
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import fusiontree as ft
@@ -109,6 +110,15 @@ def test_ids_are_those_of_our_tokenizer(byte_tokenizers, text):
     for theirs in byte_tokenizers:
         assert theirs.encode(text) == theirs(text).input_ids == ours.encode(text).tolist()
         assert theirs.decode(theirs.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_s_export_of_a_byte_model_reads_text_as_we_do(tmp_path, name):
+    ft.save(ft.build(ft.load_spec(name)), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "theirs", family_of(TINY[name]["model_type"]))
+    text = "h\u00e9 <|end|> a\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert theirs.encode(text) == list(text.encode()) and theirs.decode(theirs.encode(text)) == text
 
 
 def test_any_bytes_read_as_ours_do(byte_tokenizers):
