@@ -63,8 +63,8 @@ class Use(BranchSpec):
         """A name that nobody defined, and adapters of what is not there."""
         yield from super().problems(scope)
         if self.of not in scope.shared:
-            known = f"there are {', '.join(scope.shared)}" if scope.shared else "none can be used here"
-            yield "of", f"no shared node is called {self.of!r}{suggest(self.of, scope.shared)}; {known}"
+            where = "" if scope.shared else "; none can be used inside a shared node, nor at another width"
+            yield "of", f"no shared node is called {self.of!r}{suggest(self.of, scope.shared)}{where}"
             return
         if self.adapters and not any(True for _, node, inside in self._shared(scope) for _ in node.problems(inside)):
             yield from self._adapter_problems(self._maps(scope))
@@ -98,7 +98,7 @@ class Use(BranchSpec):
 
     def output_width(self, scope: Scope) -> int:
         """What the shared node returns."""
-        return scope.shared[self.of].output_width(scope) if self.of in scope.shared else scope.width
+        return scope.shared[self.of].output_width(scope.for_shared) if self.of in scope.shared else scope.width
 
     def build(self, scope: Scope) -> "UseBranch":
         """The module."""
@@ -171,6 +171,7 @@ class UseBranch(Binds):
         self.spec = spec
         built = {name: AdapterMaps(a, [maps[path] for path in a.maps]) for name, a in spec.adapters.items()}
         self.adapters = nn.ModuleDict(built)
+        self.parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def bind(self, shared: nn.ModuleDict) -> None:
         """Make the twin."""
@@ -184,6 +185,12 @@ class UseBranch(Binds):
                 below = f".{path}" if path else ""
                 module.path, module.place = self.path + below, self.place + below
         object.__setattr__(self, "twin", twin)  # nn.Module's own would register it
+        parts = [*shared[self.spec.of].modules(), *self.adapters.modules()]
+        self.parts = [(part._modules, dict(part._modules)) for part in parts]
+
+    def is_current(self) -> bool:
+        """Whether no part of the shared node, and no adapter, has been replaced by another module."""
+        return bool(self.parts) and all(now == then for now, then in self.parts)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """As the shared node."""

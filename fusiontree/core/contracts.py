@@ -191,6 +191,11 @@ class Binds(Node, ABC):
         """Find the shared node by its name."""
         raise NotImplementedError
 
+    @abstractmethod
+    def is_current(self) -> bool:
+        """Whether the shared node is still made of what it was when `bind` found it."""
+        raise NotImplementedError
+
 
 class EncodingSpec(Spec, ABC):
     """A time base that branches share by naming it."""
@@ -304,12 +309,35 @@ class GateSpec(Spec, ABC):
         return {"features": scope.features, "units": self.units(scope.width)}
 
 
-class Gate(Module, ABC):
-    """The module of a gate. `closed` branches have the value 0, and the others share theirs; `forced` are the
-    values that `LanguageModel.force` puts in the place of what the gate returns."""
+class Told(Module):
+    """A module that is told of branches that are dropped. What it is told is a dictionary, which is one with that of
+    its twins where a shared node is used."""
 
-    closed: frozenset[str] = frozenset()
-    forced: Mapping[str, float] | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, Any] = {}
+
+    @property
+    def closed(self) -> frozenset[str]:
+        """The names of branches that are dropped for now."""
+        return self.told.get("closed", frozenset())
+
+    @closed.setter
+    def closed(self, names: frozenset[str]) -> None:
+        self.told["closed"] = names
+
+
+class Gate(Told, ABC):
+    """The module of a gate. `closed` branches have the value 0, and the others share theirs."""
+
+    @property
+    def forced(self) -> Mapping[str, float] | None:
+        """The values that `LanguageModel.force` puts in the place of what the gate returns."""
+        return self.told.get("forced")
+
+    @forced.setter
+    def forced(self, shares: Mapping[str, float] | None) -> None:
+        self.told["forced"] = shares
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "batch time features"], context: Context) -> Weights:
@@ -317,10 +345,9 @@ class Gate(Module, ABC):
         raise NotImplementedError
 
 
-class Fusion(Node, ABC):
+class Fusion(Told, Node, ABC):
     """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
 
-    closed: frozenset[str] = frozenset()
     branches: nn.ModuleDict
     gate: Gate | None
 

@@ -98,7 +98,13 @@ class LanguageModel(nn.Module):
         for path, node in self.nodes():
             node.path, node.place = path, ".".join(path.split(".")[2:])
             node.lends = path in borrows.values()
-            if isinstance(node, Binds):
+        self.binding = [node for _, node in self.nodes() if isinstance(node, Binds)]
+        self._bind()
+
+    def _bind(self) -> None:
+        """Let uses of shared nodes find them, again where a tool (LoRA, quantisation) has replaced parts of those."""
+        for node in self.binding:
+            if not (node.is_current()):
                 node.bind(self.shared)
 
     def compile(self, **options: Any) -> None:
@@ -164,6 +170,7 @@ class LanguageModel(nn.Module):
         self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None
     ) -> Features:
         """The features that the head reads, as `forward` takes them."""
+        self._bind()
         tokens = self._checked(tokens, documents)
         self._check_shapes(tokens, positions, documents, cache)
         one_form = self.compiled and cache is None

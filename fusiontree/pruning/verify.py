@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fusiontree.core.model import LanguageModel
+from fusiontree.core.probes import evaluating
 from fusiontree.pruning.evidence import PruneError
 from fusiontree.pruning.plan import Plan
-from fusiontree.pruning.surgery import with_weights
+from fusiontree.pruning.precision import computing_in
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -49,20 +50,20 @@ def verify(model: LanguageModel, pruned: LanguageModel, plan: Plan, *, rows: int
 
 
 def _difference(model: LanguageModel, pruned: LanguageModel, plan: Plan, tokens: Tensor, dtype: torch.dtype) -> float:
-    """Both as float64 or float32 copies, so that bf16 weights are compared exactly."""
-    copies = [with_weights(m.spec, {n: t.to(dtype) for n, t in m.state_dict().items()}).eval() for m in (model, pruned)]
+    """Both computed in float64 or float32, so that bf16 weights are compared exactly."""
     tokens = tokens.to(model.embedding.weight.device)
-    with copies[0].drop(plan.drops):
-        wanted = _logits(copies[0], tokens)
-    return float((_logits(copies[1], tokens) - wanted).abs().max() / max(1.0, float(wanted.abs().max())))
+    with model.drop(plan.drops):
+        wanted = _logits(model, tokens, dtype)
+    return float((_logits(pruned, tokens, dtype) - wanted).abs().max() / max(1.0, float(wanted.abs().max())))
 
 
-def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
+def _logits(model: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """A prefill of all but the last four tokens (of a short sequence, all but the first), then those one by one."""
-    cache = model.new_cache(tokens.shape[0], tokens.shape[1])
     prefill = max(tokens.shape[1] - 4, 1)
     first, last = tokens[:, :prefill], tokens[:, prefill:]
-    return torch.cat([model(first, cache=cache), *(model(step, cache=cache) for step in last.split(1, 1))], 1)
+    with computing_in(model, dtype), evaluating(model):
+        cache = model.new_cache(tokens.shape[0], tokens.shape[1])
+        return torch.cat([model(first, cache=cache), *(model(step, cache=cache) for step in last.split(1, 1))], 1)
 
 
 def _check_bytes(pruned: LanguageModel, plan: Plan, model: LanguageModel) -> None:

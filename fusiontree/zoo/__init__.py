@@ -14,6 +14,7 @@ from fusiontree.zoo import (
     olmo_hybrid,
     own,
     qwen3_next,
+    zamba2,
 )
 from fusiontree.zoo.family import FAMILIES, Family, family_of
 
@@ -34,4 +35,5 @@ __all__ = [
     "olmo_hybrid",
     "own",
     "qwen3_next",
+    "zamba2",
 ]

@@ -10,7 +10,7 @@ from fusiontree.core.contracts import NodeSpec
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Part, to_ours, to_theirs
+from fusiontree.zoo.tensors import Once, Part, to_ours, to_theirs
 
 Config = Mapping[str, Any]
 """What stands in a config.json."""
@@ -31,6 +31,8 @@ class Family:
         defaults: options of the family's class that published configs leave out.
         ignored: tensors that may be there and say nothing.
         files: the same of the tensors in files, where transformers reads them into modules of other names.
+        copies: tensors of shared modules under further names, each with the name under which it is known. They may
+            be there, with the same values, and are not written.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Family:
     defaults: Config = field(default_factory=dict)
     ignored: Callable[[Options], set[str]] = lambda options: set()
     files: Callable[[Options], Iterator[Part]] | None = None
+    copies: Callable[[Options], Mapping[str, str]] = lambda options: {}
 
     def options(self, config: Config) -> Options:
         """A config with the family's defaults."""
@@ -81,10 +84,11 @@ class Family:
         """The state dict of the spec's model.
 
         Raises:
-            WeightsError: a tensor is missing, extra, or has other rows than the config says.
+            WeightsError: a tensor is missing, extra, has other rows than the config says, or other values than one
+                that is the same by another name.
         """
         options = self.options(config)
-        return to_ours(self.tensors(options), theirs, ignored=self.ignored(options))
+        return to_ours(self.tensors(options), Once(theirs, self.copies(options)), ignored=self.ignored(options))
 
     def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The family's state dict."""

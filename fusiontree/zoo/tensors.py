@@ -156,6 +156,35 @@ class Joined(NamedTuple):
         return self._replace(theirs=names, whole=self.whole.within(theirs, ours))
 
 
+class Once(Mapping[str, Tensor]):
+    """Tensors of which some may stand there under several names; here each has its first name alone.
+
+    Args:
+        whole: all of them. Those with several names are read, to be compared; the others when they are asked for.
+        copies: the first name of a tensor by each further one. Any of the names may be absent.
+
+    Raises:
+        WeightsError: two that should be one are not equal.
+    """
+
+    def __init__(self, whole: Mapping[str, Tensor], copies: Mapping[str, str]) -> None:
+        self._whole = whole
+        self._places: dict[str, str] = {}
+        for name in whole:
+            place = self._places.setdefault(copies.get(name, name), name)
+            if place != name and not torch.equal(whole[place], whole[name]):
+                raise WeightsError(f"tensor {name!r} has other values than {place!r}, which is the same one")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Same]:
     """A linear map."""
     yield Same(f"{theirs}.weight", (f"{ours}.weight",))

@@ -193,7 +193,7 @@ def fusions(draw: st.DrawFn, depth: int) -> Data:
     inner = draw(st.booleans())
     inners = (attentions, mamba2s, mamba1s, short_convs, gated_deltas)
     branch = st.one_of(*(kind(project=False) for kind in inners)) if inner else nodes(depth - 1)
-    kind = draw(st.sampled_from(["gated", "sum", "mean", "concat"]))
+    kind = draw(st.sampled_from(["gated", "sum", "mean", "concat", "inject"]))
     several = len(names) > 1
     data: Data = {
         "kind": kind,
@@ -207,6 +207,8 @@ def fusions(draw: st.DrawFn, depth: int) -> Data:
         data["gate"] = draw(gates(names))
     if kind == "sum" and draw(st.booleans()):
         data["multipliers"] = {names[0]: 0.5}
+    if kind == "inject":
+        data |= {"into": draw(nodes(depth - 1)), "norm": draw(st.one_of(st.none(), norms()))}
     reads = data["mlp"] or ("gate" in data and _reads(data["gate"]))
     data["align"] = {"hidden": 5} if reads and draw(st.booleans()) else None
     return data
@@ -216,18 +218,45 @@ def _reads(gate: Data) -> bool:
     return gate["kind"] != "constant" and gate["granularity"] != "layer" and not gate.get("static")
 
 
+@st.composite
+def chains(draw: st.DrawFn, depth: int) -> Data:
+    links = {
+        "first": draw(attentions(project=False)),
+        "out": {"kind": "linear", "outputs": WIDTH, "bias": draw(st.booleans())},
+        "last": draw(nodes(depth - 1)),
+    }
+    normed = draw(st.lists(st.sampled_from(list(links)), unique=True))
+    for name in ("first", "out"):
+        links[name]["encodings"] = [e for e in links[name].get("encodings", []) if e in ROTATED]
+    return {
+        "kind": "chain",
+        "links": links,
+        "norms": {name: draw(norms()) for name in normed},
+        "embedding": draw(st.booleans()),
+    }
+
+
+@st.composite
+def uses(draw: st.DrawFn) -> Data:
+    """Of the two shared nodes of `specs`."""
+    name, maps = draw(st.sampled_from([("ffn", ["gate", "up"]), ("attention", ["q", "k"])]))
+    several = draw(st.booleans())
+    adapters = {"first": {"maps": maps if several else maps[:1], "rank": draw(st.integers(1, 2))}}
+    return {"kind": "use", "of": name, "adapters": adapters if draw(st.booleans()) else {}}
+
+
 def nodes(depth: int) -> st.SearchStrategy[Data]:
     """Branches, and fusions nested up to `depth`."""
     recurrent = mamba2s(), mamba1s(), short_convs(), gated_deltas()
-    mixers = st.one_of(attentions(), *recurrent, feed_forwards(), moes())
-    return st.one_of(mixers, fusions(depth)) if depth > 0 else mixers
+    mixers = st.one_of(attentions(), *recurrent, feed_forwards(), moes(), uses())
+    return st.one_of(mixers, fusions(depth), chains(depth)) if depth > 0 else mixers
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> Data:
-    placement = draw(st.sampled_from(["pre", "post", "sandwich"]))
+    placement = draw(st.sampled_from(["pre", "post", "sandwich", "none"]))
     residual = draw(st.sampled_from([{}, {"add": 0.5}, {"keep": 0.9, "add": 1.1}]))
-    if placement != "post" and draw(st.booleans()):
+    if placement in ("pre", "sandwich") and draw(st.booleans()):
         residual = residual | {"from": "normed"}
     return {
         "mixer": draw(st.one_of(fusions(2), nodes(1))),
@@ -243,9 +272,32 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     """A model of one or two layers, perhaps repeated, with the encodings that it names."""
     stack = draw(st.lists(layers(), min_size=1, max_size=2))
     stack = [{"repeat": 2, "layers": stack}] if draw(st.booleans()) and len(stack) == 1 else stack
+    stack += draw(borrowers(stack))
     head = {"tied": draw(st.booleans()), "softcap": draw(st.sampled_from([None, 5.0])), "bias": draw(st.booleans())}
-    text = str(stack)
-    used = {name: encoding for name, encoding in ENCODINGS.items() if f"'{name}'" in text}
+    shared = {"ffn": {"kind": "swiglu", "hidden": 4}, "attention": draw(attentions())}
+    shared = {name: node for name, node in shared.items() if f"'use', 'of': '{name}'" in str(stack)}
+    text = str([stack, shared])
+    mixes = any(f"'kind': '{kind}'" in text for kind in ("attention", "mamba1", "mamba2", "gated_delta"))
     return ModelSpec.model_validate(
-        {"vocab_size": 11, "width": WIDTH, "layers": stack, "head": head, "encodings": used}
+        {
+            "vocab_size": 11,
+            "width": WIDTH,
+            "prefix": draw(st.sampled_from([None, None, {"tokens": 1}, {"tokens": 3}])) if mixes else None,
+            "encodings": {name: encoding for name, encoding in ENCODINGS.items() if f"'{name}'" in text},
+            "shared": shared,
+            "layers": stack,
+            "head": head,
+        }
     )
+
+
+@st.composite
+def borrowers(draw: st.DrawFn, stack: list[Data]) -> list[Data]:
+    """Perhaps a layer that uses keys and values of the first."""
+    lender = stack[0].get("mixer", {})
+    if lender.get("kind") != "attention" or draw(st.booleans()):
+        return []
+    own = draw(attentions())
+    keys = {name: lender[name] for name in ("heads", "kv_heads", "head_dim", "window")}
+    keys |= {name: lender.get(name, 0) for name in ("global_heads", "global_kv_heads")}
+    return [{"mixer": own | keys | {"keys_from": "layers.0.mixer"}}]

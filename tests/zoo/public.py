@@ -140,6 +140,18 @@ MORE_OF_OLMO_HYBRID = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
     **{"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16, "rms_norm_eps": 1e-4},
 }
+ZAMBA2 = {
+    **{name: value for name, value in SMALL.items() if name not in ("head_dim", "num_key_value_heads")},
+    **{"num_hidden_layers": 6, "n_mamba_heads": 12, "mamba_d_state": 16, "mamba_ngroups": 2, "chunk_size": 16},
+    **{"layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid", "hybrid"]},
+    **{"num_mem_blocks": 2, "adapter_rank": 5, "pad_token_id": None},
+}
+"""Each of two blocks is used twice."""
+MORE_OF_ZAMBA2 = {
+    **{"use_shared_attention_adapter": True, "use_mem_rope": True, "add_bias_linear": True, "num_mem_blocks": 3},
+    **{"time_step_min": 0.3, "mamba_d_conv": 3, "mamba_ngroups": 1, "mamba_expand": 3},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-4},
+}
 THEIR_BIASES = {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
@@ -239,6 +251,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         OLMO_HYBRID | {"rope_parameters": YARN | {"rope_theta": 100.0}, "max_position_embeddings": 64},
     ),
     "olmo_hybrid, no positions, positive eigenvalues, biases, tied": ("olmo_hybrid", OLMO_HYBRID | MORE_OF_OLMO_HYBRID),
+    "zamba2": ("zamba2", ZAMBA2),
+    "zamba2, three blocks, adapted attention, rope, another width, limit, biases": (
+        "zamba2",
+        ZAMBA2 | MORE_OF_ZAMBA2,
+    ),
+    "zamba2, one block, grouped queries, heads that do not fill the width": (
+        "zamba2",
+        ZAMBA2 | {"num_mem_blocks": 1, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": None},
+    ),
+    "zamba2, no block twice, untied": ("zamba2", ZAMBA2 | {"num_mem_blocks": 5, "tie_word_embeddings": False}),
+    "zamba2, no block": ("zamba2", ZAMBA2 | {"layers_block_type": ["linear_attention"] * 2, "num_hidden_layers": 2}),
     "falcon_h1": ("falcon_h1", FALCON_H1),
     "falcon_h1, norm first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}),
     "falcon_h1, gate first": ("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),

@@ -161,6 +161,26 @@ def test_lora_adapts_every_linear_map(both):
         torch.testing.assert_close(adapted.merge_and_unload()(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_lora_reaches_shared_nodes_where_they_are_used():
+    adapter = {"both": {"maps": ["gate", "up"], "rank": 2}}
+    uses = [{"ffn": {"kind": "use", "of": "block", "adapters": found}} for found in (adapter, {})]
+    shared = {"block": {"kind": "swiglu", "hidden": 8}}
+    spec = ft.ModelSpec.parse({"vocab_size": 11, "width": 16, "shared": shared, "layers": uses})
+    model = transformers.AutoModelForCausalLM.from_config(FusionTreeConfig(spec)).eval()
+    tokens, config = torch.arange(11)[None], peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = model(tokens).logits
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "shared" in name and "lora_B" in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    found = adapted(tokens).logits
+    assert not torch.allclose(found, plain)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged.model(tokens), found, rtol=1e-4, atol=1e-5)
+
+
 def test_what_it_cannot_do_is_one_line(both):
     _, theirs = both
     with pytest.raises(FusionTreeError, match="inputs_embeds: models of FusionTree read input_ids"):
