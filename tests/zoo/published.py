@@ -219,6 +219,23 @@ PUBLISHED = {
         1170340608,
         "its page on the hub",
     ),
+    "zamba2-2.7b": Published(
+        "Zamba2 2.7B (arXiv 2411.15242)",
+        {
+            **{"model_type": "zamba2", "vocab_size": 32000, "hidden_size": 2560, "num_hidden_layers": 54},
+            "layers_block_type": [
+                "hybrid" if layer in (6, 12, 18, 24, 30, 36, 42, 47, 51) else "mamba" for layer in range(54)
+            ],
+            **{"mamba_d_state": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 1},
+            **{"n_mamba_heads": 80, "mamba_headdim": 64, "num_attention_heads": 32, "num_key_value_heads": 32},
+            **{"num_mem_blocks": 2, "adapter_rank": 128, "use_shared_attention_adapter": False, "use_mem_rope": False},
+            **{"intermediate_size": 10240, "add_bias_linear": False, "hidden_act": "gelu", "rms_norm_eps": 1e-5},
+            "tie_word_embeddings": True,
+        },
+        "Zyphra/Zamba2 1b182f4, config.json and mamba_config.py",
+        "2.7B",
+        "the report's abstract",
+    ),
     "olmo-hybrid-7b": Published(
         "OLMo Hybrid 7B",
         {
@@ -299,6 +316,11 @@ TINY: dict[str, dict[str, Any]] = {
     | LINEAR
     | {"model_type": "qwen3_next", "num_hidden_layers": 4, "intermediate_size": 176, "head_dim": 16}
     | {"num_experts": 0, "rms_norm_eps": 1e-6, "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+    "tiny-zamba2": PUBLISHED["zamba2-2.7b"].config
+    | BYTES
+    | {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"]}
+    | {"mamba_d_state": 32, "n_mamba_heads": 8, "mamba_headdim": 16, "num_attention_heads": 4}
+    | {"num_key_value_heads": 4, "adapter_rank": 8, "intermediate_size": 176},
     "tiny-olmo-hybrid": BYTES
     | HEADS
     | LINEAR

@@ -8,6 +8,7 @@ rewrites `fusiontree/zoo/specs/*.yaml` for all of `published.py`, and the table 
 import re
 import textwrap
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,13 @@ def layer_lines(layer: dict[str, Any], names: dict[str, str], indent: str) -> It
 
 
 def named(layer: dict[str, Any], taken: set[str]) -> str:
-    """What a layer is called: by its mixer, then by its network too."""
+    """What a layer is called: by its mixer, by its network too, or by a number."""
     mixer, ffn = (layer.get(part, {}).get("kind") for part in ("mixer", "ffn"))
-    choices = [mixer or ffn, "_".join(filter(None, (mixer, ffn))), "local", "full", "other"]
-    windowed = layer.get("mixer", {}).get("window")
+    choices = [mixer or ffn or "nothing", "_".join(filter(None, (mixer, ffn)))]
     if mixer == "attention":
-        choices = ["local" if windowed else "attention", "global", *choices]
-    return next(choice for choice in choices if choice not in taken)
+        choices = ["local" if layer["mixer"].get("window") else "attention", "global", *choices]
+    numbered = (f"{choices[0]}{number}" for number in count(2))
+    return next(choice for choice in chain(choices, numbered) if choice not in taken)
 
 
 def rows() -> Iterator[list[str]]:
