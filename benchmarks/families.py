@@ -1,0 +1,93 @@
+"""Every family of the zoo here and in transformers: the same weights in one process, calls in turn.
+
+    python benchmarks/families.py              # all
+    python benchmarks/families.py jamba lfm2   # some
+
+writes `benchmarks/results/family-NAME.json` for each and prints tokens a second and the ratio, in bfloat16. Both sides
+run as they come, without `torch.compile`.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from layouts import LAYOUTS, SIZES
+from peers import call
+from results import machine, write
+
+import fusiontree as ft
+from fusiontree.zoo import family_of
+
+TASKS = {"forward": 1024, "training": 1024, "decode": 256}
+"""Tokens of a sequence, or of the prompt to decode after."""
+TURNS = {"forward": 5, "training": 5, "decode": 48}
+SIDES = ("transformers", "fusiontree")
+
+
+def models(name: str) -> dict[str, Any]:
+    """Both sides, with the weights of theirs."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **LAYOUTS[name])
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    family = family_of(name)
+    ours = ft.build(family.spec_of(config.to_dict()), dtype=torch.bfloat16)
+    ours.load_state_dict(family.weights_of(config.to_dict(), theirs.state_dict()))
+    return dict(zip(SIDES, (theirs, ours), strict=True))
+
+
+def measure(sides: dict[str, Any], task: str) -> dict[str, float]:
+    """Tokens a second of each side, the median over turns, after one that is not counted; and the ratio."""
+    tokens = torch.randint(0, SIZES["vocab_size"], (1, TASKS[task]))
+    calls = {side: call(net.train(task == "training"), task, tokens) for side, net in sides.items()}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(TURNS[task] + 1):
+        for side, run in calls.items():
+            times[side].append(_seconds(run))
+    count = 1 if task == "decode" else TASKS[task]
+    found = {side: count / statistics.median(spent[1:]) for side, spent in times.items()}
+    return found | {"ratio": found["fusiontree"] / found["transformers"]}
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def one(name: str, threads: int) -> None:
+    """Measure a family and write what was found."""
+    torch.set_num_threads(threads)
+    sides = models(name)
+    found = {task: measure(sides, task) for task in TASKS}
+    parameters = sum(parameter.numel() for parameter in sides["fusiontree"].parameters())
+    about = machine() | {"transformers": transformers.__version__, "threads": threads}
+    write(f"family-{name}", {"family": name, "parameters": parameters, **about, "tasks": found})
+    cells = (f"{task} {row['fusiontree']:,.0f} ({row['ratio']:.1f})" for task, row in found.items())
+    print(f"{name:18} {parameters / 1e6:4.0f}M  {'   '.join(cells)}", flush=True)
+
+
+def main() -> None:
+    """Each family in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(LAYOUTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for name in arguments.families or LAYOUTS:
+        if name not in LAYOUTS:
+            parser.error(f"no family is called {name!r}")
+        if arguments.alone:
+            one(name, arguments.threads)
+        else:
+            command = [sys.executable, __file__, name, "--alone", "--threads", str(arguments.threads)]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
