@@ -28,6 +28,7 @@ PACKAGES = {
     "torchtitan": "training (fusiontree[train])",
     "tensorboard": "training curves (fusiontree[train])",
     "matplotlib": "figures (fusiontree[plot])",
+    "lm_eval": "tasks of lm-evaluation-harness (fusiontree[eval])",
     "triton": "what compiled models, fla-core and mamba-ssm run on GPUs",
     "mamba-ssm": "ssd and selective_scan on GPUs",
     "fla-core": "ssd, causal_conv1d and attention on GPUs",

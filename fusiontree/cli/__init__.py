@@ -12,6 +12,7 @@ import typer
 import fusiontree
 from fusiontree.cli import bench, prune
 from fusiontree.cli.doctor import doctor
+from fusiontree.cli.evaluate import evaluate
 from fusiontree.cli.exchange import export, import_
 from fusiontree.cli.runs import generate, train
 from fusiontree.cli.specs import kinds, schema, show, validate
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for command in (kinds, validate, schema, doctor, show, train, generate, export):
     app.command()(command)
 app.command("import")(import_)
+app.command("eval")(evaluate)
 app.add_typer(prune.app, name="prune")
 app.add_typer(bench.app, name="bench")
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click since 0.20

@@ -93,13 +93,14 @@ def prune_apply(model: Saved, plan: PlanFile, out: Out) -> None:
     """Write the pruned model, after checking it against the original."""
     from fusiontree import pruning
     from fusiontree.core.weights import load, save
+    from fusiontree.data.tokenizer_files import tokenizer_files
 
     if out.resolve() == model.resolve():
         raise FusionTreeError(f"prune apply: {out} is the original itself; choose another directory")
     original, made = load(model), pruning.Plan.from_file(plan)
     smaller = pruning.apply(original, made)
     console.print(pruning.verify(original, smaller, made).text)
-    save(smaller, out)
+    save(smaller, out, beside=tokenizer_files(model))
     console.print(f"written to {out}")
 
 
@@ -120,9 +121,10 @@ def prune_simplify(model: Saved, out: Out) -> None:
     """Write the model without fusions and layers that do nothing, and the map of the paths that changed."""
     from fusiontree import pruning
     from fusiontree.core.weights import load, save
+    from fusiontree.data.tokenizer_files import tokenizer_files
 
     simple, moved = pruning.simplify(load(model))
-    save(simple, out)
+    save(simple, out, beside=tokenizer_files(model))
     write_file(out / "paths.json", json.dumps(moved, indent=1) + "\n")
     kept = pruning.still_needed(simple.spec)
     if kept:

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """What weights may be stored in, by the names that safetensors has for them."""
 
 
-def save(model: LanguageModel, directory: Path | str) -> None:
+def save(model: LanguageModel, directory: Path | str, *, beside: Iterable[Path] = ()) -> None:
     """Write a model; an existing one there is replaced only when the new one is complete.
+
+    Args:
+        beside: files to copy beside it, a tokenizer's say.
 
     Raises:
         WeightsError: the directory holds something else, or the disk is full (nothing is left behind).
     """
-    save_weights(model.spec, model.state_dict(), directory)
+    save_weights(model.spec, model.state_dict(), directory, beside=beside)
 
 
-def save_weights(spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str) -> None:
+def save_weights(
+    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path] = ()
+) -> None:
     """`save`, from a spec and its tensors."""
     target = Path(directory)
     with complete_directory(target) as new:
@@ -44,6 +49,8 @@ def save_weights(spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
         # one key, because several are written in no fixed order, and equal weights should be equal files
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        for file in beside:
+            shutil.copyfile(file, new / file.name)
 
 
 def may_be_replaced(target: Path) -> bool:

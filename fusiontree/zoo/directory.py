@@ -1,11 +1,12 @@
 """Models on disk as transformers keeps them: `config.json` and safetensors, one file or several with an index.
 
 Only data is read: no pickle, no code (`auto_map` says where some would be and is passed over), nothing outside the
-directory.
+directory. A tokenizer's files are carried along; bytes, which have none with us, get some on their way out.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from fusiontree.core import weights
 from fusiontree.core.model import build
 from fusiontree.core.model_spec import Lineage, ModelSpec
+from fusiontree.data.tokenizer import ByteTokenizer
+from fusiontree.data.tokenizer_files import tokenizer_files, write_byte_tokenizer
 from fusiontree.errors import FusionTreeError, WeightsError
 from fusiontree.zoo.family import Family, family_of
 
@@ -43,7 +46,11 @@ def import_model(source: Path | str, target: Path | str) -> ModelSpec:
         wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
         weights.check_shapes(source, wanted, {name: tuple(tensor.shape) for name, tensor in ours.items()})
         spec = spec.model_copy(update={"lineage": (_lineage(config, family),)})
-        weights.save_weights(spec, ours, target)
+        beside = tokenizer_files(source)
+        weights.save_weights(spec, ours, target, beside=beside)
+    for file in tokenizer_files(Path(target)):
+        if file.name not in {each.name for each in beside}:
+            file.unlink()  # of the model that was replaced
     return spec
 
 
@@ -66,6 +73,16 @@ def export_model(source: Path | str, target: Path | str, family: Family) -> None
         text = json.dumps(_finite({**config, "dtype": dtype}), indent=2, allow_nan=False) + "\n"
         (new / CONFIG).write_text(text, encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / SINGLE, {"format": "pt"})
+        _write_tokenizer(Path(source), model.spec, new)
+
+
+def _write_tokenizer(source: Path, spec: ModelSpec, new: Path) -> None:
+    """The tokenizer's files that stand beside our weights; where there are none, those that bytes have."""
+    found = tokenizer_files(source)
+    for file in found:
+        shutil.copyfile(file, new / file.name)
+    if not found and spec.vocab_size == ByteTokenizer.vocab_size:
+        write_byte_tokenizer(new)
 
 
 def read_config(source: Path) -> dict[str, Any]:

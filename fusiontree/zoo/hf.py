@@ -5,12 +5,22 @@
 >>> model = AutoModelForCausalLM.from_pretrained("DIRECTORY")  # doctest: +SKIP
 """
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -20,6 +30,8 @@ from fusiontree.core.initialise import initialise
 from fusiontree.core.layer import Layer
 from fusiontree.core.model import LanguageModel
 from fusiontree.core.model_spec import ModelSpec
+from fusiontree.data.tokenizer import ByteTokenizer
+from fusiontree.data.tokenizer_files import byte_tokenizer, tokenizer_files
 from fusiontree.errors import FusionTreeError
 
 
@@ -41,6 +53,8 @@ class FusionTreeConfig(PreTrainedConfig):
             self.vocab_size, self.hidden_size = parsed.vocab_size, parsed.width
             self.num_hidden_layers = len(parsed.expanded_layers())
             options = {"tie_word_embeddings": parsed.head.tied, **options}
+            if parsed.longest is not None:
+                self.max_position_embeddings = parsed.longest
         super().__init__(**options)
 
 
@@ -190,6 +204,44 @@ def _documents(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) ->
         return None
     begins = positions.expand_as(tokens) == 0
     return None if int(begins.sum()) <= len(tokens) else begins.long().cumsum(1)
+
+
+def tokenizer_of(directory: Path | str, spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory of ours: that whose files stand there, else that of bytes.
+
+    Raises:
+        FusionTreeError: there is none and the vocabulary is not that of bytes, the files cannot be read, or the
+            tokenizer has more tokens than the model.
+    """
+    found = _tokenizer(Path(directory))
+    if found is None and spec.vocab_size != ByteTokenizer.vocab_size:
+        text = f"holds no tokenizer, and {spec.vocab_size} tokens are not the {ByteTokenizer.vocab_size} of bytes"
+        raise FusionTreeError(f"{directory}: {text}")
+    tokenizer = found or byte_level()
+    if len(tokenizer) > spec.vocab_size:
+        text = f"has {len(tokenizer)} tokens, the model has {spec.vocab_size}"
+        raise FusionTreeError(f"{directory}: the tokenizer {text}")
+    return tokenizer
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """`ByteTokenizer` as one of transformers."""
+    files = byte_tokenizer()
+    found = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    return PreTrainedTokenizerFast(tokenizer_object=found, **files["tokenizer_config.json"])
+
+
+def _tokenizer(directory: Path) -> Any:
+    """What the files of a directory say; None where there are none."""
+    names = {file.name for file in tokenizer_files(directory)}
+    try:
+        if "tokenizer_config.json" in names:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if "tokenizer.json" in names:
+            return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    except Exception as error:  # whatever it is, one of these files says it
+        raise FusionTreeError(f"{directory}: its tokenizer cannot be read: {error}") from None
+    return None
 
 
 AutoConfig.register(FusionTreeConfig.model_type, FusionTreeConfig)

@@ -148,6 +148,7 @@ def test_prune_end_to_end(folder):
         ),
         (["prune", "apply", "{folder}/model", "{folder}/gates.json", "{folder}/out"], "gates.json"),
         (["train", "no/such.yaml"], "no/such.yaml"),
+        (["eval", "{folder}/model", "--tasks", "no/such.yaml"], "no/such.yaml"),
         (["import", "{folder}", "{folder}/out"], "it has no config.json"),
         (["export", "{folder}/model", "{folder}/out", "--to", "lama"], "did you mean 'llama'"),
         (["export", "{folder}/model", "{folder}/out", "--to", "llama"], "llama has swiglu, found only gated"),

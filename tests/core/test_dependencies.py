@@ -32,6 +32,8 @@ ONLY_IN = {
     "typer": "cli",
     "rich": "cli",
     "transformers": "zoo/hf.py",
+    "tokenizers": "zoo/hf.py",
+    "lm_eval": "evaluation/harness.py",
     "mamba_ssm": "kernels/",
     "flash_attn": "kernels/",
     "xformers": "kernels/",
@@ -112,6 +114,7 @@ BLOCKED = (
     "rich",
     "datasets",
     "tokenizers",
+    "lm_eval",
     "tensorboard",
     "pytest",
 )

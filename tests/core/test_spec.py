@@ -36,37 +36,37 @@ RICH: dict[str, dict[str, Any]] = {
 }
 
 
-def every_spec() -> dict[str, ModelSpec]:
-    return {name: spec(**edits) for name, edits in RICH.items()} | {name: load_spec(name) for name in presets()}
+def named(name: str) -> ModelSpec:
+    return spec(**RICH[name]) if name in RICH else load_spec(name)
 
 
-@pytest.mark.parametrize("name", every_spec())
+@pytest.mark.parametrize("name", [*RICH, *presets()])
 class TestRoundTrip:
     def test_yaml_as_written(self, name: str) -> None:
-        written = every_spec()[name]
+        written = named(name)
         again = ModelSpec.from_yaml(written.to_yaml())
         assert again.data() == written.data()
         assert again.to_yaml() == written.to_yaml()
 
     def test_yaml_expanded(self, name: str) -> None:
-        expanded = every_spec()[name].expand()
+        expanded = named(name).expand()
         assert ModelSpec.from_yaml(expanded.to_yaml()).data() == expanded.data()
 
     def test_json_as_written_and_expanded(self, name: str) -> None:
-        for written in (every_spec()[name], every_spec()[name].expand()):
+        for written in (named(name), named(name).expand()):
             text = json.dumps(written.data(), allow_nan=False)
             assert ModelSpec.parse(json.loads(text)).data() == written.data()
             assert ModelSpec.from_yaml(text) == written
 
     def test_forms_are_equal(self, name: str) -> None:
-        written = every_spec()[name]
+        written = named(name)
         for form in (written.expand(), written.fold(), written.expand().fold()):
             assert form == written
             assert hash(form) == hash(written)
             assert form.digest() == written.digest()
 
     def test_the_schema_accepts_it(self, name: str) -> None:
-        written = every_spec()[name]
+        written = named(name)
         validator = jsonschema.Draft202012Validator(ModelSpec.model_json_schema())
         for form in (written.data(), written.data(short=True), written.expand().data()):
             validator.validate(json.loads(json.dumps(form)))

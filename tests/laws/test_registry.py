@@ -5,7 +5,7 @@ import torch
 
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.testing import check, check_spec
-from fusiontree.zoo.presets import load_spec, presets
+from fusiontree.zoo.presets import load_spec
 
 torch.set_num_threads(1)
 COMPONENTS = [(family, kind) for family, registry in REGISTRIES.items() for kind in registry.names()]
@@ -16,7 +16,7 @@ def test_component_keeps_the_laws(family, kind):
     assert len(check(REGISTRIES[family].get(kind))) == 19
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", ["quickstart", "v1", "v2", "v3"])
 def test_presets_keep_the_laws_when_made_small(name):
     spec = load_spec(name)
     one = spec.expanded_layers()[:1]

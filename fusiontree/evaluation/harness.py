@@ -1,0 +1,152 @@
+"""EleutherAI's lm-evaluation-harness (the extra `eval`) on models of ours, straight from their directories.
+
+Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.metrics  # noqa: F401  # registers them
+from jinja2 import Environment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval import utils
+from lm_eval.api.registry import metric_registry, register_model
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from fusiontree.core import yaml
+from fusiontree.core.model import LanguageModel
+from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.zoo.hf import FusionTreeForCausalLM, tokenizer_of
+
+Base: Any = HFLM
+"""Its decorator hides from type checkers what it is."""
+
+
+class FusionTreeLM(Base):
+    """A directory of ours as a model of lm-eval: its own class for models of transformers, around ours.
+
+    Args:
+        pretrained: the directory.
+        device: cpu, cuda, cuda:1, ...
+        max_length: tokens of a window; what a model with learned positions has, else 2048 (lm-eval's own default).
+        batch_size: of texts that run at once, or "auto" for what fits.
+        max_batch_size: where "auto" begins.
+
+    Raises:
+        FusionTreeError: see `fusiontree.load` and `fusiontree.zoo.hf.tokenizer_of`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        device: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+    ) -> None:
+        model: Any = FusionTreeForCausalLM.from_directory(pretrained, device=device)
+        tokenizer: Any = tokenizer_of(pretrained, model.model.spec)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        batching = {"batch_size": batch_size, "max_batch_size": max_batch_size}
+        super().__init__(model, tokenizer=tokenizer, max_length=max_length, **batching)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval notes beside results. A directory has no commit on the hub; its spec has a digest."""
+        ours: LanguageModel = self.model.model
+        count = sum(parameter.numel() for parameter in ours.parameters())
+        return {"model_num_parameters": count, "model_dtype": str(self.model.dtype), "digest": ours.spec.digest()}
+
+
+register_model("fusiontree")(FusionTreeLM)
+
+
+def _sandboxed(theirs: Environment) -> Environment:
+    """An environment of the same templates that lets none reach into Python, as transformers renders chats."""
+    ours = ImmutableSandboxedEnvironment(
+        loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline
+    )
+    ours.filters.update(theirs.filters)
+    return ours
+
+
+utils.env = _sandboxed(utils.env)
+
+
+def evaluate(
+    directory: Path | str, tasks: Sequence[str | Path], *, limit: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run tasks on a saved model.
+
+    Args:
+        directory: of the model.
+        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are plain
+            data: what would make them run code is refused, and templates are rendered in a sandbox.
+        limit: only the first documents of each task.
+        options: those of `FusionTreeLM`.
+
+    Returns:
+        lm-eval's `results` by task, `n-samples` by task, and what the `model` is.
+
+    Raises:
+        FusionTreeError: not a model of ours, or a task that cannot be read, known, or built.
+    """
+    model: Any = FusionTreeLM(str(directory), **options)
+    manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
+    configs = [named for each in tasks for named in _configs(each, manager)]
+    built: Any = [part for place, config in configs for part in _built(place, config, manager)]
+    found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
+    return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
+
+
+def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:
+    """The tasks behind a file, a folder or a name, each with the place that errors name."""
+    path = Path(named)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        if not files:
+            raise FusionTreeError(f"{path}: holds no task, which is a YAML file")
+        return [(str(file), _read(file)) for file in files]
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return [(str(path), _read(path))]
+    if str(named) not in manager.task_index:
+        raise FusionTreeError(f"{named}: neither a file nor a task of lm-eval{suggest(str(named), manager.all_tasks)}")
+    return [(str(named), str(named))]
+
+
+REFUSED = ("include", "class", "group", "use_prompt", "custom_dataset", "unsafe_code")
+"""Keys that name code or other files."""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found = yaml.read_file(file)
+    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+        raise FusionTreeError(f"{file}: not a task, it names none under the key 'task'")
+    for key in REFUSED:
+        if key in found:
+            raise FusionTreeError(f"{file}: {key}: tasks in files are plain data; write out what it stands for")
+    if found.get("dataset_path") == "pandas":
+        raise FusionTreeError(f"{file}: dataset_path: pandas reads pickles, which could run code")
+    for metric in found.get("metric_list") or ():
+        _check_metric(file, metric)
+    return found
+
+
+def _check_metric(file: Path, metric: Any) -> None:
+    """Refuse metrics that lm-eval does not bring: it would ask the library `evaluate`, which loads code by name."""
+    name = metric.get("metric") if isinstance(metric, dict) else metric
+    known: Any = metric_registry
+    if not isinstance(metric, dict) or name not in known or metric.get("hf_evaluate"):
+        raise FusionTreeError(f"{file}: metric_list: unknown {name!r}{suggest(str(name), known)}")
+
+
+def _built(place: str, config: Any, manager: TaskManager) -> list[Any]:
+    """The task, the group, or what lm-eval keeps under a tag."""
+    try:
+        found: Any = manager.load(config)
+    except Exception as error:  # lm-eval, Jinja and datasets raise what they like
+        raise FusionTreeError(f"{place}: {type(error).__name__}: {error}") from None
+    return [found["groups"][place]] if place in found["groups"] else list(found["tasks"].values())
