@@ -25,7 +25,7 @@ MAY_USE: dict[str, set[str]] = {
     "zoo": {"core", "errors", "data"} | COMPONENTS,
     "evaluation": {"core", "kernels", "errors", "data", "zoo"} | COMPONENTS,
     "training": {"core", "kernels", "errors", "compiling", "data", "zoo", "evaluation"} | COMPONENTS,
-    "pruning": {"core", "kernels", "errors", "data", "zoo", "evaluation", "training"} | COMPONENTS,
+    "pruning": {"core", "kernels", "errors", "compiling", "data", "zoo", "evaluation", "training"} | COMPONENTS,
 }
 ONLY_IN = {
     "torchtitan": "training/titan/",
