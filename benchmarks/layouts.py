@@ -36,5 +36,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     | {"mamba_num_heads": 16, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 1, **NO_PADDING}
     | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "mlp"]},
     "qwen3_next": BLOCKS | {**DELTA, "layer_types": HYBRID, "num_experts": 0},
+    "kimi_linear": SIZES
+    | {"num_hidden_layers": 4, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    | {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "linear_num_heads": 8}
+    | {"linear_head_dim": 64, "layer_types": HYBRID, "mlp_layer_types": ["dense"] * 4, **NO_PADDING},
+    "minimax": BLOCKS
+    | {"layer_types": HYBRID, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512},
+    "recurrent_gemma": {k: v for k, v in BLOCKS.items() if k != "head_dim"}
+    | {"num_key_value_heads": 1, "attention_window_size": 256, "intermediate_size": 2048, **NO_PADDING},
+    "zamba2": SIZES
+    | {"num_hidden_layers": 4, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    | {"n_mamba_heads": 16, "mamba_d_state": 64, "mamba_ngroups": 1, "num_mem_blocks": 1, "use_mem_rope": True}
+    | {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], **NO_PADDING},
     "olmo_hybrid": BLOCKS | {**DELTA, "layer_types": HYBRID, **NO_PADDING},
 }

@@ -50,8 +50,7 @@ def _spec(options: Options) -> dict[str, Any]:
 
 def _attends(options: Options) -> list[bool]:
     """Every second layer, from the first on, where the config does not say."""
-    found = delta.attends(options, 2)
-    return found if options.get("layer_types", None) is not None else [not full for full in found]
+    return delta.attends(options, lambda index: index % 2 == 0)
 
 
 def _residuals(options: Options) -> dict[str, dict[str, Any]]:
