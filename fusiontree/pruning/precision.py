@@ -8,19 +8,23 @@ import torch
 from torch import nn
 
 from fusiontree.compiling import eagerly
+from fusiontree.core.contracts import Node
 from fusiontree.core.model import LanguageModel
+
+Held = list[tuple[dict[str, Any], dict[str, Any]]]
+"""Dictionaries of parameters, and what belongs into them."""
 
 
 @contextmanager
 def computing_in(model: LanguageModel, dtype: torch.dtype) -> Iterator[None]:
-    """Each module's own parameters have another type while it runs, so that only one module's are there twice.
+    """Each node's own parameters have another type while it runs, so that only one node's are there twice.
 
     Those of the embedding have it all the time: a tied head reads them, and caches are made in their type.
     """
     with eagerly(), ExitStack() as stack:
-        for module in model.modules():
-            if any(True for _ in module.parameters(recurse=False)) and module is not model.embedding:
-                held: list[dict[str, Any]] = []
+        for module in _units(model):
+            if module is not model.embedding:
+                held: Held = []
                 stack.callback(module.register_forward_pre_hook(_widen(held, dtype)).remove)
                 stack.callback(module.register_forward_hook(_restore(held), always_call=True).remove)
         held = []
@@ -29,21 +33,37 @@ def computing_in(model: LanguageModel, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _widen(held: list[dict[str, Any]], dtype: torch.dtype) -> Any:
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """The nodes, and what has parameters outside of them: who calls a node's maps is the node's own business."""
+    for child in module.children():
+        if isinstance(child, Node) or any(True for _ in child.parameters(recurse=False)):
+            yield child
+        yield from (unit for unit in _units(child) if not isinstance(child, Node) or isinstance(unit, Node))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """A unit and the modules inside that are no units of their own."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, Node):
+            yield from _parts(child)
+
+
+def _widen(held: Held, dtype: torch.dtype) -> Any:
     def widen(module: nn.Module, *_: Any) -> None:
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        held.append(own)
-        cast = {
-            name: nn.Parameter(parameter.detach().to(dtype), requires_grad=False) for name, parameter in own.items()
-        }
-        module._parameters.update(cast)
+        for part in _parts(module):
+            own = {name: parameter for name, parameter in part._parameters.items() if parameter is not None}
+            held.append((part._parameters, own))
+            wide = {name: nn.Parameter(parameter.detach().to(dtype), False) for name, parameter in own.items()}
+            part._parameters.update(wide)
 
     return widen
 
 
-def _restore(held: list[dict[str, Any]]) -> Any:
+def _restore(held: Held) -> Any:
     def restore(module: nn.Module, *_: Any) -> None:
-        if held:  # another hook may have failed before the parameters were widened
-            module._parameters.update(held.pop())
+        while held:
+            parameters, own = held.pop()
+            parameters.update(own)
 
     return restore

@@ -73,6 +73,7 @@ def rows_at_a_time(rows: int, microbatch_rows: int | None, processes: int) -> in
 def world() -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started, or be the only one; yields (rank, processes)."""
     alone = "WORLD_SIZE" not in os.environ
+    said = "LOCAL_RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")  # torchtitan looks there for its device
     rank, processes = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available():
@@ -85,3 +86,5 @@ def world() -> Iterator[tuple[int, int]]:
         yield rank, processes
     finally:
         dist.destroy_process_group()
+        if not said:  # others take it for a sign of torchrun
+            del os.environ["LOCAL_RANK"]

@@ -52,6 +52,9 @@ UNIT = {"kind": "rglru", "heads": 4, "head_dim": 8}
 UNITS = CHANNELS | {"layers": [{"mixer": UNIT}] * 2}
 CONSTANT = {"kind": "lightning", "heads": 2, "head_dim": 8, "slopes": [0.5, 0.1]}
 FALLING = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "encodings": ["alibi"]}
+LENDER = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "encodings": ["rope"]}
+BORROWER = LENDER | {"keys_from": "layers.0.mixer"}
+SHARING = DELTAS | {"prefix": {"tokens": 3}, "layers": [{"mixer": mixer} for mixer in (LENDER, BORROWER, BORROWER)]}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -173,6 +176,21 @@ def test_gated_delta_in_training_and_in_decode():
 def test_latents_and_channels_that_decay_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, LATENTS)
     assert_same_steps("aot_eager", LATENTS)
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "packed"])
+def test_a_prefix_and_keys_of_other_layers_in_training(documents):
+    assert_same_step("aot_eager", documents, SHARING)
+
+
+def test_a_prefix_and_keys_of_other_layers_in_decode():
+    assert_same_steps("aot_eager", SHARING)
+
+
+@pytest.mark.slow
+def test_compiled_code_of_a_prefix_and_keys_of_other_layers():
+    assert_same_step("inductor", DOCUMENTS, SHARING)
+    assert_same_steps("inductor", SHARING)
 
 
 def test_rglru_in_training_and_in_decode():

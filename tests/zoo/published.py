@@ -32,6 +32,22 @@ class Published:
     cache: tuple[int, int | str, str] | None = None
 
 
+KIMI_FULL = [4, 8, 12, 16, 20, 24, 27]
+KIMI_LINEAR = {
+    **{"model_type": "kimi_linear", "vocab_size": 163840, "hidden_size": 2304, "intermediate_size": 9216},
+    **{"num_hidden_layers": 27, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 72},
+    **{"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "linear_attn_config": {
+        **{"full_attn_layers": KIMI_FULL, "kda_layers": [n for n in range(1, 28) if n not in KIMI_FULL]},
+        **{"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4},
+    },
+    **{"first_k_dense_replace": 1, "moe_layer_freq": 1, "num_experts": 256, "num_experts_per_token": 8},
+    **{"moe_intermediate_size": 1024, "num_shared_experts": 1, "moe_router_activation_func": "sigmoid"},
+    **{"moe_renormalize": True, "routed_scaling_factor": 2.446, "num_expert_group": 1, "topk_group": 1},
+    **{"use_grouped_topk": True, "mla_use_nope": True, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+}
+
+
 PUBLISHED = {
     "llama-3.2-1b": Published(
         "Llama 3.2 1B (arXiv 2407.21783)",
@@ -252,6 +268,43 @@ PUBLISHED = {
         "7B",
         "its name",
     ),
+    "recurrentgemma-2b": Published(
+        "RecurrentGemma 2B (arXiv 2404.07839)",
+        {
+            **{"model_type": "recurrent_gemma", "vocab_size": 256000, "hidden_size": 2560, "intermediate_size": 15360},
+            **{"num_hidden_layers": 26, "num_attention_heads": 10, "num_key_value_heads": 1, "head_dim": 256},
+            **{"lru_width": 2560, "conv1d_width": 4, "attention_window_size": 2048, "logits_soft_cap": 30.0},
+            **{"_block_types": ["recurrent", "recurrent", "attention"], "attention_bias": False, "rms_norm_eps": 1e-6},
+            **{"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "embeddings_scale_by_sqrt_dim": True},
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+        "google/recurrentgemma-2b, config.json",
+        "2.7B",
+        "the report's table 1",
+    ),
+    "qwen3-next-80b-a3b": Published(
+        "Qwen3-Next 80B-A3B",
+        {
+            **{"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5120},
+            **{"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},
+            **{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128},
+            **{"linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4},
+            **{"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "norm_topk_prob": True},
+            **{"shared_expert_intermediate_size": 512, "decoder_sparse_step": 1, "mlp_only_layers": []},
+            **{"rms_norm_eps": 1e-6, "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+            **{"attention_bias": False, "tie_word_embeddings": False},
+        },
+        "Qwen/Qwen3-Next-80B-A3B-Instruct, config.json",
+        79674391296,
+        "the hub's count of Qwen/Qwen3-Coder-Next, which has the same sizes",
+    ),
+    "kimi-linear-48b-a3b": Published(
+        "Kimi Linear 48B-A3B (arXiv 2510.26692)",
+        KIMI_LINEAR,
+        "moonshotai/Kimi-Linear-48B-A3B-Instruct, config.json",
+        "49B",
+        "published as 48B, which is what is left without the embedding and the head",
+    ),
 }
 
 BYTES = {"vocab_size": 257, "hidden_size": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
@@ -321,6 +374,26 @@ TINY: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"]}
     | {"mamba_d_state": 32, "n_mamba_heads": 8, "mamba_headdim": 16, "num_attention_heads": 4}
     | {"num_key_value_heads": 4, "adapter_rank": 8, "intermediate_size": 176},
+    "tiny-recurrent-gemma": PUBLISHED["recurrentgemma-2b"].config
+    | BYTES
+    | {"num_hidden_layers": 6, "num_attention_heads": 4, "head_dim": 16, "lru_width": 64, "intermediate_size": 256}
+    | {"attention_window_size": 64},
+    "tiny-kimi-linear": KIMI_LINEAR
+    | {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "head_dim": 16}
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16}
+    | {"qk_rope_head_dim": 8, "v_head_dim": 16, "num_experts": 8, "num_experts_per_token": 2}
+    | {"moe_intermediate_size": 32}
+    | {
+        "linear_attn_config": {
+            **{"full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_heads": 4},
+            "short_conv_kernel_size": 4,
+        }
+    },
+    "tiny-minimax": BYTES
+    | HEADS
+    | {"model_type": "minimax", "num_hidden_layers": 4, "intermediate_size": 96, "head_dim": 16}
+    | {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    | {"rope_theta": 10000000, "linear_attn_alpha_factor": 1.5, "full_attn_alpha_factor": 1.5, "mlp_alpha_factor": 1.5},
     "tiny-olmo-hybrid": BYTES
     | HEADS
     | LINEAR

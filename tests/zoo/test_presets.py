@@ -24,8 +24,8 @@ def test_every_family_has_a_small_one_and_all_but_one_a_published_one():
     assert set(presets()) >= PUBLISHED.keys() | TINY.keys()
     families = FAMILIES.keys() - {"fusiontree"}
     assert {config["model_type"] for config in TINY.values()} == families
-    # no source states qwen3_next without experts
-    assert {found.config["model_type"] for found in PUBLISHED.values()} == families - {"qwen3_next"}
+    # MiniMax-Text-01's config has a rotary_dim, which transformers' class does not read
+    assert {found.config["model_type"] for found in PUBLISHED.values()} == families - {"minimax"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
