@@ -266,7 +266,8 @@ class AttentionBranch(Node):
         queries = self._rotated(self.q(x), self.q_norm, context).split([group.heads for group in groups], 2)
         keys = self._keys(x, context) if spec.keys_from is None else context.borrowed[self.place]
         parts = zip(groups, queries, keys, strict=True)
-        y = torch.cat([self._attend(group, q, visible, context) for group, q, visible in parts], 2)
+        heads = [self._attend(group, q, visible, context) for group, q, visible in parts]
+        y = heads[0] if len(heads) == 1 else torch.cat(heads, 2)
         y = rearrange(y, "b t h d -> b t (h d)")
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)

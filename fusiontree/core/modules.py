@@ -116,12 +116,18 @@ class Normalise(Module):
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """Normalise the last dimension."""
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
-        parts = x.to(wide(x.dtype)).unflatten(-1, (self.groups, -1))
+        precise, gain = x.to(wide(x.dtype)), self._gain(wide(x.dtype))
+        if self.groups == 1:
+            return function(precise, x.shape[-1:], gain, eps=self.spec.eps).to(x.dtype)
+        parts = precise.unflatten(-1, (self.groups, -1))
         normed = function(parts, parts.shape[-1:], eps=self.spec.eps).flatten(-2)
-        if self.weight is not None:
-            weight = self.weight.to(normed.dtype)
-            normed = normed * (weight if self.spec.gain == "weight" else 1 + weight)
-        return normed.to(x.dtype)
+        return (normed if gain is None else normed * gain).to(x.dtype)
+
+    def _gain(self, dtype: torch.dtype) -> Float[Tensor, "width"] | None:
+        if self.weight is None:
+            return None
+        weight = self.weight.to(dtype)
+        return weight if self.spec.gain == "weight" else 1 + weight
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
