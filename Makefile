@@ -31,6 +31,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/peers.py --task forward --tokens 8192 --window 1024 --sides "fusiontree compiled"
 	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task training --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
 	for tokens in 4096 65536; do $(BIN)/python benchmarks/peers.py --task decode --tokens $$tokens --window 1024 --sides "fusiontree compiled"; done
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/block.py --task forward
 	$(BIN)/python benchmarks/block.py --task training
 	$(BIN)/python benchmarks/block.py --task training --window 1024

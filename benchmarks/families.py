@@ -26,6 +26,8 @@ from fusiontree.zoo import family_of
 
 TASKS = {"forward": 1024, "training": 1024, "decode": 256}
 """Tokens of a sequence, or of the prompt to decode after."""
+STEPPING = {"mamba", "falcon_mamba", "jamba"}
+"""Of Mamba-1, which transformers steps through in Python: a quarter of the tokens, or it would take minutes."""
 TURNS = {"forward": 5, "training": 5, "decode": 48}
 LONGEST = 20.0
 """Seconds after which a task has no further turn."""
@@ -43,18 +45,18 @@ def models(name: str) -> dict[str, Any]:
     return dict(zip(SIDES, (theirs, ours), strict=True))
 
 
-def measure(sides: dict[str, Any], task: str) -> dict[str, float]:
+def measure(sides: dict[str, Any], task: str, length: int) -> dict[str, float]:
     """Tokens a second of each side, the median over turns, after one that is not counted; and the ratio."""
-    tokens = torch.randint(0, SIZES["vocab_size"], (1, TASKS[task]))
+    tokens = torch.randint(0, SIZES["vocab_size"], (1, length))
     calls = {side: call(net.train(task == "training"), task, tokens) for side, net in sides.items()}
     times: dict[str, list[float]] = {side: [] for side in sides}
     start = time.perf_counter()
     for turn in range(TURNS[task] + 1):
-        if turn > 1 and time.perf_counter() - start > LONGEST:  # transformers steps through Mamba in Python
+        if turn > 1 and time.perf_counter() - start > LONGEST:
             break
         for side, run in calls.items():
             times[side].append(_seconds(run))
-    count = 1 if task == "decode" else TASKS[task]
+    count = 1 if task == "decode" else length
     found = {side: count / statistics.median(spent[1:]) for side, spent in times.items()}
     return found | {"ratio": found["fusiontree"] / found["transformers"]}
 
@@ -69,10 +71,11 @@ def one(name: str, threads: int) -> None:
     """Measure a family and write what was found."""
     torch.set_num_threads(threads)
     sides = models(name)
-    found = {task: measure(sides, task) for task in TASKS}
+    share = 4 if name in STEPPING else 1
+    found = {task: measure(sides, task, length // share) for task, length in TASKS.items()}
     parameters = sum(parameter.numel() for parameter in sides["fusiontree"].parameters())
     about = machine() | {"transformers": transformers.__version__, "threads": threads}
-    write(f"family-{name}", {"family": name, "parameters": parameters, **about, "tasks": found})
+    write(f"family-{name}", {"family": name, "parameters": parameters, "share": share, **about, "tasks": found})
     cells = (f"{task} {row['fusiontree']:,.0f} ({row['ratio']:.1f})" for task, row in found.items())
     print(f"{name:18} {parameters / 1e6:4.0f}M  {'   '.join(cells)}", flush=True)
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -133,9 +134,11 @@ def _filled(net: Any, tokens: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor
         cache = net.new_cache(len(tokens), tokens.shape[1] + STEPS)
         features = net.features(tokens, cache=cache)[:, -1:]
         return net.logits(features), lambda new: net(new, cache=cache)
-    found = net(tokens, use_cache=True, logits_to_keep=1)
-    past = found.past_key_values
-    return found.logits, lambda new: net(new, use_cache=True, past_key_values=past).logits
+    memory = "cache_params" if "cache_params" in signature(net.forward).parameters else "past_key_values"
+    given = {memory: transformers.DynamicCache(config=net.config)} if net.config.model_type == "recurrent_gemma" else {}
+    found = net(tokens, use_cache=True, logits_to_keep=1, **given)
+    past = given or {memory: found[memory]}
+    return found.logits, lambda new: net(new, use_cache=True, **past).logits
 
 
 @torch.no_grad()

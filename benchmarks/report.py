@@ -48,6 +48,14 @@ def peer_rows() -> Iterator[Sequence[str]]:
             yield name, turns, side, *cells, first
 
 
+def family_rows() -> Iterator[Sequence[str]]:
+    """A line for each family: our tokens a second, and how many times transformers' they are."""
+    for result in read("family-"):
+        cells = (f"{row['fusiontree']:,.0f} | {row['ratio']:.1f}" for row in result["tasks"].values())
+        name = f"`{result['family']}`" + (" (256 tokens)" if result["share"] > 1 else "")
+        yield name, f"{result['parameters'] / 1e6:.0f}M", *cells
+
+
 def operator_rows() -> Iterator[Sequence[str]]:
     """A line for each side of each operator."""
     for result in read("ops-"):
@@ -81,9 +89,11 @@ def block_rows() -> Iterator[Sequence[str]]:
 
 PEERS = ("", "turns", "side", "tokens/s", "spread", "ratio", "peak MB", "first call, s")
 LENGTHS = ("", "turns", "tokens/s", "spread", "peak MB")
+FAMILIES = ["", "size", *(part for task in ("forward", "training", "decode") for part in (task, "ratio"))]
 SECTIONS = {
     "peers": lambda: table(PEERS, peer_rows()),
     "lengths": lambda: table(LENGTHS, length_rows()),
+    "families": lambda: table(FAMILIES, family_rows()),
     "operators": lambda: table(("", "side", "tokens/s", "spread", "ratio"), operator_rows()),
     "block": lambda: table(("", "seconds", "share"), block_rows()),
     "machine": lambda: machines(),
