@@ -167,6 +167,9 @@ class Attention(BranchSpec):
             if own != theirs:
                 word = "value_dim" if name == "values" else name
                 return f"{word}: has to be that of {self.keys_from}, {theirs}, found {own}"
+        if self.encodings != lender.encodings:
+            have, found = (", ".join(each.encodings) or "none" for each in (lender, self))
+            return f"encodings: keys stand in those of {self.keys_from}, {have}, found {found}"
         return None
 
     @property
@@ -264,7 +267,7 @@ class AttentionBranch(Node):
         spec, groups = self.spec, self.spec.groups()
         x = scaled(context.encode(spec.encodings, x), spec.multipliers.input)
         queries = self._rotated(self.q(x), self.q_norm, context).split([group.heads for group in groups], 2)
-        keys = self._keys(x, context) if spec.keys_from is None else context.borrowed[self.place]
+        keys = self._keys(x, context) if spec.keys_from is None else _borrowed(self, context)
         parts = zip(groups, queries, keys, strict=True)
         heads = [self._attend(group, q, visible, context) for group, q, visible in parts]
         y = heads[0] if len(heads) == 1 else torch.cat(heads, 2)
@@ -289,7 +292,8 @@ class AttentionBranch(Node):
         parts = zip(groups, k.split(heads, 2), v.split(heads, 2), strict=True)
         keys = [self._remember(group, Keys(k, v), context) for group, k, v in parts]
         if self.lends:
-            context.lent[self.place] = keys
+            assert context.lent is not None
+            context.lent.kept[self.place] = keys
         return keys
 
     def _remember(self, group: Group, new: Keys, context: Context) -> Keys:
@@ -337,6 +341,11 @@ class AttentionBranch(Node):
             for group in self.spec.groups()
             for name, channels in (("keys", self.spec.head_dim), ("values", self.spec.values))
         }
+
+
+def _borrowed(node: Node, context: Context) -> list[Keys]:
+    assert context.borrowed is not None
+    return context.borrowed.kept[node.place]
 
 
 def _write_one(rings: tuple[Ring, Ring], context: Context, new: Keys) -> None:

@@ -4,7 +4,6 @@ Each use has a cache of its own, and may add low-rank maps of its own to maps th
 2411.15242).
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -212,7 +211,8 @@ def _twin(module: nn.Module, path: str, adapted: Mapping[str, tuple[nn.Module, n
     What replaces a parameter (another device, shards, loaded weights) puts it into those dictionaries, so that both
     always have the same.
     """
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)  # copy.copy would ask classes that refuse
     children = ((name, child, f"{path}.{name}" if path else name) for name, child in module.named_children())
     twin._modules = {name: _twin(child, below, adapted) for name, child, below in children}
     return Adapted(twin, *adapted[path]) if path in adapted else twin

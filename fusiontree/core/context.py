@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fusiontree.core.cache import Rows
     from fusiontree.core.contracts import Node, State, Table
+    from fusiontree.core.lending import Shelf
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Context:
     starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
     those of one layer, by the place of the node in it, so that equal layers have equal contexts; so is what its
     nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first
-    layer reads, where a node reads it again.
+    layer reads, where a node reads it again. `text` is where tokens stand and no prefix; None: everywhere.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -30,8 +31,9 @@ class Context:
     rows: "Rows | None" = None
     states: Mapping[str, "State"] | None = None
     embedding: Float[Tensor, "batch time width"] | None = None
-    borrowed: Mapping[str, Any] = field(default_factory=dict)
-    lent: dict[str, Any] = field(default_factory=dict)
+    borrowed: "Shelf | None" = None
+    lent: "Shelf | None" = None
+    text: Bool[Tensor, "batch time"] | None = None
 
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""
@@ -39,7 +41,7 @@ class Context:
 
     def is_step(self, x: Float[Tensor, "batch time width"]) -> bool:
         """Whether a chunk is one token a row and no gradient will ask for what states were before it."""
-        return x.shape[1] == 1 and not (torch.is_grad_enabled() and x.requires_grad)
+        return x.shape[1] == 1 and not torch.is_grad_enabled()
 
     def encode(self, names: Sequence[str], x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """A branch's input with the encodings that it names added."""

@@ -30,12 +30,13 @@ reads for its own computation it clones first where the gradient still needs it.
 @dataclass(frozen=True)
 class Scope:
     """What surrounds a node: the width of its input and output, the encodings and shared nodes that it may name, and
-    how many learned vectors stand before each document."""
+    how many learned vectors stand before each document, and the width of the stream, which encodings add to."""
 
     width: int
     encodings: Mapping[str, "EncodingSpec"]
     shared: Mapping[str, "NodeSpec"] = field(default_factory=dict)
     prefix: int = 0
+    stream: int | None = None
 
     @property
     def for_shared(self) -> "Scope":
@@ -155,6 +156,9 @@ class BranchSpec(NodeSpec, ABC):
                 have = ", ".join(sorted(self.hooks)) or "none"
                 wants = ", ".join(sorted(scope.encodings[name].hooks))
                 yield "encodings", f"encoding {name!r} needs the hook {wants}; this branch has: {have}"
+            elif "input" in scope.encodings[name].hooks and scope.stream not in (None, scope.width):
+                found = f"{name!r} is added to features of the stream's width {scope.stream}, here are {scope.width}"
+                yield "encodings", found
             else:
                 yield from (("encodings", f"{name}: {p}") for p in scope.encodings[name].problems(self.channels()))
 

@@ -40,6 +40,13 @@ def problems(nodes: Mapping[str, "NodeSpec"]) -> Iterator[tuple[str, str]]:
             yield path, found
 
 
+class Shelf:
+    """What nodes of a layer lend, by their places. No dictionary, of which FSDP would give a layer a copy."""
+
+    def __init__(self, kept: Mapping[str, Any] | None = None) -> None:
+        self.kept: dict[str, Any] = dict(kept or {})
+
+
 class Loans:
     """Who borrows from whom in a model."""
 
@@ -59,12 +66,14 @@ class Ledger:
     """The loans of one forward pass."""
 
     def __init__(self, loans: Loans) -> None:
-        self.loans, self.lent = loans, {}
+        self.loans = loans
+        self.lent: dict[int, Shelf] = {}
 
     def enter(self, layer: int, context: Context) -> Context:
         """What a layer is told: what its nodes borrow, and where they may leave what they lend."""
-        borrowed = {place: self.lent[there][name] for place, (there, name) in self.loans.places.get(layer, {}).items()}
-        lent: dict[str, Any] = {}
+        places = self.loans.places.get(layer, {}).items()
+        borrowed = Shelf({place: self.lent[there].kept[name] for place, (there, name) in places})
+        lent = Shelf()
         self.lent = {there: kept for there, kept in self.lent.items() if self.loans.last[there] > layer}
         if layer in self.loans.last:
             self.lent[layer] = lent

@@ -180,11 +180,12 @@ class LanguageModel(nn.Module):
         stream, places = (layout, None) if self.prefix is None else insert(layout, len(self.prefix.weight), cache)
         x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
         x = x if self.prefix is None else self.prefix(x, places)
+        context = replace(self.context(stream), text=None if places is None else places.is_text)
         if cache is None or layout.rows is None:
-            x = self.stack(x, self.context(stream))
+            x = self.stack(x, context)
         else:
             with nullcontext() if _is_step(stream) else eagerly():  # chunks come in any number of lengths
-                x = self.stack(x, self.context(stream), cache)
+                x = self.stack(x, context, cache)
             cache.advance(layout.rows)
         x = x if places is None else places.text(x)
         return x if layout.order is None else _scatter(x, layout.order)
@@ -307,8 +308,9 @@ class LanguageModel(nn.Module):
         name = min(limits, key=lambda n: limits[n])
         low, high = (int(value) for value in positions.aminmax())
         if low < 0 or high >= limits[name]:
-            found = f"position {low if low < 0 else high}"
-            raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name]} positions")
+            before = self.spec.prefix_length  # of which nobody knows who gives positions
+            found = f"position {(low if low < 0 else high) - before}"
+            raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name] - before} positions")
 
 
 def _is_step(layout: boundaries.Layout) -> bool:

@@ -84,6 +84,9 @@ class ModelSpec(Spec):
             if _is_sublayer(path) and width != scope.width:
                 yield path, f"has to return the width {scope.width}, found {width}"
         yield from lending.problems(dict(self.nodes()))
+        if self.longest is not None and self.longest < 1:
+            made = self.longest + self.prefix_length
+            yield "prefix.tokens", f"leaves none of the {made} positions of an encoding, found {self.prefix_length}"
 
     @property
     def prefix_length(self) -> int:
@@ -93,7 +96,7 @@ class ModelSpec(Spec):
     @property
     def scope(self) -> Scope:
         """What every node of the stack is surrounded by."""
-        return Scope(self.width, self.encodings, self.shared, self.prefix_length)
+        return Scope(self.width, self.encodings, self.shared, self.prefix_length, self.width)
 
     def expanded_layers(self) -> tuple[LayerSpec, ...]:
         """The layers, one by one."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.core.context import Context
@@ -112,11 +112,10 @@ class Observation(Mapping[str, Mapping[str, BranchStatistics]]):
 
 
 def _real(value: Tensor, context: Context) -> Tensor:
-    """The values at tokens that are not padding; a gate that does not read tokens has one set of them."""
-    if value.ndim == 1 or context.segments is None:
-        return value
-    real: Bool[Tensor, "batch time"] = context.segments >= 0
-    return value[real]
+    """The values at tokens, not at padding or a prefix; a gate that does not read tokens has one set of them."""
+    masks = [] if context.segments is None else [context.segments >= 0]
+    masks += [] if context.text is None else [context.text]
+    return value if value.ndim == 1 or not masks else value[torch.stack(masks).all(0)]
 
 
 def _entropy(values: list[Tensor]) -> Tensor:

@@ -51,7 +51,10 @@ def gate_maps(model: LanguageModel, tokens: Int[Tensor, "time"]) -> list[GateMap
 
 def _keep(seen: dict[str, Weights], path: str) -> Any:
     def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Weights) -> None:
-        seen[path] = output
+        if path in seen:
+            raise FusionTreeError(f"gate map: {path} is used more than once; a map shows one use")
+        text = inputs[1].text
+        seen[path] = {n: v if v.ndim == 1 or text is None else v[:, text[0]] for n, v in output.items()}
 
     return hook
 

@@ -98,7 +98,10 @@ def evaluate(
     manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
     configs = [named for each in tasks for named in _configs(each, manager)]
     built: Any = [part for place, config in configs for part in _built(place, config, manager)]
-    found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
+    try:
+        found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
+    except AssertionError as error:  # so it refuses options that do not go together
+        raise FusionTreeError(f"lm-eval: {' '.join(str(error).split())}") from None
     return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
 
 
@@ -130,7 +133,10 @@ def _read(file: Path) -> dict[str, Any]:
             raise FusionTreeError(f"{file}: {key}: tasks in files are plain data; write out what it stands for")
     if found.get("dataset_path") == "pandas":
         raise FusionTreeError(f"{file}: dataset_path: pandas reads pickles, which could run code")
-    for metric in found.get("metric_list") or ():
+    metrics = found.get("metric_list") or []
+    if not isinstance(metrics, list):
+        raise FusionTreeError(f"{file}: metric_list: a list is needed, found {metrics!r:.60}")
+    for metric in metrics:
         _check_metric(file, metric)
     return found
 

@@ -40,8 +40,10 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 
 def branches(evidence: Evidence) -> Iterator[tuple[str, str, float]]:
-    """Gate path, branch path and mean gate value of every branch."""
+    """Gate path, branch path and mean gate value of every branch; those of shared nodes can only go with all uses."""
     for gate, values in evidence.gates.items():
+        if gate.startswith("shared."):
+            continue
         fusion = gate.removesuffix(".gate")
         yield from ((gate, f"{fusion}.branches.{name}", statistics.mean) for name, statistics in values.items())
 

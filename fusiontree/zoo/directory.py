@@ -162,7 +162,7 @@ def _json(path: Path, absent: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except FileNotFoundError:
         raise FusionTreeError(absent) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FusionTreeError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict):
         raise FusionTreeError(f"{path}: has to be an object, found {type(found).__name__}")

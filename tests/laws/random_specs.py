@@ -367,4 +367,5 @@ def borrowers(draw: st.DrawFn, stack: list[Data]) -> list[Data]:
     own = draw(attentions())
     keys = {name: lender[name] for name in ("heads", "kv_heads", "head_dim", "window")}
     keys |= {name: lender.get(name, 0) for name in ("global_heads", "global_kv_heads")}
+    keys |= {"encodings": lender["encodings"]}
     return [{"mixer": own | keys | {"keys_from": "layers.0.mixer"}}]
