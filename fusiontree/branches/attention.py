@@ -80,6 +80,7 @@ class Attention(BranchSpec):
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate", "bias"})
+    lender_field: ClassVar[str | None] = "keys_from"
     kind: Literal["attention"] = "attention"
     heads: Count
     kv_heads: Count
@@ -150,11 +151,6 @@ class Attention(BranchSpec):
     def inner(self) -> int:
         """The width of all heads side by side."""
         return self.heads * self.values
-
-    @property
-    def borrows(self) -> str | None:
-        """The path of the attention whose keys and values it uses."""
-        return self.keys_from
 
     def refuses(self, lender: NodeSpec) -> str | None:
         """What differs of keys and values."""

@@ -47,10 +47,12 @@ class Scope:
 class NodeSpec(Spec, ABC):
     """A branch or a fusion: something that maps [batch, time, width] to [batch, time, width], causally.
 
-    `rigid` axes have an order that matters; along any other axis parts may change places.
+    `rigid` axes have an order that matters; along any other axis parts may change places. `lender_field` is the field
+    that holds the path of a node whose `Context.lent` the module reads.
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width"})
+    lender_field: ClassVar[str | None] = None
 
     @classmethod
     @abstractmethod
@@ -92,7 +94,7 @@ class NodeSpec(Spec, ABC):
     @property
     def borrows(self) -> str | None:
         """The path of the node of an earlier layer whose `Context.lent` the module reads, if there is one."""
-        return None
+        return None if self.lender_field is None else getattr(self, self.lender_field)
 
     def refuses(self, lender: "NodeSpec") -> str | None:
         """Why that node's cannot be read, or None."""

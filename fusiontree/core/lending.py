@@ -11,9 +11,6 @@ from fusiontree.errors import suggest
 if TYPE_CHECKING:
     from fusiontree.core.contracts import NodeSpec
 
-Places = Mapping[int, Mapping[str, tuple[int, str]]]
-"""By the layer and the place in it of a node that borrows: the layer and the place of the one that lends."""
-
 
 def split(path: str) -> tuple[int, str]:
     """The layer of a path, and the place in it."""
@@ -48,7 +45,8 @@ class Shelf:
 
 
 class Loans:
-    """Who borrows from whom in a model."""
+    """Who borrows from whom in a model: by the layer of a borrower and its place there, the layer and the place of who
+    lends; and by the layer of a lender, the last that reads."""
 
     def __init__(self, borrows: Mapping[str, str]) -> None:
         self.places: dict[int, dict[str, tuple[int, str]]] = {}

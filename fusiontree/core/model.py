@@ -104,7 +104,7 @@ class LanguageModel(nn.Module):
     def _bind(self) -> None:
         """Let uses of shared nodes find them, again where a tool (LoRA, quantisation) has replaced parts of those."""
         for node in self.binding:
-            if not (node.is_current()):
+            if not node.is_current():
                 node.bind(self.shared)
 
     def compile(self, **options: Any) -> None:

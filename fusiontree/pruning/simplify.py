@@ -3,7 +3,6 @@ is left is renumbered. Paths change; the map from old to new says how."""
 
 from typing import Any
 
-from fusiontree.core import paths
 from fusiontree.core.contracts import FusionSpec, NodeSpec
 from fusiontree.core.model import LanguageModel
 from fusiontree.core.model_spec import Lineage, ModelSpec
@@ -27,9 +26,6 @@ def simplify_spec(spec: ModelSpec) -> tuple[ModelSpec, PathMap]:
         layers.append(_simple_layer(layer, old, new, moved))
     if not moved and len(layers) == len(spec.expanded_layers()):
         return spec, {}
-    for _, node in paths.walk(layers):
-        if isinstance(node, dict) and isinstance(node.get("keys_from"), str):
-            node["keys_from"] = new_path(node["keys_from"], moved)
     edit = Lineage(parent=spec.digest(), edit="simplify").data()
     data = spec.data() | {"layers": layers, "lineage": [*(entry.data() for entry in spec.lineage), edit]}
     return ModelSpec.parse(data).fold(), moved
@@ -51,6 +47,8 @@ def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any
         moved[inside] = new
         return _simple(dict(node.children())[f"branches.{sole}"], inside, new, moved)
     data = node.data()
+    if node.borrows is not None and node.lender_field is not None:
+        data[node.lender_field] = new_path(node.borrows, moved)  # whose layer has been here before
     for step, child in node.children():
         place = data
         *above, last = step.split(".")

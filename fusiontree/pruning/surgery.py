@@ -3,14 +3,14 @@
 Every parameter belongs to a path, so the weights of a pruned model are those of its paths and nothing else.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusiontree.core import paths
-from fusiontree.core.contracts import FusionSpec, nodes
+from fusiontree.core.contracts import BranchSpec, FusionSpec, nodes
 from fusiontree.core.model import LanguageModel, build
 from fusiontree.core.model_spec import Lineage, ModelSpec
 from fusiontree.core.stack import LayerSpec, Residual
@@ -88,15 +88,11 @@ def droppable(spec: ModelSpec) -> list[str]:
 
 def _drop_unnamed(data: dict[str, Any]) -> None:
     """Shared nodes that nobody uses any more go, then encodings that nobody names."""
-    used = {node.get("of") for node in _mappings(data["layers"]) if node.get("kind") == "use"}
+    used = {node.uses for _, node, _ in ModelSpec.parse(data).running()}
     data["shared"] = {name: node for name, node in data["shared"].items() if name in used}
-    lists = [node.get("encodings") for part in ("layers", "shared") for node in _mappings(data[part])]
-    named = {name for names in lists if isinstance(names, list) for name in names}
+    branches = (node for _, node in ModelSpec.parse(data).nodes() if isinstance(node, BranchSpec))
+    named = {name for branch in branches for name in branch.encodings}
     data["encodings"] = {name: encoding for name, encoding in data["encodings"].items() if name in named}
-
-
-def _mappings(data: Any) -> Iterator[dict[str, Any]]:
-    yield from (value for _, value in paths.walk(data) if isinstance(value, dict))
 
 
 def carry(weights: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
