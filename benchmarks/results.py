@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.bench.machine import matrix_units, processor
+from fusiontree.machine import matrix_units, processor
 
 FOLDER = Path(__file__).parent / "results"
 
