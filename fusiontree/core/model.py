@@ -49,7 +49,7 @@ class Head(Module):
     def __init__(self, spec: HeadSpec, width: int, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02))
+        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02), decay=True)
         self.bias = self.declare("bias", (vocab_size,), constant(0.0)) if spec.bias else None
 
     def forward(self, features: Float[Tensor, "... width"], embedding: Tensor) -> Float[Tensor, "... vocab"]:

@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.core import axes
@@ -16,6 +16,7 @@ from fusiontree.core.contracts import Gate, NodeSpec
 from fusiontree.core.cost import costs
 from fusiontree.core.model import build
 from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.modules import Module
 from fusiontree.kernels import OPS, use_backend
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
 from fusiontree.testing.subject import Subject, far
@@ -135,6 +136,21 @@ def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> st
     }
     said = {name: tuple(axes.size(d, sizes) for d in dimensions) for name, dimensions in table.items()}
     return None if own == said else f"axes give {said}, the parameters are {own}"
+
+
+def shrinking(subject: Subject) -> str | None:
+    """Weight decay shrinks every linear map, and no bias, no encoding and nothing of one dimension."""
+    modules = ((path, module) for path, module in subject.model.named_modules() if isinstance(module, Module))
+    return _first((path, _shrinking(path, module)) for path, module in modules)
+
+
+def _shrinking(path: str, module: Module) -> str | None:
+    if isinstance(module, nn.Linear) and "weight" not in module.decayed:
+        return "the weight of a linear map does not shrink"
+    for name in module.decayed:
+        if path.startswith("encodings.") or name.endswith("bias") or module.get_parameter(name).ndim < 2:
+            return f"{name} {list(module.get_parameter(name).shape)} shrinks"
+    return None
 
 
 def symmetric(subject: Subject) -> str | None:
@@ -441,6 +457,7 @@ LAWS = tuple(
         round_trip,
         strict,
         counted,
+        shrinking,
         seeded,
         causal,
         alone,
