@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.core import axes
+from fusiontree.core import axes, probes
 from fusiontree.core.contracts import Gate, NodeSpec
 from fusiontree.core.cost import costs
 from fusiontree.core.model import build
@@ -407,10 +407,8 @@ def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
 
 def _gate_values(subject: Subject, gate: Gate) -> dict[str, Tensor]:
     seen: list[dict[str, Tensor]] = []
-    handle = gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.no_grad():
+    with probes.watch({"": gate}, lambda path, weights, real: seen.append(weights)), torch.no_grad():
         subject.model(subject.tokens(2, 7))
-    handle.remove()
     return seen[0]
 
 
