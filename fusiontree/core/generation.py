@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.core import probes
+from fusiontree.core.boundaries import check_vocabulary
 from fusiontree.errors import FusionTreeError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def stream(
     A row ends with the token that completes a stop sequence. Ends when all rows have, or after
     `max_new_tokens` steps. Gates make no noise meanwhile: the model is in evaluation mode for each step.
     """
-    tokens, documents = pad(prompts, model.embedding.weight.device)
+    tokens, documents = _entered(prompts, model)
     if max_new_tokens < 0:
         raise FusionTreeError(f"max_new_tokens: found {max_new_tokens}, at least 0 is needed")
     generators, endings = sampling.generators(tokens.shape[0]), _endings(stop)
@@ -136,7 +137,16 @@ def generate(
     return torch.cat([prompts.long(), new.to(prompts.device)], 1)
 
 
-def pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _entered(prompts: Prompts, model: "LanguageModel") -> tuple[Tensor, Tensor | None]:
+    """Padded prompts on the model's device, where nobody looks at them again, and their documents."""
+    tokens, documents = pad(prompts)
+    if tokens.numel():
+        check_vocabulary("tokens", tokens, model.spec.vocab_size)
+    device = model.embedding.weight.device
+    return tokens.to(device), None if documents is None else documents.to(device)
+
+
+def pad(prompts: Prompts) -> tuple[Tensor, Tensor | None]:
     """Prompts as one tensor, padded behind, and the documents that say where; None when all are equally long.
 
     Raises:
@@ -145,12 +155,12 @@ def pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2:
             raise FusionTreeError(f"prompts: a tensor [batch, time] is needed, found {list(prompts.shape)}")
-        return prompts.to(device), None
+        return prompts, None
     rows = [_integers(prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
         raise FusionTreeError("prompts: at least one, of at least one token each, is needed")
-    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=device)
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     documents = torch.full_like(tokens, PADDING)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = torch.tensor(row, dtype=torch.long)
