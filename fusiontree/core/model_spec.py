@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from fusiontree.core import lending, paths, yaml
-from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, NodeSpec, Scope
+from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
 from fusiontree.core.modules import Norm
 from fusiontree.core.prefix import PrefixSpec
 from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
@@ -120,6 +120,19 @@ class ModelSpec(Spec):
     def nodes(self) -> Iterator[tuple[str, NodeSpec]]:
         """Every branch and fusion with its path."""
         yield from ((path, node) for path, node, _ in self.placed())
+
+    def fusions(self) -> Iterator[tuple[str, FusionSpec]]:
+        """Every fusion with its path."""
+        yield from ((path, node) for path, node in self.nodes() if isinstance(node, FusionSpec))
+
+    def gates(self) -> Iterator[tuple[str, FusionSpec]]:
+        """Every gate's path with the fusion that it is of."""
+        yield from ((f"{path}.gate", fusion) for path, fusion in self.fusions() if fusion.gate_spec is not None)
+
+    def branches(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Every branch's path, with the path of its fusion and its name there."""
+        for path, fusion in self.fusions():
+            yield from ((branch_path(path, name), (path, name)) for name in fusion.branches)
 
     def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence's cache of `length` tokens takes, keys stored in `dtype`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.compiling import eagerly
-from fusiontree.core.contracts import Fusion, Gate, Node, Weights
+from fusiontree.core.contracts import Fusion, Gate, Node, Weights, branch_path
 from fusiontree.core.observation import Observation, Real
 from fusiontree.errors import SpecError, suggest
 
@@ -133,11 +133,14 @@ def _zero(node: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def _close(modules: Mapping[str, nn.Module], place: str, stack: ExitStack) -> None:
     """Tell the fusion around a branch, and its gate, that the branch is closed."""
-    above, _, name = place.rpartition(".branches.")
-    fusion = modules.get(above) if above else None
-    if not isinstance(fusion, Fusion):
-        return
-    for module in (fusion, fusion.gate):
+    fusion, name = _branches(modules).get(place, (None, ""))
+    for module in (fusion, fusion and fusion.gate):
         if module is not None:
             stack.callback(setattr, module, "closed", module.closed)
             module.closed = module.closed | {name}
+
+
+def _branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Fusion, str]]:
+    """The fusion of every branch and its name there, by the branch's path."""
+    fusions = [(path, module) for path, module in modules.items() if isinstance(module, Fusion)]
+    return {branch_path(path, name): (fusion, name) for path, fusion in fusions for name in fusion.branches}

@@ -388,8 +388,9 @@ def _gates(subject: Subject) -> Iterator[tuple[str, Gate]]:
 
 
 def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
-    fusion = subject.spec.node(path.removesuffix(".gate"))
-    spec, scope = fusion.gate_spec, fusion.gate_scope(subject.spec.scope)  # type: ignore[attr-defined]
+    fusion = dict(subject.spec.gates())[path]
+    spec, scope = fusion.gate_spec, fusion.gate_scope(subject.spec.scope)
+    assert spec is not None
     values = _gate_values(subject, gate)
     total = torch.stack(list(values.values())).sum(0)
     if problem := far(total, torch.ones_like(total)):
