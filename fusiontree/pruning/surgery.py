@@ -34,7 +34,7 @@ def drop_from_spec(spec: ModelSpec, drops: Iterable[str]) -> ModelSpec:
         _drop(data, path, spec)
     _drop_unnamed(data)
     data["lineage"].append(Lineage(parent=spec.digest(), edit=f"drop {', '.join(drops)}").data())
-    return ModelSpec.parse(data).fold()
+    return ModelSpec.parse(data).fold(like=spec)
 
 
 def _outermost(drops: Iterable[str]) -> list[str]:

@@ -134,6 +134,16 @@ def test_a_link_that_is_called_branches_is_none():
         plan_by_hand(spec, [f"{here}.mlp"])
 
 
+def test_a_pyramid_stays_one_as_a_branch_leaves_every_layer():
+    period = [layer(a=BRANCH, b=BRANCH)]
+    pyramid = {"repeat": 3, "layers": period, "vary": {"0.mixer.branches.a.hidden": [4, 8, 16]}}
+    spec = ft.ModelSpec.parse({"vocab_size": 5, "width": 8, "layers": [pyramid]})
+    left = plan_by_hand(spec, [f"layers.{n}.mixer.branches.b" for n in range(3)]).edit(spec)
+    (repeat,) = left.layers
+    assert dict(repeat.vary) == {"0.mixer.branches.a.hidden": (4, 8, 16)}
+    assert left == ft.ModelSpec.parse(left.expand().data())
+
+
 def test_evidence_of_an_unknown_gate_is_refused(spec):
     with pytest.raises(PruneError, match=r"layers\.9\.mixer\.gate: no gate is there"):
         plan(spec, evidence(spec, {"layers.9.mixer.gate": {"a": 1.0}}), Threshold())
