@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.core import axes, probes
+from fusiontree.core import axes, paths, probes
 from fusiontree.core.contracts import Gate, NodeSpec
 from fusiontree.core.cost import costs
+from fusiontree.core.fields import is_open
 from fusiontree.core.model import build
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.modules import Module
@@ -61,20 +62,9 @@ def round_trip(subject: Subject) -> str | None:
 def strict(subject: Subject) -> str | None:
     """A key that does not exist is refused wherever it stands."""
     data = subject.spec.expand().data()
-    return _first((path or "top", _accepts(data, path)) for path in _mappings(data))
-
-
-def _mappings(data: object, prefix: str = "") -> Iterator[str]:
-    if isinstance(data, dict):
-        if not prefix.endswith(
-            ("branches", "encodings", "values", "multipliers", "vary", "shared", "links", "norms", "adapters")
-        ):
-            yield prefix
-        for key, value in data.items():
-            yield from _mappings(value, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from _mappings(value, f"{prefix}.{index}")
+    places = [(), *(path for path, value in paths.walk(data) if isinstance(value, dict))]
+    closed = (".".join(path) for path in places if not is_open(ModelSpec, data, path))
+    return _first((path or "top", _accepts(data, path)) for path in closed)
 
 
 def _accepts(data: dict, path: str) -> str | None:
