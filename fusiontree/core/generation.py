@@ -73,8 +73,8 @@ class Sampling:
 
     @staticmethod
     def _last(mass: Float[Tensor, "batch vocab"]) -> Tensor:
-        """The last token of each row with any mass, so that rounding cannot draw one without."""
-        return (mass > 0).sum(-1, keepdim=True) - 1
+        """The last token of each row with any mass, so that rounding cannot draw one without; the first of none."""
+        return ((mass > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
 
 
 @torch.no_grad()
@@ -85,6 +85,9 @@ def stream(
 
     A row ends with the token that completes a stop sequence. Ends when all rows have, or after
     `max_new_tokens` steps. Gates make no noise meanwhile: the model is in evaluation mode for each step.
+
+    Raises:
+        FusionTreeError: bad arguments, or logits that say nothing, since the largest is infinite or not a number.
     """
     tokens, documents = _entered(prompts, model)
     if max_new_tokens < 0:
@@ -96,8 +99,9 @@ def stream(
     written: list[list[int]] = [[] for _ in range(tokens.shape[0])]
     live = [True] * tokens.shape[0]
     for step in range(max_new_tokens):
-        chosen = sampling.choose(model.logits(features), generators)
-        new = [token if alive else None for token, alive in zip(chosen.tolist(), live, strict=True)]
+        logits = model.logits(features)
+        chosen = sampling.choose(logits, generators)
+        new = _read(chosen, logits, live, step)
         for row, token in enumerate(new):
             if token is not None:
                 written[row].append(token)
@@ -109,6 +113,17 @@ def stream(
         positions = cache.positions * torch.tensor(live, device=chosen.device)
         with probes.evaluating(model):
             features = model.features(chosen[:, None], positions=positions[:, None], cache=cache)[:, 0]
+
+
+def _read(chosen: Tensor, logits: Tensor, live: list[bool], step: int) -> list[int | None]:
+    """The tokens of the rows that go on, read from the device once with whether their logits say anything."""
+    found = torch.where(logits.amax(-1).isfinite(), chosen, PADDING).tolist()
+    for row, (token, alive) in enumerate(zip(found, live, strict=True)):
+        if alive and token == PADDING:
+            kind = str(logits.dtype).removeprefix("torch.")
+            text = f"the largest logit is not finite in {kind}; the model has overflowed, or holds what is no number"
+            raise FusionTreeError(f"generate: row {row}, new token {step + 1}: {text}")
+    return [token if alive else None for token, alive in zip(found, live, strict=True)]
 
 
 def _endings(stop: Stop) -> list[tuple[int, ...]]:

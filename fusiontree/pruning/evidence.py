@@ -39,7 +39,7 @@ class Evidence(Spec):
     def from_observation(cls, observation: Observation, spec: ModelSpec, *, steps_seen: int) -> Self:
         """What `model.observe()` saw."""
         data: dict[str, Any] = {"steps_seen": steps_seen, "spec": spec.digest(), "gates": observation.data()}
-        return cls.model_validate(data)
+        return cls.parse(data)
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse evidence of another model.

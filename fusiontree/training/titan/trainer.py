@@ -159,6 +159,8 @@ class FusionTrainer(Trainer):
         if validation is None or self.held_out is None or not (last or self.step % validation.every == 0):
             return {}
         score = measure(self.model, self.held_out, rows=validation.rows, device=self.device)
+        if not math.isfinite(score.loss):
+            raise TrainingFailed(f"step {self.step}: the held-out loss is {score.loss}")
         return {"validation_loss": score.loss, "validation_bits_per_byte": score.bits_per_byte}
 
     def _write(self, record: Record) -> None:
