@@ -141,7 +141,7 @@ class HeadMap(Module):
     def __init__(self, rank: int, heads: int, channels: int) -> None:
         super().__init__()
         self.heads = heads
-        self.weight = self.declare("weight", (heads * channels, rank), fan_in())
+        self.weight = self.declare("weight", (heads * channels, rank), fan_in(), decay=True)
 
     def forward(self, latent: Float[Tensor, "batch time rank"]) -> Heads:
         """What each head makes of the latent."""

@@ -50,7 +50,7 @@ class Head(Module):
     def __init__(self, spec: HeadSpec, width: int, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02))
+        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02), decay=True)
         self.bias = self.declare("bias", (vocab_size,), constant(0.0)) if spec.bias else None
 
     def forward(self, features: Float[Tensor, "... width"], embedding: Tensor) -> Float[Tensor, "... vocab"]:
@@ -138,7 +138,8 @@ class LanguageModel(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens: integers in [0, vocab_size); what stands at padding is not looked at.
+            tokens: integers in [0, vocab_size); what stands at padding is not looked at. Values are checked on a
+                CPU alone: to look at those of another device is to wait for it.
             positions: where each token stands; 0, 1, ... after what the cache holds when not given, from 0 in
                 each new document.
             documents: equal numbers for tokens of one document, -1 for padding, wherever it stands; the
@@ -163,8 +164,8 @@ class LanguageModel(nn.Module):
         Raises:
             FusionTreeError: as `forward`, or labels of another shape than the tokens or outside the vocabulary.
         """
-        features = self.features(tokens, positions=positions, documents=documents)
         labels = self._checked_labels(labels, tokens)
+        features = self.features(tokens, positions=positions, documents=documents)
         return self.head.cross_entropy(features.flatten(0, 1), self.embedding.weight, labels.flatten())
 
     def features(
@@ -185,9 +186,10 @@ class LanguageModel(nn.Module):
         if cache is None or layout.rows is None:
             x = self.stack(x, context)
         else:
+            cache.check_room(tokens.shape[1])
             with nullcontext() if _is_step(stream) else eagerly():  # chunks come in any number of lengths
                 x = self.stack(x, context, cache)
-            cache.advance(layout.rows)
+            cache.advance(layout.rows, tokens.shape[1])
         x = x if places is None else places.text(x)
         return x if layout.order is None else _scatter(x, layout.order)
 
@@ -272,8 +274,7 @@ class LanguageModel(nn.Module):
         return module
 
     def _checked(self, tokens: Ids, documents: Ids | None) -> Ids:
-        if not _are_ids(tokens) or tokens.shape[1] == 0:
-            raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {_kind(tokens)}")
+        _check_ids(tokens)
         tokens = tokens.long()
         if documents is not None and documents.shape == tokens.shape:
             tokens = torch.where(documents < 0, 0, tokens)
@@ -281,17 +282,15 @@ class LanguageModel(nn.Module):
         return tokens
 
     def _checked_labels(self, labels: Ids, tokens: Ids) -> Ids:
+        _check_ids(tokens)
         _check_like("labels", labels, tokens)
         labels = labels.long()
         self._check_vocabulary("labels", torch.where(labels == NO_LABEL, 0, labels))
         return labels
 
     def _check_vocabulary(self, name: str, ids: Ids) -> None:
-        if _readable(ids):
-            low, high = (int(value) for value in ids.aminmax())
-            if low < 0 or high >= self.spec.vocab_size:
-                found = low if low < 0 else high
-                raise FusionTreeError(f"{name}: found {found}, the vocabulary is 0..{self.spec.vocab_size - 1}")
+        if boundaries.readable(ids):
+            boundaries.check_vocabulary(name, ids, self.spec.vocab_size)
 
     def _check_shapes(self, tokens: Ids, positions: Ids | None, documents: Ids | None, cache: Cache | None) -> None:
         for name, ids in (("positions", positions), ("documents", documents)):
@@ -304,12 +303,12 @@ class LanguageModel(nn.Module):
 
     def _check_positions(self, positions: Ids) -> None:
         limits = {name: e.limit for name, e in self.spec.encodings.items() if e.limit is not None}
-        if not limits or not _readable(positions):
+        if not limits or not boundaries.readable(positions):
             return
         name = min(limits, key=lambda n: limits[n])
         low, high = (int(value) for value in positions.aminmax())
         if low < 0 or high >= limits[name]:
-            before = self.spec.prefix_length  # of which nobody knows who gives positions
+            before = self.spec.prefix_length  # callers count positions without the prefix
             found = f"position {(low if low < 0 else high) - before}"
             raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name] - before} positions")
 
@@ -318,6 +317,11 @@ def _is_step(layout: boundaries.Layout) -> bool:
     """Whether a chunk is the next token of every row, of documents that go on in rings of one size: one form."""
     fixed = layout.rows is not None and layout.rows.room is None
     return fixed and layout.positions.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
+
+
+def _check_ids(tokens: object) -> None:
+    if not _are_ids(tokens) or tokens.shape[1] == 0:
+        raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {_kind(tokens)}")
 
 
 def _check_like(name: str, ids: object, tokens: Ids) -> None:
@@ -337,13 +341,6 @@ def _kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__
-
-
-def _readable(ids: Ids) -> bool:
-    """Whether values can be looked at now: not while a CUDA graph is captured, and not on the meta device."""
-    if ids.device.type == "cuda":
-        return not torch.cuda.is_current_stream_capturing()
-    return ids.numel() > 0 and ids.device.type != "meta"
 
 
 def _scatter(x: Features, order: Ids) -> Features:

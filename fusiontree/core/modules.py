@@ -46,9 +46,15 @@ class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.initial: dict[str, Init] = {}
+        self.decayed: set[str] = set()
+        """Which of the own parameters shrink by weight decay; beside them, since a tool may replace each of them."""
 
-    def declare(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
+    def declare(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool = False) -> nn.Parameter:
         """Add a parameter of this shape.
+
+        Args:
+            decay: whether weight decay shrinks it. That is for maps from features to features; biases, gains,
+                embeddings, starting vectors and what a state decays by are left where the data puts them.
 
         Raises:
             WeightsError: no memory could hold it.
@@ -58,6 +64,8 @@ class Module(nn.Module):
         parameter = nn.Parameter(torch.empty(shape))
         self.register_parameter(name, parameter)
         self.initial[name] = init
+        if decay:
+            self.decayed.add(name)
         return parameter
 
     def declare_unlearned(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
@@ -73,7 +81,7 @@ class Linear(nn.Linear, Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
         Module.__init__(self)  # torch's would draw values
         self.in_features, self.out_features = inputs, outputs
-        self.weight = self.declare("weight", (outputs, inputs), init or fan_in())
+        self.weight = self.declare("weight", (outputs, inputs), init or fan_in(), decay=True)
         self.bias = self.declare("bias", (outputs,), constant(0.0)) if bias else None
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:

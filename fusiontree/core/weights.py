@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def save(model: LanguageModel, directory: Path | str, *, beside: Iterable[Path] 
         beside: files to copy beside it, a tokenizer's say.
 
     Raises:
-        WeightsError: the directory holds something else, or the disk is full (nothing is left behind).
+        WeightsError: the directory holds something else, two tensors share memory, or the disk is full (nothing is
+            left behind).
     """
     save_weights(model.spec, model.state_dict(), directory, beside=beside)
 
@@ -46,11 +48,27 @@ def save_weights(
         if not may_be_replaced(target):
             raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
         (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+        whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+        _check_apart(whole)
+        tensors = {name: tensor.cpu() for name, tensor in whole.items()}
         # one key, because several are written in no fixed order, and equal weights should be equal files
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         for file in beside:
             shutil.copyfile(file, new / file.name)
+
+
+def _check_apart(weights: Mapping[str, Tensor]) -> None:
+    """Each contiguous tensor has memory of its own: a file could not say that two are one, and neither does the spec.
+
+    Raises:
+        WeightsError: two that share some.
+    """
+    placed = [(str(t.device), t.data_ptr(), t.nbytes, name) for name, t in weights.items()]
+    spans = sorted((device, start, start + size, name) for device, start, size, name in placed if start and size)
+    for (here, _, end, one), (there, start, _, other) in pairwise(spans):
+        if here == there and start < end:
+            text = "share memory; the spec does not tie them, so that a model that is loaded would not either"
+            raise WeightsError(f"weights: {one!r} and {other!r} {text}; give one of them a copy, or use a shared node")
 
 
 def may_be_replaced(target: Path) -> bool:

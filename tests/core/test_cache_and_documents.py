@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import VOCABULARY, complaint, model, tokens
+from core_cases import VOCABULARY, complaint, data, model, tokens
 from torch import Tensor
 
 from fusiontree import LanguageModel, ModelSpec, build
@@ -92,6 +92,49 @@ def test_a_full_cache_says_so(built: LanguageModel) -> None:
     cache = built.new_cache(1, 5)
     built(tokens(1, 4), cache=cache)
     complaint(lambda: built(tokens(1, 2), cache=cache), "cache: ", "4 tokens and 2 more", "5")
+
+
+@pytest.mark.parametrize("capacity", [None, 10])
+@pytest.mark.parametrize(
+    "bad",
+    [{"tokens": tokens(1, 5)}, {"tokens": ids([1, 2]), "positions": ids([7, 8])}],
+    ids=["too long for an encoding", "a position beyond it"],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_refused_call_does_not_count(
+    built: LanguageModel, bad: dict[str, Tensor], capacity: int | None, documents: bool
+) -> None:
+    """Neither as tokens nor as the bound by which rings grow."""
+    cache = built.new_cache(1, capacity)
+    built(tokens(1, 4), cache=cache)
+    before = (cache.most, cache.nbytes, cache.seen.tolist(), cache.positions.tolist())
+    more = {"documents": torch.zeros_like(bad["tokens"])} if documents else {}
+    complaint(lambda: built(**bad, **more, cache=cache), "encodings.time: ")
+    assert (cache.most, cache.nbytes, cache.seen.tolist(), cache.positions.tolist()) == before
+    assert cache.most == 4
+
+
+@pytest.mark.parametrize("prefix", [None, {"tokens": 2}])
+def test_a_device_is_asked_nothing(prefix: dict[str, int] | None) -> None:
+    """On the meta device no value can be read: whoever tries fails."""
+    net = build(ModelSpec.parse(data(**LEARNED, prefix=prefix)), device="meta")
+    like = torch.zeros(2, 6, dtype=torch.long, device="meta")
+    packed = {} if prefix else {"documents": like}  # how long packed rows are with prefixes is in the documents
+    net.cross_entropy(like, like, positions=like, **packed).backward()
+    assert net.embedding.weight.grad is not None
+    cache = net.new_cache(2, 8)
+    with torch.no_grad():
+        assert net(like, cache=cache, **packed).shape == (2, 6, VOCABULARY)
+        net(like[:, :1], cache=cache)
+        net(like[:, :1], cache=cache, **{name: ids[:, :1] for name, ids in packed.items()})
+
+
+def test_bad_labels_cost_no_forward_pass(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "stack", None)
+    complaint(lambda: built.cross_entropy(tokens(1, 3), ids([1, 2, VOCABULARY])), "labels: ", f"found {VOCABULARY}")
+    complaint(lambda: built.cross_entropy(tokens(1, 3), ids([1, 2])), "labels: ", "[1, 3]")
+    complaint(lambda: built.cross_entropy(ids([1, -1]), ids([1, 2])), "tokens: ", "found -1")
+    complaint(lambda: built.cross_entropy([[1, 2]], ids([1, 2])), "tokens: ", "list")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [ids([VOCABULARY]), tokens(1, 5), tokens(1, 7)], ids=["token", "position", "room"])

@@ -210,6 +210,28 @@ class TestRoom:
 
 
 class TestSaving:
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("layers.0.mixer.gate.logit.bias", "layers.1.mixer.gate.logit.bias"),
+            ("layers.0.mixer.gate.logit.weight", "layers.1.mixer.gate.logit.weight"),
+            ("embedding.weight", "head.weight"),
+        ],
+    )
+    def test_parameters_tied_by_hand_are_named(self, tmp_path: Path, one: str, other: str) -> None:
+        net = model(layers=[{"mixer": MIXER}, {"mixer": MIXER}], head={"tied": False})
+        module, _, name = other.rpartition(".")
+        setattr(net.get_submodule(module), name, net.get_parameter(one))
+        net(tokens(1, 3))
+        complaint(lambda: save(net, tmp_path / "new"), repr(one), repr(other), "share memory", "a shared node")
+        assert not list(tmp_path.iterdir())
+
+    def test_parts_of_one_tensor_share_nothing(self, tmp_path: Path) -> None:
+        net = build(spec())
+        whole = {name: torch.stack([t, t], -1)[..., 0] for name, t in net.state_dict().items()}
+        weights.save_weights(net.spec, whole, tmp_path / "new")
+        assert torch.equal(load(tmp_path / "new").embedding.weight, net.embedding.weight)
+
     @pytest.mark.parametrize("content", [["a.txt"], ["spec.yaml"], ["model.safetensors", "config.json"]])
     def test_a_foreign_directory_is_refused_and_kept(self, tmp_path: Path, content: list[str]) -> None:
         foreign = tmp_path / "foreign"

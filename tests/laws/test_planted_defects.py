@@ -23,6 +23,7 @@ from fusiontree.branches import (
 )
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
+from fusiontree.core.modules import Module
 from fusiontree.encodings import Alibi
 from fusiontree.encodings.rope import Rotary
 from fusiontree.encodings.srte import SincosTime, SrteSincos
@@ -198,6 +199,20 @@ def test_axis_table_forgets_a_parameter(monkeypatch):
     axes = Attention.axes
     monkeypatch.setattr(Attention, "axes", lambda self: {n: d for n, d in axes(self).items() if n != "v.weight"})
     assert broken_laws(Attention) == "counted"
+
+
+def test_biases_shrink(monkeypatch):
+    declare = Module.declare
+    monkeypatch.setattr(
+        rglru.HeadGate, "declare", lambda self, *args, **options: declare(self, *args, **options | {"decay": True})
+    )
+    assert broken_laws(RgLru) == "shrinking"
+
+
+def test_a_linear_map_does_not_shrink(monkeypatch):
+    declare = Module.declare
+    monkeypatch.setattr(Module, "declare", lambda self, *args, **options: declare(self, *args))
+    assert broken_laws(Mlp) == "shrinking"
 
 
 def test_cache_formula_lies(monkeypatch):
