@@ -1,12 +1,13 @@
 """Weights: how they start, and models on disk, read strictly and written all or nothing."""
 
+import io
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusiontree import ModelSpec, build, load, save
+from fusiontree.branches import Mlp
 from fusiontree.core import memory, weights
 from fusiontree.core.initialise import generator, initialise
 
@@ -73,6 +75,15 @@ class TestInitial:
             built(tokens(2, 5))
         statistics = seen["layers.0.mixer.gate"]
         assert [statistics[name].mean for name in ("mamba", "attention")] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("activation", sorted(get_args(Mlp.model_fields["activation"].annotation)))
+def test_a_model_with_any_activation_is_pickled(activation: str) -> None:
+    written = io.BytesIO()
+    built = build(ModelSpec.parse(data(layers=[{"ffn": {"kind": "mlp", "hidden": 8, "activation": activation}}])))
+    torch.save(built, written)
+    written.seek(0)
+    assert torch.equal(torch.load(written, weights_only=False)(tokens(2, 5)), built(tokens(2, 5)))
 
 
 class TestRoundTrip:
