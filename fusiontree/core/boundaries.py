@@ -32,6 +32,8 @@ class Layout:
 def padding_last(documents: Ids) -> Ids | None:
     """The stable order of each row that moves its padding (-1) behind the real tokens; None if it is there."""
     padding = documents < 0
+    if torch.compiler.is_exporting():  # a program serves all values
+        return torch.argsort(padding.byte(), dim=1, stable=True)
     if not bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         return None
     return torch.argsort(padding.byte(), dim=1, stable=True)

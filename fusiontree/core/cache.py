@@ -173,6 +173,7 @@ class Cache:
                 chosen = tensor[rows]
                 state[name] = tensor.copy_(chosen) if chosen.shape == tensor.shape else chosen
         self.seen, self.positions, self.documents = (each[rows] for each in (self.seen, self.positions, self.documents))
+        self.of_inference = torch.is_inference_mode_enabled()
 
     def advance(self, rows: Rows) -> None:
         """Take note of a chunk that every node has seen."""

@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
         self._check_shapes(tokens, positions, documents, cache)
         if cache is not None:
             cache.leave_inference()
-        one_form = self.compiled and cache is None
+        one_form = (self.compiled and cache is None) or torch.compiler.is_exporting()
         layout = boundaries.arrange(tokens, documents, positions, cache, one_form=one_form)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)

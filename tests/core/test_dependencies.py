@@ -31,7 +31,7 @@ ONLY_IN = {
     "torchtitan": "training/titan/",
     "typer": "cli",
     "rich": "cli",
-    "transformers": "zoo/hf.py",
+    "transformers": "zoo/hf",
     "tokenizers": "zoo/hf.py",
     "lm_eval": "evaluation/harness.py",
     "mamba_ssm": "kernels/",
