@@ -160,9 +160,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         allowed = {"use_reentrant": (True, False), "every_n_layers": (1,), "offload": (False,)}
         for name, value in given.items():
             if value not in allowed.get(name, (None,)):
-                raise FusionTreeError(
-                    f"gradient checkpointing: {name}={value!r} is not possible: every layer runs again"
-                )
+                raise FusionTreeError(f"gradient checkpointing: {name}={value!r} cannot be: every layer runs again")
         self.model.checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -287,15 +285,13 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         kind = generation_config.cache_implementation
         if kind is not None:
-            raise FusionTreeError(
-                f"cache_implementation: found {kind!r}, models of FusionTree have a cache of their own"
-            )
+            raise FusionTreeError(f"cache_implementation: found {kind!r}, our models have a cache of their own")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = FusionTreeCache()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw from (seed, path), as `build` does, what no checkpoint has given to a module; transformers asks for each,
-        and for the rows that `resize_token_embeddings` adds."""
+        """Draw from (seed, path), as `build` does, what no checkpoint has given to a module; transformers asks for
+        each, and for the rows that `resize_token_embeddings` adds."""
         if not isinstance(module, Module):
             super()._init_weights(module)
             return
@@ -315,9 +311,7 @@ def _check_overrides(config: FusionTreeConfig, spec: ModelSpec) -> None:
     for name, value in wanted.items():
         if getattr(config, name) != value:
             found = f"found {getattr(config, name)}, the spec says {value}"
-            raise FusionTreeError(
-                f"{name}: {found}; edit the spec (`ModelSpec.replace`) and give that to FusionTreeConfig"
-            )
+            raise FusionTreeError(f"{name}: {found}; edit the spec (`ModelSpec.replace`), it is what is built")
 
 
 def tokenizer_of(directory: Path | str, spec: ModelSpec) -> PreTrainedTokenizerFast:

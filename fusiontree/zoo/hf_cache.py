@@ -79,9 +79,7 @@ class FusionTreeCache(TransformersCache):
             FusionTreeError: any are to be removed.
         """
         if tokens_to_remove != 0:
-            _refuse(
-                f"crop({tokens_to_remove}): states have no way back; `copy.deepcopy` the cache before, or `reset` it"
-            )
+            _refuse(f"crop({tokens_to_remove}): states have no way back; `copy.deepcopy` it before, or `reset` it")
 
     def activate_past_recording(self) -> None:
         """Not possible: generation with an assistant or a prompt's n-grams rolls the cache back."""

@@ -1,4 +1,4 @@
-"""From transformers' arguments to ours: masks, positions and sample numbers to documents, labels to those that count."""
+"""From transformers' arguments to ours: masks, positions and samples to documents, labels to those that count."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -75,9 +75,7 @@ def _numbers(given: Tensor) -> Tensor:
     """A mask as whole numbers."""
     numbers = given.long()
     if bool((numbers < 0).any()) or bool((numbers != given).any()):
-        raise FusionTreeError(
-            "attention_mask: 0 is padding, 1 a token, 1, 2, 3, ... number samples; found other values"
-        )
+        raise FusionTreeError("attention_mask: 0 is padding, and 1, 2, 3, ... number samples; found other values")
     return numbers
 
 
