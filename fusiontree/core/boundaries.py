@@ -31,9 +31,9 @@ class Layout:
 
 
 def readable(values: Tensor) -> bool:
-    """Whether Python may look at values: those on a CPU. Any other device would first have to finish all that it was
-    asked to do, and stand idle meanwhile."""
-    return values.device.type == "cpu" and values.numel() > 0
+    """Whether Python may look at values: those on a CPU, unless a program is exported. Any other device would first
+    have to finish all that it was asked to do, and stand idle meanwhile."""
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_exporting()
 
 
 def check_vocabulary(name: str, ids: Ids, size: int) -> None:

@@ -5,7 +5,7 @@ Construction only declares shapes (it runs on the meta device); `initialise` dra
 
 import math
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -18,22 +18,34 @@ from fusiontree.core.spec import Positive, Spec
 from fusiontree.errors import WeightsError
 
 Init = Callable[[Tensor, Generator], object]
-"""Fills a float32 tensor on the CPU in place."""
+"""Fills a float32 tensor on the CPU in place. A function of a module or a `partial` of one: models are pickled."""
 
 
 def normal(std: float) -> Init:
     """Draw from a normal distribution around 0."""
-    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+    return partial(_draw, std=std)
 
 
 def fan_in(scale: float = 1.0) -> Init:
     """Draw so that unit inputs give outputs of standard deviation `scale` (LeCun et al., Efficient BackProp)."""
-    return lambda tensor, generator: tensor.normal_(0.0, scale / math.sqrt(tensor.shape[-1]), generator=generator)
+    return partial(_draw_by_inputs, scale=scale)
 
 
 def constant(value: float) -> Init:
     """The same value everywhere."""
-    return lambda tensor, generator: tensor.fill_(value)
+    return partial(_fill, value=value)
+
+
+def _draw(tensor: Tensor, generator: Generator, *, std: float) -> None:
+    tensor.normal_(0.0, std, generator=generator)
+
+
+def _draw_by_inputs(tensor: Tensor, generator: Generator, *, scale: float) -> None:
+    tensor.normal_(0.0, scale / math.sqrt(tensor.shape[-1]), generator=generator)
+
+
+def _fill(tensor: Tensor, generator: Generator, *, value: float) -> None:
+    tensor.fill_(value)
 
 
 LARGEST_PARAMETER = 2**59

@@ -3,6 +3,7 @@
 Cases go from small to large, so that the first failure is a small one.
 """
 
+import pickle
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from fusiontree.core import axes, paths, probes
 from fusiontree.core.contracts import Gate, NodeSpec
 from fusiontree.core.cost import costs
 from fusiontree.core.fields import is_open
-from fusiontree.core.model import build
+from fusiontree.core.model import LanguageModel, build
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.modules import Module
 from fusiontree.kernels import OPS, use_backend
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
-from fusiontree.testing.subject import Subject, far
+from fusiontree.testing.subject import Subject, far, randomised
 
 LENGTHS = (1, 2, 3, 7, 19)
 PADDING = -1
@@ -186,6 +187,33 @@ def seeded(subject: Subject) -> str | None:
     same = {name: t for name, t in first.items() if other[name].shape == t.shape}
     pairs = [*((n, t, again[n]) for n, t in first.items()), *((n, t, other[n]) for n, t in same.items())]
     return _first((name, None if torch.equal(a, b) else "differs") for name, a, b in pairs)
+
+
+@torch.no_grad()
+def pickled(subject: Subject) -> str | None:
+    """A model that was pickled (spawned workers, torch.save) or copied is the same function of its own parameters."""
+    return _first((way, _copied(subject, copy)) for way, copy in (("pickle", _through_pickle), ("deepcopy", deepcopy)))
+
+
+def _through_pickle(model: LanguageModel) -> LanguageModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _copied(subject: Subject, copy: Callable[[LanguageModel], LanguageModel]) -> str | None:
+    tokens, other = subject.tokens(2, 7), build(subject.spec, dtype=torch.float64).eval()
+    wanted = subject.model(tokens)
+    try:
+        model = copy(subject.model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = model(tokens)
+    other.load_state_dict(randomised(model, 1).state_dict())
+    problems = (
+        ("the copy", far(found, wanted, 0.0)),
+        ("the copy with other parameters", far(model(tokens), other(tokens), 0.0)),
+        ("the original then", far(subject.model(tokens), wanted, 0.0)),
+    )
+    return _first(iter(problems))
 
 
 def causal(subject: Subject) -> str | None:
@@ -448,6 +476,7 @@ LAWS = tuple(
         counted,
         shrinking,
         seeded,
+        pickled,
         causal,
         alone,
         split,

@@ -189,6 +189,34 @@ def test_tokens_may_be_any_integers(built: LanguageModel, dtype: torch.dtype) ->
     assert torch.equal(built(given.to(dtype), documents=documents), built(given, documents=documents))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [None, 8])
+def test_a_cache_of_inference_mode_goes_on_outside_and_back(length: int | None) -> None:
+    built, whole = model(), tokens(2, 8)
+    with torch.inference_mode():
+        cache = built.new_cache(2, length)
+        built(whole[:, :5], cache=cache)
+    parts = [built(whole[:, 5:6], cache=cache)]
+    with torch.enable_grad():  # a cache is written without gradients, whoever computes some
+        parts.append(built(whole[:, 6:7], cache=cache).detach())
+    with torch.inference_mode():
+        parts.append(built(whole[:, 7:], cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), built(whole)[:, 5:], rtol=0, atol=1e-9)
+    cache.select(torch.tensor([1]))
+    assert cache.batch == 1
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_may_become_more_or_fewer(built: LanguageModel) -> None:
+    whole = tokens(2, 8)
+    for rows in ([0, 0, 1], [1], [1, 0]):
+        cache = built.new_cache(2, 8)
+        built(whole[:, :5], cache=cache)
+        cache.select(torch.tensor(rows))
+        found = built(whole[rows, 5:], cache=cache)
+        torch.testing.assert_close(found, built(whole)[rows, 5:], rtol=0, atol=1e-9)
+
+
 def test_a_cache_s_bytes_are_those_of_its_states(built: LanguageModel) -> None:
     cache = built.new_cache(2, 8)
     states = [tensor for state in cache.states.values() for tensor in state.values()]
