@@ -1,4 +1,4 @@
-"""`torch.compile` for functions of fixed shapes, and whether there is a compiler for it.
+"""`torch.compile` for functions of fixed shapes. Whether it works here, `machine.compile_refusal` says.
 
 The compiler takes seconds to import, so it is imported when something is compiled.
 """
@@ -17,6 +17,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 FORMS = 64
 """How many shapes of one function are compiled before the others run as they are; torch's own limit is 8, and
 the layers of a model share their code."""
+
+
+def constant(function: Function) -> Function:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes a second."""
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
 
 
 @cache
@@ -41,20 +48,6 @@ def any_size(tensor: torch.Tensor, like: torch.Tensor) -> None:
     sizes = zip(tensor.shape, like.shape, strict=True)
     for dimension in (place for place, (size, other) in enumerate(sizes) if size != other):
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)  # pyright: ignore[reportPrivateImportUsage]
-
-
-@cache
-def refusal(device: str) -> str | None:
-    """Why nothing can be compiled for a type of device here, or None; it tries, which takes some seconds once."""
-    try:
-        torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:
-        return str(error).strip().splitlines()[0]
-    return None
-
-
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    return x.sin() + x
 
 
 class _Plain(threading.local):

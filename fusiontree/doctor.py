@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import fusiontree
-from fusiontree.bench.machine import matrix_units, processor
 from fusiontree.core.contracts import REGISTRIES
 from fusiontree.core.memory import free_bytes
 from fusiontree.errors import FusionTreeError
@@ -23,6 +22,7 @@ from fusiontree.kernels import (
     SSDRequest,
     StepRequest,
 )
+from fusiontree.machine import matrix_units, processor
 
 PACKAGES = {
     "torchtitan": "training (fusiontree[train])",

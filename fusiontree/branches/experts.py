@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.core.modules import Module, fan_in
 from fusiontree.kernels.untraced import Untraced
 
@@ -47,7 +48,7 @@ def one_by_one(visits: Visits) -> Float[Tensor, "visits width"]:
 
 
 def _expert(x: Tokens, gate: Tensor | None, up: Tensor, down: Tensor) -> Tokens:
-    return F.linear(hidden(None if gate is None else F.linear(x, gate), F.linear(x, up)), down)
+    return products.linear(hidden(None if gate is None else products.linear(x, gate), products.linear(x, up)), down)
 
 
 def hidden(gate: Float[Tensor, "tokens hidden"] | None, up: Float[Tensor, "tokens hidden"]) -> Tensor:

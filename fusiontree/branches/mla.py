@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.branches.attention import Group, grown, mean_visible
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
@@ -145,7 +145,7 @@ class HeadMap(Module):
 
     def forward(self, latent: Float[Tensor, "batch time rank"]) -> Heads:
         """What each head makes of the latent."""
-        return rearrange(F.linear(latent, self.weight), "b t (h d) -> b t h d", h=self.heads)
+        return rearrange(products.linear(latent, self.weight), "b t (h d) -> b t h d", h=self.heads)
 
     def by_head(self) -> Float[Tensor, "heads channels rank"]:
         """The weight."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor
 
+from fusiontree import products
 from fusiontree.branches.recurrent import Convolution, is_step, kept
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
@@ -116,7 +117,7 @@ class HeadGate(Module):
     def forward(self, x: Inner) -> Inner:
         """A number in (0, 1) for each channel, in float32 or better."""
         by_head = rearrange(x, "b t (h d) -> h (b t) d", h=len(self.weight))
-        logits = torch.baddbmm(self.bias[:, None], by_head, self.weight)
+        logits = products.batched(by_head, self.weight, self.bias)
         return torch.sigmoid(rearrange(logits, "h (b t) d -> b t (h d)", b=len(x)).to(wide(x.dtype)))
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusiontree import products
 from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
@@ -66,7 +67,7 @@ class Head(Module):
         return embedding if self.weight is None else self.weight, self.bias
 
     def _logits(self, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "... vocab"]:
-        logits = F.linear(features, weight, bias)
+        logits = products.linear(features, weight, bias)
         logits = scaled(logits, self.spec.multiplier)
         softcap = self.spec.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from fusiontree import products
 from fusiontree.core.spec import Positive, Spec
 from fusiontree.errors import WeightsError
 
@@ -77,22 +78,7 @@ class Linear(nn.Linear, Module):
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Apply the map to the last dimension."""
-        product = _read_once if torch.compiler.is_compiling() and _is_one_row(x) else F.linear
-        return product(x, self.weight, self.bias)
-
-
-def _is_one_row(x: Float[Tensor, "... inputs"]) -> bool:
-    """Whether a map is a matter of reading its weights: one token in bfloat16 on a CPU."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
-
-
-def _read_once(
-    x: Float[Tensor, "... inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None
-) -> Float[Tensor, "... outputs"]:
-    """A product with one row as a loop over the weights, which a compiler makes twice as fast as torch's product."""
-    y = (x.flatten().float() * weight.float()).sum(-1)
-    y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return products.linear(x, self.weight, self.bias)
 
 
 class Norm(Spec):

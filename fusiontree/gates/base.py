@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.core.contracts import GateScope, GateSpec, Problems
 from fusiontree.core.modules import Module, constant, fan_in
 from fusiontree.core.spec import Count, Flag, invalid
@@ -91,5 +91,5 @@ class Logit(Module):
         """The logits at every position, or for all positions at once."""
         if self.weight is None:
             return self.bias
-        inputs = features if self.down is None else F.linear(features, self.down)
-        return F.linear(inputs, self.weight, self.bias)
+        inputs = features if self.down is None else products.linear(features, self.down)
+        return products.linear(inputs, self.weight, self.bias)

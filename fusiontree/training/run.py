@@ -20,12 +20,13 @@ from fusiontree.training.sections import (
     LossesSpec,
     OptimizerSpec,
     ParallelismSpec,
+    ResolvedSpec,
     TrainingSpec,
     ValidationSpec,
 )
 from fusiontree.zoo.presets import load_spec
 
-_ASIDE = frozenset({"output", "log", "checkpoint", "tensorboard", "validation"})
+_ASIDE = frozenset({"output", "log", "checkpoint", "tensorboard", "validation", "resolved"})
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
@@ -44,6 +45,7 @@ class RunSpec(Spec):
         tensorboard: whether to write metrics for TensorBoard too.
         seed: decides the starting weights, the order of the data and the noise of gates.
         output: the directory for all results, from the working directory; null: that of the run file.
+        resolved: written by a run that began; null in a run that did not.
     """
 
     format: Literal[1] = 1
@@ -60,6 +62,7 @@ class RunSpec(Spec):
     tensorboard: Flag = False
     seed: Seed = 0
     output: Annotated[str, Field(min_length=1)] | None = None
+    resolved: ResolvedSpec | None = None
 
     @field_validator("model", mode="before")
     @classmethod

@@ -16,15 +16,17 @@ COMPONENTS = {"branches", "fusions", "gates", "encodings"}
 ABOVE = {"training", "evaluation", "pruning", "recipes", "zoo", "cli", "doctor", "testing"}
 MAY_USE: dict[str, set[str]] = {
     "errors": set(),
+    "machine": set(),
     "compiling": set(),
-    "kernels": {"errors", "compiling"},
-    "core": {"errors", "compiling"},
-    **{name: {"core", "kernels", "errors"} for name in sorted(COMPONENTS)},
-    "bench": {"core", "kernels", "errors", "compiling"},
+    "products": {"machine", "compiling"},
+    "kernels": {"errors", "compiling", "machine", "products"},
+    "core": {"errors", "compiling", "machine", "products"},
+    **{name: {"core", "kernels", "errors", "products"} for name in sorted(COMPONENTS)},
+    "bench": {"core", "kernels", "errors", "compiling", "machine"},
     "data": {"core", "errors"},
     "zoo": {"core", "errors", "data"} | COMPONENTS,
     "evaluation": {"core", "kernels", "errors", "data", "zoo"} | COMPONENTS,
-    "training": {"core", "kernels", "errors", "compiling", "data", "zoo", "evaluation"} | COMPONENTS,
+    "training": {"core", "kernels", "errors", "compiling", "machine", "data", "zoo", "evaluation"} | COMPONENTS,
     "pruning": {"core", "kernels", "errors", "compiling", "data", "zoo", "evaluation", "training"} | COMPONENTS,
 }
 ONLY_IN = {

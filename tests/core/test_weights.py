@@ -14,8 +14,8 @@ from core_cases import MIXER, MLP, complaint, data, edited, model, spec, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusiontree import ModelSpec, build, load, save
-from fusiontree.core import memory, weights
+from fusiontree import ModelSpec, build, load, machine, save
+from fusiontree.core import weights
 from fusiontree.core.initialise import generator, initialise
 
 WEIGHT = "layers.0.mixer.branches.attention.q.weight"
@@ -177,13 +177,13 @@ def test_a_device_that_is_not_there_is_one_line(saved: Path, device: str) -> Non
 class TestRoom:
     def test_building_is_refused_before_anything_is_allocated(self, monkeypatch: pytest.MonkeyPatch) -> None:
         needed = 4 * sum(p.numel() for p in build(spec(), device="meta").parameters())
-        monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: needed - 1)
         monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("allocated"))
         complaint(lambda: build(spec()), "weights: ", f"{needed} bytes", "cpu", f"{needed - 1} ")
 
     def test_just_enough_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
         needed = 2 * sum(p.numel() for p in build(spec(), device="meta").parameters())
-        monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: needed)
         assert build(spec(), dtype=torch.bfloat16)
         complaint(lambda: build(spec()), "weights: ", f"{2 * needed} bytes")
 
@@ -192,16 +192,16 @@ class TestRoom:
         self, saved: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, times: int
     ) -> None:
         needed = times * sum(p.numel() for p in model().parameters())
-        monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: needed - 1)
         monkeypatch.setattr(weights, "_checked", lambda *_: pytest.fail("read"))
         complaint(lambda: load(saved, dtype=dtype), "weights: ", f"{needed} bytes", f"{needed - 1} ")
 
     def test_a_machine_that_does_not_tell_is_trusted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: None)
         assert build(spec())
 
     def test_this_machine_has_some(self) -> None:
-        free = memory.free_bytes(torch.device("cpu"))
+        free = machine.free_bytes(torch.device("cpu"))
         assert free is None or free > 2**20
 
     def test_a_terabyte_of_weights_is_refused_here(self) -> None:

@@ -1,6 +1,5 @@
 """Small parts of training: who decays, how work is dealt out, what listens to signals, what progress looks like."""
 
-import importlib
 import os
 import signal
 
@@ -100,19 +99,6 @@ def test_the_first_signal_is_noted_and_the_second_counts():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("asked", [False, "auto", True])
-def test_without_a_compiler_only_auto_goes_on(asked, data, tmp_path, monkeypatch, capsys):
-    train = importlib.import_module("fusiontree.training.titan.train")
-    run = runs.spec(data, tmp_path, f"training.compile={str(asked).lower()}")
-    monkeypatch.setattr(train, "refusal", lambda device: "no C++ compiler")
-    if asked is True:
-        with pytest.raises(RunError, match=r"training\.compile: found true, nothing can be compiled here \(no C"):
-            train._compiles(run, Console())
-        return
-    assert train._compiles(run, Console()) is False
-    assert ("not compiled: no C++ compiler" in "".join(capsys.readouterr())) == (asked == "auto")
 
 
 def test_progress_is_one_line_a_record(capsys):
