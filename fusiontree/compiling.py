@@ -1,7 +1,12 @@
-"""`torch.compile` for functions of fixed shapes. Whether it works here, `machine.compile_refusal` says."""
+"""`torch.compile` for functions of fixed shapes. Whether it works here, `machine.compile_refusal` says.
 
+The compiler takes seconds to import, so it is imported when something is compiled.
+"""
+
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -29,7 +34,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 def piece(function: Function, compiled: bool) -> Function:
     """The function, or its compiled form: the same numbers but for rounding. Each new shape is compiled anew."""
-    return _compiled(function) if compiled else function
+    return _compiled(function) if compiled and not _plain.blocks else function
 
 
 def allow_forms() -> None:
@@ -45,8 +50,22 @@ def any_size(tensor: torch.Tensor, like: torch.Tensor) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)  # pyright: ignore[reportPrivateImportUsage]
 
 
+class _Plain(threading.local):
+    """How many blocks of `eagerly` a thread is in."""
+
+    blocks = 0
+
+
+_plain = _Plain()
+
+
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Run what is compiled as plain Python while the block runs."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    imported = "torch._dynamo" in sys.modules  # if not, nothing is compiled yet, and `piece` compiles nothing
+    _plain.blocks += 1
+    try:
+        with torch.compiler.set_stance("force_eager") if imported else nullcontext():
+            yield
+    finally:
+        _plain.blocks -= 1

@@ -1,21 +1,19 @@
 """Commands about specs: kinds, validate, schema, show."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fusiontree.cli.console import AsJson, Model, Overrides, console, print_json, short, spec_of
-from fusiontree.core.contracts import REGISTRIES
-from fusiontree.core.cost import Cost, costs
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.encodings.rope_scaling import scalings
 from fusiontree.errors import FusionTreeError, suggest
 
-Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
+if TYPE_CHECKING:
+    from fusiontree.core.cost import Cost
+    from fusiontree.core.model_spec import ModelSpec
+    from fusiontree.core.registry import Registry
 
-KINDS = {**REGISTRIES, scalings.name: scalings}
-"""What a spec of a model is made of, by family."""
+Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
 
 
 def kinds(
@@ -24,7 +22,7 @@ def kinds(
     """List every branch, fusion, gate, encoding and scaling, plugins included; or the fields of one."""
     if kind is not None:
         return _show_kind(kind, as_json)
-    rows = [row for family in KINDS for row in _kind_rows(family)]
+    rows = [row for registry in _registries().values() for row in _kind_rows(registry)]
     if as_json:
         return print_json([dict(zip(("family", "kind", "from", "what"), row, strict=True)) for row in rows])
     table = Table("family", "kind", "from", "what", box=None, pad_edge=False)
@@ -34,10 +32,18 @@ def kinds(
     return None
 
 
+def _registries() -> "dict[str, Registry[Any]]":
+    """What a spec of a model is made of, by family."""
+    from fusiontree.core.contracts import REGISTRIES
+    from fusiontree.encodings.rope_scaling import scalings
+
+    return {**REGISTRIES, scalings.name: scalings}
+
+
 def _show_kind(kind: str, as_json: bool) -> None:
     from fusiontree.reference import fields, summary
 
-    homes = {name: registry for registry in KINDS.values() for name in registry.names()}
+    homes = {name: registry for registry in _registries().values() for name in registry.names()}
     if kind not in homes:
         raise FusionTreeError(f"kinds: no kind is called {kind!r}{suggest(kind, homes)}")
     spec = homes[kind].get(kind)
@@ -51,15 +57,14 @@ def _show_kind(kind: str, as_json: bool) -> None:
     return None
 
 
-def _kind_rows(family: str) -> list[tuple[str, str, str, str]]:
-    registry = KINDS[family]
+def _kind_rows(registry: "Registry[Any]") -> list[tuple[str, str, str, str]]:
     rows = []
     for kind in registry.names():
         try:
             spec = registry.get(kind)
-            rows.append((family, kind, spec.__module__, _summary(spec.__doc__ or "")))
+            rows.append((registry.name, kind, spec.__module__, _summary(spec.__doc__ or "")))
         except FusionTreeError as error:
-            rows.append((family, kind, registry.plugins[kind].value, str(error)))
+            rows.append((registry.name, kind, registry.plugins[kind].value, str(error)))
     return rows
 
 
@@ -75,6 +80,7 @@ def validate(model: Model, overrides: Overrides = None) -> None:
 
 def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:
     """Print the JSON Schema of a model spec, plugins included."""
+    from fusiontree.core.model_spec import ModelSpec
     from fusiontree.training import RunSpec
 
     print_json((RunSpec if run else ModelSpec).model_json_schema())
@@ -82,6 +88,8 @@ def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file."
 
 def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_json: AsJson = False) -> None:
     """Print a spec's tree with parameters, FLOPs per token and cache bytes of every node."""
+    from fusiontree.core.cost import costs
+
     spec = spec_of(model, overrides)
     found = costs(spec, length=length)
     if as_json:
@@ -97,7 +105,7 @@ def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_js
     return None
 
 
-def _tree_rows(spec: ModelSpec, found: list[Cost]) -> list[tuple[str, Cost]]:
+def _tree_rows(spec: "ModelSpec", found: "list[Cost]") -> "list[tuple[str, Cost]]":
     """Rows with indented labels; of a run of equal layers the first stands for all."""
     runs = _runs(spec)
     rows = [(cost.path.split(".") if cost.path else ["model"], cost) for cost in found]
@@ -105,7 +113,7 @@ def _tree_rows(spec: ModelSpec, found: list[Cost]) -> list[tuple[str, Cost]]:
     return [(_label(steps, runs), cost) for steps, cost in kept]
 
 
-def _runs(spec: ModelSpec) -> dict[int, int]:
+def _runs(spec: "ModelSpec") -> dict[int, int]:
     """The first and the last index of every run of equal layers."""
     layers = spec.expanded_layers()
     firsts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]

@@ -397,10 +397,10 @@ class FusionSpec(NodeSpec, ABC):
         return None
 
 
-branches: Registry[BranchSpec] = Registry("branch", BranchSpec)
-fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec)
-gates: Registry[GateSpec] = Registry("gate", GateSpec)
-encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec)
+branches: Registry[BranchSpec] = Registry("branch", BranchSpec, home="fusiontree.branches")
+fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec, home="fusiontree.fusions")
+gates: Registry[GateSpec] = Registry("gate", GateSpec, home="fusiontree.gates")
+encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec, home="fusiontree.encodings")
 nodes: OneOf[NodeSpec] = OneOf("node", NodeSpec, (branches, fusions))
 
 AnyNode = Annotated[NodeSpec, nodes]

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Container, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusiontree.core.modules import Module
 from fusiontree.errors import FusionTreeError
@@ -47,8 +47,15 @@ def own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _fill(parameter: Tensor, value: Tensor) -> None:
     value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if isinstance(parameter, DTensor):
-        shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shards.to_local())
+    if hasattr(parameter, "device_mesh"):
+        _fill_shards(parameter, value)
     else:
         parameter.copy_(value)
+
+
+def _fill_shards(parameter: Any, value: Tensor) -> None:
+    """Fill a DTensor. Its module, which takes a second to import, is there already where there is one."""
+    from torch.distributed.tensor import distribute_tensor
+
+    shards: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shards.to_local())

@@ -410,6 +410,12 @@ def build(
         model = LanguageModel(spec).to(dtype or torch.float32)
     if device.type != "meta":
         memory.check_room(sum(p.nbytes for p in model.parameters()), device)
-        model.to_empty(device=device)
+        _allocate(model, device)
         initialise(model, seed)
     return model
+
+
+def _allocate(model: LanguageModel, device: torch.device) -> None:
+    """`to_empty`, which goes through functions of torch that import sympy first."""
+    state = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)

@@ -148,9 +148,11 @@ def family_of(name: object) -> Family:
     Raises:
         FusionTreeError: there is none.
     """
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), FAMILIES)}")
-    return FAMILIES[name]
+    from fusiontree.zoo import FAMILIES as known  # there every family's file is imported
+
+    if not isinstance(name, str) or name not in known:
+        raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), known)}")
+    return known[name]
 
 
 def _brief(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding, Sight, sight
 from fusiontree.kernels.documents import silence_padding, wide
+from fusiontree.kernels.opaque import opaque
 from fusiontree.products import operand_dtype
 
 QUERIES = 128
@@ -119,7 +120,7 @@ class Blocks:
         return F.pad(band, (before, 0)) if before else band
 
 
-@torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
+@opaque("attention_blocked")
 def _attend(
     q: Tensor,
     k: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusiontree.compiling import piece
 from fusiontree.kernels.documents import padding_joined, silence_padding
+from fusiontree.kernels.opaque import opaque
 from fusiontree.kernels.scan import step as steps
 from fusiontree.kernels.scan.chunks import Documents, spans
 from fusiontree.kernels.scan.op import SSD, SSDInputs
@@ -28,7 +29,7 @@ def _cut(tokens: list[Tensor], segments: Tensor | None, span: slice, chunk: int)
     return Step(x.to(dtype), dt, B.to(dtype), C.to(dtype), Documents.of(segments, span, chunk))
 
 
-@torch.library.custom_op("fusiontree::ssd_chunked", mutates_args=())
+@opaque("ssd_chunked")
 def _scan(
     x: Tensor,
     dt: Tensor,

@@ -23,6 +23,7 @@ from fusiontree.training.monitor import GateMonitor
 from fusiontree.training.output import Output
 from fusiontree.training.run import RunSpec
 from fusiontree.training.stop import Stop
+from fusiontree.training.titan.data import refuse_changed
 from fusiontree.training.validation import measure
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -53,11 +54,19 @@ class FusionTrainer(Trainer):
         self.held_out = self._held_out()
 
     def _held_out(self) -> HeldOut | None:
-        validation = self.run.validation
-        if validation is None:
+        if self.run.validation is None:
             return None
-        limits = [limit for limit in (self.run.text.bytes, validation.bytes) if limit is not None]
-        return self.run.text.model_copy(update={"bytes": min(limits, default=None)}).held_out()
+        return self.run.text.model_copy(update={"bytes": self._held_out_limit()}).held_out()
+
+    def _held_out_limit(self) -> int | None:
+        validation = self.run.validation
+        limits = [self.run.text.bytes, None if validation is None else validation.bytes]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _held_out_contents(self) -> dict[str, Any] | None:
+        if self.held_out is None:
+            return None
+        return {"limit": self._held_out_limit(), "contents": self.held_out.corpus.contents.data()}
 
     @property
     def first(self) -> bool:
@@ -106,10 +115,17 @@ class FusionTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
-        return {"step": self.step, "monitor": self.monitor.state_dict()}
+        return {"step": self.step, "monitor": self.monitor.state_dict(), "held_out": self._held_out_contents()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            RunError: the held-out data has changed, and not because a run asks for more or less of it.
+        """
+        before, now = state_dict.get("held_out"), self._held_out_contents()
+        if self.held_out and before and now and before["limit"] == now["limit"]:
+            refuse_changed(self.held_out.corpus.contents, before["contents"])
         self.step = state_dict["step"]
         self.ntokens_seen = self._tokens() // dist.get_world_size()
         self.monitor.load_state_dict(state_dict["monitor"])
