@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -75,15 +76,22 @@ class Spec(BaseModel):
         serialize_by_alias=True,
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, value: Any) -> Any:
+    def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Name them beside what is wrong with the others, so that one look shows all."""
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in known and key not in cls.model_fields]
-            if unknown:
-                raise invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
-        return value
+        unknown = (
+            [k for k in value if k not in known and k not in cls.model_fields] if isinstance(value, Mapping) else []
+        )
+        if not unknown:
+            return handler(value)
+        problems = invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
+        try:
+            handler({key: inside for key, inside in value.items() if key not in unknown})
+        except ValidationError as error:
+            problems = together(problems, error)
+        raise problems
 
     @model_serializer(mode="wrap")
     def _write_kind_first(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -104,12 +112,12 @@ class Spec(BaseModel):
         """The spec that plain data describes.
 
         Raises:
-            SpecError: one line, with the path of the first thing that is wrong.
+            SpecError: one line, with the path of the first thing that is wrong; `problems` are all.
         """
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise SpecError(one_line(error)) from None
+            raise SpecError(*said(error)) from None
 
     @classmethod
     def from_file(cls, path: Path | str) -> Self:
@@ -122,7 +130,7 @@ class Spec(BaseModel):
         try:
             return cls.parse(data)
         except SpecError as error:
-            raise SpecError(f"{path}: {error}") from None
+            raise error.within(path) from None
 
 
 def invalid(problems: Mapping[Place, str]) -> ValidationError:
@@ -136,13 +144,21 @@ def invalid(problems: Mapping[Place, str]) -> ValidationError:
 
 def relocated(error: ValidationError, move: Callable[[Place], Place]) -> ValidationError:
     """The same problems at other places."""
-    lines = []
-    for details in error.errors(include_url=False):
-        known, kind = details["type"] in get_args(ErrorType), cast(Any, details["type"])
-        found = kind if known else PydanticCustomError(kind, "{text}", {"text": details["msg"]})
-        rest = {"ctx": details["ctx"]} if known and "ctx" in details else {}
-        lines.append(InitErrorDetails(type=found, loc=move(details["loc"]), input=details["input"], **rest))
+    lines = [_line(details, move(details["loc"])) for details in error.errors(include_url=False)]
     return ValidationError.from_exception_data("spec", lines)
+
+
+def together(*errors: ValidationError) -> ValidationError:
+    """One error with the problems of several, in their order."""
+    found = [details for error in errors for details in error.errors(include_url=False)]
+    return ValidationError.from_exception_data("spec", [_line(details, details["loc"]) for details in found])
+
+
+def _line(details: ErrorDetails, place: Place) -> InitErrorDetails:
+    known, kind = details["type"] in get_args(ErrorType), cast(Any, details["type"])
+    found = kind if known else PydanticCustomError(kind, "{text}", {"text": details["msg"]})
+    rest = {"ctx": details["ctx"]} if known and "ctx" in details else {}
+    return InitErrorDetails(type=found, loc=place, input=details["input"], **rest)
 
 
 _WANTED = {
@@ -160,14 +176,22 @@ _WANTED = {
 """What pydantic says in Python's words, in those of a file."""
 
 
-def one_line(error: ValidationError) -> str:
-    """The first problem as `path: found, allowed`, and how many more there are."""
-    details = error.errors(include_url=False)
-    first, more = details[0], len(details) - 1
-    path = ".".join(str(step) for step in first["loc"] if step != "[key]") or "spec"
-    text = _WANTED.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] in ("invalid", "missing", "value_error") else f", found {_brief(first['input'])}"
-    return f"{path}: {text}{found}{_nearest(first)}" + (f" (and {more} more)" if more else "")
+def said(error: ValidationError) -> list[str]:
+    """Every problem as `path: found, allowed`."""
+    return [_said(details) for details in error.errors(include_url=False) if not _is_echo(details)]
+
+
+def _is_echo(details: ErrorDetails) -> bool:
+    """Whether pydantic calls a list too short whose items are there, but wrong themselves."""
+    least = details.get("ctx", {}).get("min_length", 0)
+    return details["type"] == "too_short" and len(details["input"]) >= least
+
+
+def _said(details: ErrorDetails) -> str:
+    path = ".".join(str(step) for step in details["loc"] if step != "[key]") or "spec"
+    text = _WANTED.get(details["type"]) or details["msg"].removeprefix("Value error, ")
+    found = "" if details["type"] in ("invalid", "missing", "value_error") else f", found {_brief(details['input'])}"
+    return f"{path}: {text}{found}{_nearest(details)}"
 
 
 def _nearest(details: ErrorDetails) -> str:

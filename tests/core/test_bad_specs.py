@@ -6,6 +6,7 @@ import pytest
 from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 
 from fusiontree import ModelSpec, build
+from fusiontree.errors import SpecError
 
 BRANCH = "layers.0.mixer.branches.attention"
 GATE = "layers.0.mixer.gate"
@@ -168,3 +169,13 @@ def test_bad_repeat_is_named(edits: dict[str, Any], parts: list[str]) -> None:
 def test_many_repeats_do_not_add_up_to_a_bomb() -> None:
     entry = {"repeat": 5000, "layers": [{}, {}]}
     complaint(lambda: ModelSpec.parse(data(layers=[entry] * 3)), "layers: ", "30000", "10000")
+
+
+def test_all_problems_are_kept_beside_the_first() -> None:
+    whole = data() | {"widht": 3, "vocab_size": "x"}
+    whole["layers"] = [{"repeat": 2, "layers": [{"mixer": {"kind": "mlp", "hiden": 8}, "fn": None}]}]
+    with pytest.raises(SpecError) as caught:
+        ModelSpec.parse(whole)
+    starts = [problem.split(": ")[0] for problem in caught.value.problems]
+    assert starts == ["widht", "vocab_size", "layers.0.fn", "layers.0.mixer.hiden", "layers.0.mixer.hidden"]
+    assert str(caught.value) == f"{caught.value.problems[0]} (and 4 more)"

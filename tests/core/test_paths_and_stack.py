@@ -39,10 +39,28 @@ class TestPaths:
     def test_nothing_found(self, pattern: str) -> None:
         complaint(lambda: paths.find(TREE, pattern), pattern, "matches nothing")
 
-    @pytest.mark.parametrize("pattern", ["c.0.z", "a.9.x", "a.0.y.z", "*.*.z", "b.0", "A.1.X"])
+    @pytest.mark.parametrize(
+        "pattern", ["widht", "layer.0.mixr.gate", "layers.*.mixer.brnches.*.widow", "norms.kind", "layers.0.*.branch"]
+    )
     def test_the_nearest_is_a_path_that_there_is(self, pattern: str) -> None:
-        text = complaint(lambda: paths.find(TREE, pattern), "the nearest is ")
-        assert paths.find(TREE, text.rsplit("'", 2)[1])
+        whole = spec().expand().data()
+        text = complaint(lambda: paths.find(whole, pattern), "the nearest is ")
+        assert paths.find(whole, text.rsplit("'", 2)[1])
+
+    @pytest.mark.parametrize(
+        ("pattern", "known"),
+        [
+            ("tokenizer", "known here: a, b"),
+            ("c.0.z", "known here: a, b"),
+            ("a.9.x", "known in 'a': 0 to 1"),
+            ("a.0.t", "known in 'a.0': x, y"),
+            ("a.0.y.z", "a.0.y is "),
+            ("*.*.z", "known in '*.*': x, y"),
+            ("b.0", "b is null, which holds nothing further; give it as a whole"),
+        ],
+    )
+    def test_where_nothing_is_near_what_is_known_is_listed(self, pattern: str, known: str) -> None:
+        assert "nearest" not in complaint(lambda: paths.find({**TREE, "b": None}, pattern), known)
 
     def test_every_place_is_found_by_its_own_path(self) -> None:
         whole = spec().expand().data()

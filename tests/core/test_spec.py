@@ -159,12 +159,12 @@ class TestReplace:
         [
             ("layers.0.mixer.gate.granularty", "token", "'layers.0.mixer.gate.granularity'"),
             ("layer.0.mixr.gate.kind", "softmax", "'layers.0.mixer.gate.kind'"),
-            ("layers.9.ffn", None, "'layers.0.ffn'"),
+            ("layers.9.ffn", None, "known in 'layers': 0 to 1"),
             ("layers.*.mixer.branches.mamba2.heads", 4, "'layers.*.mixer.branches.mamba.heads'"),
             ("layers.0.mixer.branches.mambo", None, "'layers.0.mixer.branches.mamba'"),
             ("encodings.tiem", None, "'encodings.time'"),
-            ("width.more", 3, "'width'"),
-            ("layers.0.mixer.branches.attention.encodings.7", "rope", "encodings.0'"),
+            ("width.more", 3, "width is 16, which holds nothing further"),
+            ("layers.0.mixer.branches.attention.encodings.7", "rope", "attention.encodings': 0"),
             ("", 3, "''"),
         ],
     )
