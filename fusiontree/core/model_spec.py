@@ -9,13 +9,25 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from fusiontree.core import lending, paths, yaml
+from fusiontree.core import leftovers, lending, paths, yaml
 from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, NodeSpec, Scope
 from fusiontree.core.modules import Norm
 from fusiontree.core.prefix import PrefixSpec
-from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
+from fusiontree.core.spec import (
+    Count,
+    Flag,
+    NamedMap,
+    OrderedMap,
+    Place,
+    Positive,
+    Real,
+    Spec,
+    invalid,
+    parts,
+    relocated,
+)
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
-from fusiontree.errors import SpecError, suggest
+from fusiontree.errors import SpecError
 
 
 class EmbeddingSpec(Spec):
@@ -131,16 +143,20 @@ class ModelSpec(Spec):
         branches = (node for _, node in self.nodes() if isinstance(node, BranchSpec) and encoding in node.encodings)
         return tuple(sorted({count for branch in branches for count in branch.channels()}))
 
-    def node(self, path: str) -> NodeSpec:
-        """The branch or fusion at a path.
+    def node(self, path: str) -> Any:
+        """The part at a path of the expanded form: a layer, a branch, a fusion, a gate, a norm, an encoding, ...
 
         Raises:
             SpecError: there is none; names the nearest.
         """
-        found = dict(self.nodes())
-        if path not in found:
-            raise SpecError(f"{path}: no branch or fusion is there{suggest(path, found)}")
-        return found[path]
+        found: Any = self.expand()
+        for step in paths.split(path):
+            found = dict(parts(found)).get(step)
+        if not path or not isinstance(found, Spec):
+            paths.find(self.expand().data(), path)  # which names the nearest
+            there = "several" if "*" in path else f"{plain(found)!r:.60}"
+            raise SpecError(f"{path}: one part with fields of its own is needed, found {there}")
+        return found
 
     def expand(self) -> Self:
         """The same spec with one entry a layer."""
@@ -170,7 +186,8 @@ class ModelSpec(Spec):
     def replace(self, edits: Mapping[str, Any]) -> Self:
         """The spec with other values at these paths of the expanded form; `*` stands for any one step.
 
-        The last step may be a new name in a mapping of branches or encodings, and None there removes one.
+        The last step may be a new name in a mapping of branches or encodings, and None there removes one. Where a
+        `kind` alone is edited the other fields stay; None for one of them, in the same call, takes it away.
 
         Raises:
             SpecError: a path matches nothing, or the result is not valid.
@@ -179,7 +196,12 @@ class ModelSpec(Spec):
         for pattern, value in edits.items():
             for path in _places(data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
-        return type(self).parse(data).fold()
+                if leftovers.removes(pattern, edits):
+                    paths.get(data, path[:-1]).pop(path[-1], None)
+        try:
+            return type(self).model_validate(data).fold()
+        except ValidationError as error:
+            raise SpecError(*leftovers.explain(error, edits, data)) from None
 
     @property
     def longest(self) -> int | None:

@@ -133,6 +133,16 @@ class Spec(BaseModel):
             raise error.within(path) from None
 
 
+def parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What lies directly inside a spec, a mapping or a list of specs, by the steps of paths."""
+    if isinstance(value, Spec):
+        yield from ((field.alias or name, getattr(value, name)) for name, field in type(value).model_fields.items())
+    elif isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, tuple):
+        yield from ((str(index), item) for index, item in enumerate(value))
+
+
 def invalid(problems: Mapping[Place, str]) -> ValidationError:
     """A validation error with a message at each location; raised inside validators, it keeps the path."""
     lines = [
@@ -178,7 +188,13 @@ _WANTED = {
 
 def said(error: ValidationError) -> list[str]:
     """Every problem as `path: found, allowed`."""
-    return [_said(details) for details in error.errors(include_url=False) if not _is_echo(details)]
+    return [f"{'.'.join(place)}: {text}" for place, text in located(error)]
+
+
+def located(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
+    """Every problem as the steps of its path, and what was found and is allowed there."""
+    every = [details for details in error.errors(include_url=False) if not _is_echo(details)]
+    return [(tuple(str(s) for s in details["loc"] if s != "[key]") or ("spec",), _said(details)) for details in every]
 
 
 def _is_echo(details: ErrorDetails) -> bool:
@@ -188,10 +204,9 @@ def _is_echo(details: ErrorDetails) -> bool:
 
 
 def _said(details: ErrorDetails) -> str:
-    path = ".".join(str(step) for step in details["loc"] if step != "[key]") or "spec"
     text = _WANTED.get(details["type"]) or details["msg"].removeprefix("Value error, ")
     found = "" if details["type"] in ("invalid", "missing", "value_error") else f", found {_brief(details['input'])}"
-    return f"{path}: {text}{found}{_nearest(details)}"
+    return f"{text}{found}{_nearest(details)}"
 
 
 def _nearest(details: ErrorDetails) -> str:

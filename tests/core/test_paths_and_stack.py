@@ -15,6 +15,8 @@ from fusiontree.core.stack import expand, fold
 TREE = {"a": [{"x": 1, "y": {}}, {"x": 2}], "b": "text"}
 LAYERS = {letter: LayerSpec.parse({"ffn": MLP | {"hidden": 8 + index}}) for index, letter in enumerate("ABC")}
 LAYERS["."] = LayerSpec()
+MAPS = {"branches", "encodings", "shared", "multipliers", "values"}
+"""Fields that hold parts or values by name, and are none themselves."""
 
 
 def layers(word: str) -> list[LayerSpec]:
@@ -145,6 +147,22 @@ class TestOnePath:
 
     def test_a_node_that_is_not_there(self) -> None:
         complaint(lambda: spec().node("layers.0.mixer.branches.mambo"), "mambo", "'layers.0.mixer.branches.mamba'")
+
+    def test_every_part_is_at_its_path(self) -> None:
+        """Gates, norms, encodings, layers and shared nodes too: whatever has fields of its own."""
+        written = spec(layers=[{"repeat": 2, "layers": [{"mixer": MIXER}, {"ffn": MLP}]}], shared={"part": MLP})
+        found = {".".join(path): value for path, value in paths.walk(written.canonical()) if isinstance(value, dict)}
+        found = {path: value for path, value in found.items() if path.split(".")[-1] not in MAPS}
+        assert {"layers.2.mixer.gate", "layers.3", "layers.3.ffn", "norm", "encodings.rope", "shared.part"} <= {*found}
+        for path, value in found.items():
+            assert written.node(path).data() == value
+
+    @pytest.mark.parametrize(
+        ("path", "found"),
+        [("layers.0.ffn", "None"), ("width", "16"), ("encodings", "{"), ("layers.*.mixer", "several"), ("", "''")],
+    )
+    def test_what_is_no_part(self, path: str, found: str) -> None:
+        complaint(lambda: spec().node(path), path, found)
 
     def test_an_empty_layer_is_the_identity(self) -> None:
         assert spec(layers=[{}, *data()["layers"]]).expanded_layers()[0] == LayerSpec()
