@@ -25,23 +25,24 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """What weights may be stored in, by the names that safetensors has for them."""
 
 
-def save(model: LanguageModel, directory: Path | str, *, beside: Iterable[Path] = ()) -> None:
+def save(model: LanguageModel, directory: Path | str, *, beside: Iterable[Path | str] = ()) -> None:
     """Write a model; an existing one there is replaced only when the new one is complete.
 
     Args:
         beside: files to copy beside it, a tokenizer's say.
 
     Raises:
-        WeightsError: the directory holds something else, or the disk is full (nothing is left behind).
+        WeightsError: the directory holds something else, a file to copy is none or has a name that is taken, or the
+            disk is full (nothing is left behind).
     """
     save_weights(model.spec, model.state_dict(), directory, beside=beside)
 
 
 def save_weights(
-    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path] = ()
+    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path | str] = ()
 ) -> None:
     """`save`, from a spec and its tensors."""
-    target = Path(directory)
+    target, files = Path(directory), _beside(beside)
     with complete_directory(target) as new:
         if not may_be_replaced(target):
             raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
@@ -49,8 +50,23 @@ def save_weights(
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
         # one key, because several are written in no fixed order, and equal weights should be equal files
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        for file in beside:
-            shutil.copyfile(file, new / file.name)
+        for name, file in files.items():
+            shutil.copyfile(file, new / name)
+
+
+def _beside(given: Any) -> dict[str, Path]:
+    """Files to copy by their names."""
+    files: dict[str, Path] = {}
+    if isinstance(given, str | Path) or not isinstance(given, Iterable):
+        raise WeightsError(f"beside: a list of files is needed, found {given!r:.80}")
+    for file in given:
+        if not isinstance(file, str | Path) or not os.path.isfile(file):
+            raise WeightsError(f"beside: the path of a file is needed, found {file!r:.80}")
+        name = Path(file).name
+        if name in (SPEC_FILE, WEIGHTS_FILE, *files):
+            raise WeightsError(f"beside: {file}: a file called {name} is written already")
+        files[name] = Path(file)
+    return files
 
 
 def may_be_replaced(target: Path) -> bool:

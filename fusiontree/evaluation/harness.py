@@ -77,14 +77,14 @@ utils.env = _sandboxed(utils.env)
 
 
 def evaluate(
-    directory: Path | str, tasks: Sequence[str | Path], *, limit: int | None = None, **options: Any
+    directory: Path | str, tasks: Sequence[str | Path] | str | Path, *, limit: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Run tasks on a saved model.
 
     Args:
         directory: of the model.
-        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are plain
-            data: what would make them run code is refused, and templates are rendered in a sandbox.
+        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings; or one of these.
+            Files are plain data: what would make them run code is refused, and templates are rendered in a sandbox.
         limit: only the first documents of each task.
         options: those of `FusionTreeLM`.
 
@@ -94,6 +94,7 @@ def evaluate(
     Raises:
         FusionTreeError: not a model of ours, or a task that cannot be read, known, or built.
     """
+    tasks = [tasks] if isinstance(tasks, str | Path) else tasks
     model: Any = FusionTreeLM(str(directory), **options)
     manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
     configs = [named for each in tasks for named in _configs(each, manager)]

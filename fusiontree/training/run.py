@@ -84,7 +84,7 @@ class RunSpec(Spec):
         return self
 
     @classmethod
-    def from_file(cls, path: Path | str, overrides: Iterable[str] = ()) -> Self:
+    def from_file(cls, path: Path | str, overrides: Iterable[str] | str = ()) -> Self:
         """Read a run file and edit it by `path=value` texts.
 
         Raises:
@@ -106,7 +106,7 @@ class RunSpec(Spec):
         output = str(folder) if self.output is None else self.output
         return self.model_copy(update={"text": self.text.relative_to(folder), "output": output})
 
-    def override(self, overrides: Iterable[str]) -> Self:
+    def override(self, overrides: Iterable[str] | str) -> Self:
         """The run with other values: `training.steps=20`, `model.layers.*.mixer.gate.granularity=token`.
 
         Values are YAML. Paths below `model` address the expanded spec (see `ModelSpec.replace`), all others the

@@ -116,7 +116,7 @@ def test_perplexity_is_that_of_the_model(folder):
     model = ft.load("ours")
     texts = [json.loads(line)["text"].encode() for line in Path("text.jsonl").read_text().splitlines()]
     expected = sum(log_probability(model, [256], text) for text in texts) / sum(map(len, texts))
-    found = numbers(evaluate("ours", ["tasks/text.yaml"], max_length=10_000))
+    found = numbers(evaluate("ours", "tasks/text.yaml", max_length=10_000))
     assert found["text.bits_per_byte,none"] == pytest.approx(-expected / math.log(2), rel=1e-5)
 
 
