@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fusiontree as ft
 from fusiontree.cli import main
@@ -184,6 +185,18 @@ def test_generate_takes_any_bytes(folder):
     piped = subprocess.run([*words, "-", *options], input=b"a\xff", capture_output=True, check=True).stdout
     assert named == piped
     assert named.startswith(b"a\xff")
+
+
+def test_generate_reads_the_tokenizer_beside_a_model(folder, tmp_path, monkeypatch, capfdbinary):
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    model = ft.build(ft.load_spec(folder / "small.yaml").replace({"vocab_size": 3}))
+    ft.save(model, tmp_path / "model", beside=[tmp_path / "tokenizer.json"])
+    code = inside(monkeypatch, "generate", tmp_path / "model", "a b", "--max-new-tokens", 3, "--temperature", 0)
+    (row,) = model.generate([[0, 1]], max_new_tokens=3)
+    assert (code, capfdbinary.readouterr().out.decode()) == (0, words.decode(row) + "\n")
+    assert inside(monkeypatch, "generate", tmp_path / "model", "a", "--stop", "") == 2
 
 
 def test_a_model_whose_encoding_is_short_can_be_pruned(folder):

@@ -161,6 +161,7 @@ def test_the_command_line_prints_the_same(folder):
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "git" not in done.stderr  # nor does lm-eval look for a repository
     data = json.loads(done.stdout)
     assert numbers(data) == pytest.approx(numbers(evaluate("ours", ["tasks"])), rel=1e-5)
     assert data["model"]["digest"] == ft.load_spec("ours").digest()
