@@ -1,17 +1,19 @@
 """Commands about specs: kinds, validate, schema, show."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fusiontree.cli.console import AsJson, Model, Overrides, console, print_json, short, spec_of
-from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.errors import FusionTreeError, SpecError, suggest
 
 if TYPE_CHECKING:
     from fusiontree.core.cost import Cost
     from fusiontree.core.model_spec import ModelSpec
     from fusiontree.core.registry import Registry
+    from fusiontree.training import RunSpec
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
 
@@ -73,9 +75,25 @@ def _summary(docstring: str) -> str:
     return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-def validate(model: Model, overrides: Overrides = None) -> None:
-    """Check a spec and print its digest."""
-    console.print(f"valid, digest {spec_of(model, overrides).digest()}")
+def validate(
+    model: Model,
+    overrides: Overrides = None,
+    run: Annotated[bool, typer.Option("--run", help="Check a run file, or a recipe by its name.")] = False,
+) -> None:
+    """Check a spec and print its digest, or all that is wrong with it, a line each."""
+    try:
+        spec = _run_of(model, overrides) if run else spec_of(model, overrides)
+    except SpecError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    console.print(f"valid, digest {spec.digest()}")
+
+
+def _run_of(run: str, overrides: list[str] | None) -> "RunSpec":
+    from fusiontree.recipes.train import load_run
+
+    return load_run(run, overrides or [])
 
 
 def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:

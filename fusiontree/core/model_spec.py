@@ -9,14 +9,26 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from fusiontree.core import lending, paths, yaml
+from fusiontree.core import leftovers, lending, paths, yaml
 from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
 from fusiontree.core.fields import is_open
 from fusiontree.core.modules import Norm
 from fusiontree.core.prefix import PrefixSpec
-from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
+from fusiontree.core.spec import (
+    Count,
+    Flag,
+    NamedMap,
+    OrderedMap,
+    Place,
+    Positive,
+    Real,
+    Spec,
+    invalid,
+    parts,
+    relocated,
+)
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold, refold
-from fusiontree.errors import SpecError, suggest
+from fusiontree.errors import SpecError
 
 
 class EmbeddingSpec(Spec):
@@ -145,16 +157,20 @@ class ModelSpec(Spec):
         branches = (node for _, node in self.nodes() if isinstance(node, BranchSpec) and encoding in node.encodings)
         return tuple(sorted({count for branch in branches for count in branch.channels()}))
 
-    def node(self, path: str) -> NodeSpec:
-        """The branch or fusion at a path.
+    def node(self, path: str) -> Any:
+        """The part at a path of the expanded form: a layer, a branch, a fusion, a gate, a norm, an encoding, ...
 
         Raises:
             SpecError: there is none; names the nearest.
         """
-        found = dict(self.nodes())
-        if path not in found:
-            raise SpecError(f"{path}: no branch or fusion is there{suggest(path, found)}")
-        return found[path]
+        found: Any = self.expand()
+        for step in paths.split(path):
+            found = dict(parts(found)).get(step)
+        if not path or not isinstance(found, Spec):
+            paths.find(self.expand().data(), path)  # which names the nearest
+            there = "several" if "*" in path else f"{plain(found)!r:.60}"
+            raise SpecError(f"{path}: one part with fields of its own is needed, found {there}")
+        return found
 
     def expand(self) -> Self:
         """The same spec with one entry a layer."""
@@ -192,7 +208,8 @@ class ModelSpec(Spec):
         """The spec with other values at these paths of the expanded form; `*` stands for any one step.
 
         The last step may be a new name where a mapping holds any (branches, encodings, links, ...), and None there
-        removes one. Repeats stay as they are written, with what they vary, as long as the layers are such.
+        removes one. Where a `kind` alone is edited the other fields stay; None for one of them, in the same call,
+        takes it away. Repeats stay as they are written, with what they vary, as long as the layers are such.
 
         Raises:
             SpecError: a path matches nothing, or the result is not valid.
@@ -201,7 +218,12 @@ class ModelSpec(Spec):
         for pattern, value in edits.items():
             for path in _places(data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
-        edited = type(self).parse(data)
+                if leftovers.removes(pattern, edits):
+                    paths.get(data, path[:-1]).pop(path[-1], None)
+        try:
+            edited = type(self).model_validate(data)
+        except ValidationError as error:
+            raise SpecError(*leftovers.explain(error, edits, data)) from None
         given = any(isinstance(entry, Repeat) for entry in edited.layers)
         return edited if given else edited.fold(like=self)
 

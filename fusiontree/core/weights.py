@@ -26,7 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """What weights may be stored in, by the names that safetensors has for them."""
 
 
-def save(model: nn.Module, directory: Path | str, *, beside: Iterable[Path] = ()) -> None:
+def save(model: nn.Module, directory: Path | str, *, beside: Iterable[Path | str] = ()) -> None:
     """Write a model; an existing one there is replaced only when the new one is complete and can be read.
 
     Args:
@@ -35,7 +35,8 @@ def save(model: nn.Module, directory: Path | str, *, beside: Iterable[Path] = ()
 
     Raises:
         WeightsError: no such model, one that is not what its spec says, the directory holds something else, two tensors
-            share memory, or the disk is full (nothing is left behind).
+            share memory, a file to copy is none or has a name that is taken, or the disk is full (nothing is left
+            behind).
     """
     found = _language_model(model)
     save_weights(found.spec, found.state_dict(), directory, beside=beside)
@@ -53,18 +54,18 @@ def _language_model(model: nn.Module) -> LanguageModel:
 
 
 def save_weights(
-    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path] = ()
+    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path | str] = ()
 ) -> None:
     """`save`, from a spec and its tensors."""
-    target = Path(directory)
+    target, files = Path(directory), _beside(beside)
     with complete_directory(target) as new:
         if not may_be_replaced(target):
             raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
         (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
         # one key, because several are written in no fixed order, and equal weights should be equal files
         save_file(_to_write(target, weights), new / WEIGHTS_FILE, metadata={"format": "pt"})
-        for file in beside:
-            shutil.copyfile(file, new / file.name)
+        for name, file in files.items():
+            shutil.copyfile(file, new / name)
         _read_back(target, new)
 
 
@@ -104,6 +105,21 @@ def _check_apart(weights: Mapping[str, Tensor]) -> None:
         if here == there and start < end:
             text = "share memory; the spec does not tie them, so that a model that is loaded would not either"
             raise WeightsError(f"weights: {one!r} and {other!r} {text}; give one of them a copy, or use a shared node")
+
+
+def _beside(given: Any) -> dict[str, Path]:
+    """Files to copy by their names."""
+    files: dict[str, Path] = {}
+    if isinstance(given, str | Path) or not isinstance(given, Iterable):
+        raise WeightsError(f"beside: a list of files is needed, found {given!r:.80}")
+    for file in given:
+        if not isinstance(file, str | Path) or not os.path.isfile(file):
+            raise WeightsError(f"beside: the path of a file is needed, found {file!r:.80}")
+        name = Path(file).name
+        if name in (SPEC_FILE, WEIGHTS_FILE, *files):
+            raise WeightsError(f"beside: {file}: a file called {name} is written already")
+        files[name] = Path(file)
+    return files
 
 
 def may_be_replaced(target: Path) -> bool:

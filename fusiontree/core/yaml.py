@@ -155,8 +155,8 @@ def _is_small(data: Any) -> bool:
     return not any(isinstance(item, Mapping) for item in inside)
 
 
-def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """What `path=value` arguments say, the values read as YAML.
+def assignments(texts: Iterable[str] | str) -> dict[str, Any]:
+    """What `path=value` arguments say, or a single one, the values read as YAML.
 
     >>> assignments(["training.steps=20", "layers.*.mixer.gate.granularity=token"])
     {'training.steps': 20, 'layers.*.mixer.gate.granularity': 'token'}
@@ -164,7 +164,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     Raises:
         SpecError: an argument without "=", or a value that is not YAML.
     """
-    pairs = [text.partition("=") for text in texts]
+    pairs = [text.partition("=") for text in ([texts] if isinstance(texts, str) else texts)]
     for path, sign, _ in pairs:
         if not path.strip() or not sign:
             raise SpecError(f"{path + sign!r}: an override is path=value")

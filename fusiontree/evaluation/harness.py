@@ -3,14 +3,15 @@
 Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lm_eval.api.metrics  # noqa: F401  # registers them
 from jinja2 import Environment
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from lm_eval import utils
+from lm_eval import evaluator, utils
 from lm_eval.api.registry import metric_registry, register_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -52,6 +53,7 @@ class FusionTreeLM(Base):
     ) -> None:
         model: Any = FusionTreeForCausalLM.from_directory(pretrained, device=device)
         tokenizer: Any = tokenizer_of(pretrained, model.model.spec)
+        _check_ends(pretrained, tokenizer)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         batching = {"batch_size": batch_size, "max_batch_size": max_batch_size}
         super().__init__(model, tokenizer=tokenizer, max_length=max_length, **batching)
@@ -62,6 +64,16 @@ class FusionTreeLM(Base):
         ours: LanguageModel = self.model.model
         count = sum(parameter.numel() for parameter in ours.parameters())
         return {"model_num_parameters": count, "model_dtype": str(self.model.dtype), "digest": ours.spec.digest()}
+
+
+def _check_ends(directory: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer that knows no token to begin or end a text with: lm-eval puts one before every first token."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        needed = '{"eos_token_id": ...}'
+        text = f"no token is known to end a text; name one in generation_config.json, {needed}"
+        raise FusionTreeError(f"{directory}: the tokenizer: {text}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
 
 
 register_model("fusiontree")(FusionTreeLM)
@@ -90,14 +102,14 @@ utils.env = _sandboxed(utils.env)
 
 
 def evaluate(
-    directory: Path | str, tasks: Sequence[str | Path], *, limit: int | None = None, **options: Any
+    directory: Path | str, tasks: Sequence[str | Path] | str | Path, *, limit: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Run tasks on a saved model.
 
     Args:
         directory: of the model.
-        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are plain
-            data: what would make them run code is refused, and templates are rendered in a sandbox.
+        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings; or one of these.
+            Files are plain data: what would make them run code is refused, and templates are rendered in a sandbox.
         limit: only the first documents of each task.
         options: those of `FusionTreeLM`.
 
@@ -107,15 +119,27 @@ def evaluate(
     Raises:
         FusionTreeError: not a model of ours, or a task that cannot be read, known, or built.
     """
+    tasks = [tasks] if isinstance(tasks, str | Path) else tasks
     model: Any = FusionTreeLM(str(directory), **options)
     manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
     configs = [named for each in tasks for named in _configs(each, manager)]
     built: Any = [part for place, config in configs for part in _built(place, config, manager)]
     try:
-        found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
+        with _without_git():
+            found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
     except AssertionError as error:  # so it refuses options that do not go together
         raise FusionTreeError(f"lm-eval: {' '.join(str(error).split())}") from None
     return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Let lm-eval not ask git for the commit of the working directory, which complains where there is none."""
+    before, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
 
 
 def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:

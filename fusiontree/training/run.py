@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from fusiontree.core import paths, yaml
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.spec import Flag, Spec, invalid
+from fusiontree.core.weights import SPEC_FILE
 from fusiontree.data import ByteTokenizer, DataSpec
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
@@ -36,7 +38,7 @@ class RunSpec(Spec):
 
     Attributes:
         model: a preset's name, the path of a spec (in a file: from the file's folder), or the spec itself,
-            which it always is once read.
+            which it always is once read. Not a saved model: weights are new.
         text: called `data` in files; relative paths there are taken from the file's folder.
         training, optimizer, losses, parallelism, checkpoint: see the sections.
         validation: null: never measure.
@@ -67,7 +69,11 @@ class RunSpec(Spec):
     @field_validator("model", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return load_spec(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if os.path.isfile(Path(value) / SPEC_FILE):
+            raise invalid({(): _trained(Path(value))})
+        return load_spec(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -81,7 +87,7 @@ class RunSpec(Spec):
         return self
 
     @classmethod
-    def from_file(cls, path: Path | str, overrides: Iterable[str] = ()) -> Self:
+    def from_file(cls, path: Path | str, overrides: Iterable[str] | str = ()) -> Self:
         """Read a run file and edit it by `path=value` texts.
 
         Raises:
@@ -95,7 +101,7 @@ class RunSpec(Spec):
         try:
             run = cls.parse(data).relative_to(folder)
         except SpecError as error:
-            raise SpecError(f"{path}: {error}") from None
+            raise error.within(path) from None
         return run.override(overrides).relative_to(folder)
 
     def relative_to(self, folder: Path) -> Self:
@@ -103,7 +109,7 @@ class RunSpec(Spec):
         output = str(folder) if self.output is None else self.output
         return self.model_copy(update={"text": self.text.relative_to(folder), "output": output})
 
-    def override(self, overrides: Iterable[str]) -> Self:
+    def override(self, overrides: Iterable[str] | str) -> Self:
         """The run with other values: `training.steps=20`, `model.layers.*.mixer.gate.granularity=token`.
 
         Values are YAML. Paths below `model` address the expanded spec (see `ModelSpec.replace`), all others the
@@ -117,11 +123,16 @@ class RunSpec(Spec):
         data = self.data()
         for path, value in edits.items():
             if not path.startswith("model."):
-                for place in paths.find(data, path):
+                for place in self._places(data, path):
                     paths.put(data, place, value)
         run = self.parse(data)
         run = run.model_copy(update={"text": run.text.relative_to(Path.cwd())})
         return self.parse(run.data() | {"model": _replaced(run.model, inside)}) if inside else run
+
+    def _places(self, data: Any, path: str) -> list[paths.Steps]:
+        if not paths.matches(data, path) and paths.matches(self.model.expand().data(), path):
+            raise SpecError(f"{path}: a run has none; its model has: model.{path}")
+        return paths.find(data, path)
 
     @property
     def directory(self) -> Path:
@@ -160,6 +171,14 @@ class RunSpec(Spec):
         return yaml.write(data | {"model": model})
 
 
+def _trained(directory: Path) -> str:
+    """Why the directory of a saved model is no model of a run, and what there is."""
+    found = f"{directory} is a saved model, and a run starts from new weights, never from those there"
+    again = directory.parent / "run.yaml"
+    resume = f"; to go on with the run that made it, train {again}" if again.is_file() else ""
+    return f"{found}; for its spec alone give {directory / SPEC_FILE}{resume}; to train its weights, load it in Python"
+
+
 def _said(value: Any) -> str:
     """A value as a run file has it."""
     return f"{json.dumps(value, ensure_ascii=False):.60}"
@@ -174,4 +193,4 @@ def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
     try:
         return model.replace(edits)
     except SpecError as error:
-        raise SpecError(f"model: {error}") from None
+        raise error.within("model") from None

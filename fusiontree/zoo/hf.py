@@ -31,6 +31,7 @@ from fusiontree.core.layer import Layer
 from fusiontree.core.model import LanguageModel
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.modules import Module
+from fusiontree.data.file_tokenizer import FileTokenizer
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import byte_tokenizer, tokenizer_files
 from fusiontree.errors import FusionTreeError
@@ -346,10 +347,19 @@ def _tokenizer(directory: Path) -> Any:
         if "tokenizer_config.json" in names:
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         if "tokenizer.json" in names:
-            return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+            return _with_special(FileTokenizer(directory))
+    except FusionTreeError:
+        raise
     except Exception as error:  # whatever it is, one of these files says it
         raise FusionTreeError(f"{directory}: its tokenizer cannot be read: {error}") from None
     return None
+
+
+def _with_special(read: FileTokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows which tokens begin and end a text."""
+    ids = {"bos_token": read.start, "eos_token": next(iter(read.ends), None)}
+    names = {name: read.tokenizer.id_to_token(token) for name, token in ids.items() if token is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=read.tokenizer, **names)
 
 
 AutoConfig.register(FusionTreeConfig.model_type, FusionTreeConfig)

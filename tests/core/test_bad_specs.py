@@ -8,6 +8,7 @@ from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 from fusiontree import LayerSpec, ModelSpec, Norm, Repeat, build
 from fusiontree.branches import Attention, Mlp
 from fusiontree.core.spec import OrderedMap, Spec
+from fusiontree.errors import SpecError
 from fusiontree.fusions import Gated
 
 BRANCH = "layers.0.mixer.branches.attention"
@@ -203,3 +204,13 @@ def test_specs_inside_a_spec_keep_their_path() -> None:
         "layers.0.mixer.encodings: ",
         "'no'",
     )
+
+
+def test_all_problems_are_kept_beside_the_first() -> None:
+    whole = data() | {"widht": 3, "vocab_size": "x"}
+    whole["layers"] = [{"repeat": 2, "layers": [{"mixer": {"kind": "mlp", "hiden": 8}, "fn": None}]}]
+    with pytest.raises(SpecError) as caught:
+        ModelSpec.parse(whole)
+    starts = [problem.split(": ")[0] for problem in caught.value.problems]
+    assert starts == ["widht", "vocab_size", "layers.0.fn", "layers.0.mixer.hiden", "layers.0.mixer.hidden"]
+    assert str(caught.value) == f"{caught.value.problems[0]} (and 4 more)"

@@ -35,7 +35,7 @@ ONLY_IN = {
     "typer": "cli",
     "rich": "cli",
     "transformers": "zoo/hf",
-    "tokenizers": "zoo/hf.py",
+    "tokenizers": ("zoo/hf.py", "data/file_tokenizer.py"),
     "lm_eval": "evaluation/harness.py",
     "mamba_ssm": "kernels/",
     "flash_attn": "kernels/",

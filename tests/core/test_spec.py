@@ -1,6 +1,7 @@
 """A spec is data: round trips, equality, digests, edits, differences, and a JSON Schema."""
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -9,6 +10,7 @@ from core_cases import ATTENTION, ENCODINGS, MAMBA, MIXER, MLP, complaint, data,
 
 from fusiontree import ModelSpec, load_spec, presets
 from fusiontree.branches import SwiGLU
+from fusiontree.core import yaml
 from fusiontree.core.stack import Repeat
 
 VARIED = {
@@ -217,17 +219,37 @@ class TestReplace:
         [
             ("layers.0.mixer.gate.granularty", "token", "'layers.0.mixer.gate.granularity'"),
             ("layer.0.mixr.gate.kind", "softmax", "'layers.0.mixer.gate.kind'"),
-            ("layers.9.ffn", None, "'layers.0.ffn'"),
+            ("layers.9.ffn", None, "known in 'layers': 0 to 1"),
             ("layers.*.mixer.branches.mamba2.heads", 4, "'layers.*.mixer.branches.mamba.heads'"),
             ("layers.0.mixer.branches.mambo", None, "'layers.0.mixer.branches.mamba'"),
             ("encodings.tiem", None, "'encodings.time'"),
-            ("width.more", 3, "'width'"),
-            ("layers.0.mixer.branches.attention.encodings.7", "rope", "encodings.0'"),
+            ("width.more", 3, "width is 16, which holds nothing further"),
+            ("layers.0.mixer.branches.attention.encodings.7", "rope", "attention.encodings': 0"),
             ("", 3, "''"),
         ],
     )
     def test_a_path_that_matches_nothing(self, path: str, value: Any, nearest: str) -> None:
         complaint(lambda: spec().replace({path: value}), path, "matches nothing", nearest)
+
+    def test_fields_of_an_old_kind_stay_and_the_edit_that_works_is_said(self) -> None:
+        text = complaint(
+            lambda: spec().replace({"layers.0.mixer.kind": "mean"}),
+            "layers.0.mixer.kind: the fields of the old kind stay, and 'mean' has no gate; ",
+            "(layers.0.mixer={kind: mean, ...})",
+        )
+        removal = re.search(r"same call \((.*?)\)", text)
+        assert removal is not None
+        edits = {"layers.0.mixer.kind": "mean"} | yaml.assignments(removal[1].split())
+        mean = {key: value for key, value in spec().canonical()["layers"][0]["mixer"].items() if key != "gate"}
+        assert spec().replace(edits) == spec().replace({"layers.0.mixer": mean | {"kind": "mean"}})
+
+    def test_where_a_new_kind_has_other_fields_the_whole_part_is_asked_for(self) -> None:
+        edits = {"layers.0.mixer.branches.mamba.kind": "attention"}
+        text = complaint(lambda: spec().replace(edits), "has no state, groups, ", "replace the whole part")
+        assert "more)" not in text and "null" not in text
+
+    def test_null_takes_nothing_away_where_the_kind_stays(self) -> None:
+        complaint(lambda: spec().replace({"layers.0.mixer.gate": None}), "layers.0.mixer.gate: ", "sigmoid")
 
     def test_what_results_is_validated(self) -> None:
         complaint(lambda: spec().replace({"layers.0.mixer.branches.mamba": None}), "layers.0.mixer.gate", "single")

@@ -89,6 +89,36 @@ def test_a_model_with_any_activation_is_pickled(activation: str) -> None:
     assert torch.equal(torch.load(written, weights_only=False)(tokens(2, 5)), built(tokens(2, 5)))
 
 
+class TestBeside:
+    def test_files_are_copied_whether_named_by_text_or_path(self, tmp_path: Path) -> None:
+        for name in ("a.json", "b.json"):
+            (tmp_path / name).write_text(name)
+        save(model(), tmp_path / "out", beside=[str(tmp_path / "a.json"), tmp_path / "b.json"])
+        assert {"a.json", "b.json", "spec.yaml", "model.safetensors"} == {*files(tmp_path / "out")}
+
+    @pytest.mark.parametrize(
+        ("beside", "found"),
+        [
+            ("a.json", "a list of files is needed, found 'a.json'"),
+            (None, "a list of files is needed, found None"),
+            (["absent.json"], "the path of a file is needed, found 'absent.json'"),
+            ([3], "the path of a file is needed, found 3"),
+            (["."], "the path of a file is needed, found '.'"),
+            (["below/spec.yaml"], "below/spec.yaml: a file called spec.yaml is written already"),
+            (["a.json", "below/a.json"], "below/a.json: a file called a.json is written already"),
+        ],
+    )
+    def test_all_else_is_refused_before_anything_is_written(
+        self, beside: Any, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "below").mkdir()
+        for name in ("a.json", "below/a.json", "below/spec.yaml"):
+            (tmp_path / name).write_text(name)
+        complaint(lambda: save(model(), tmp_path / "out", beside=beside), f"beside: {found}")
+        assert not (tmp_path / "out").exists()
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_a_model_comes_back_bit_by_bit(self, tmp_path: Path, dtype: torch.dtype) -> None:

@@ -215,3 +215,4 @@ class TestAssignments:
     )
     def test_errors_name_the_path(self, text: str, parts: list[str]) -> None:
         complaint(lambda: yaml.assignments([text]), *parts)
+        complaint(lambda: yaml.assignments(text), *parts)
