@@ -62,9 +62,9 @@ class Experts(Module):
     def __init__(self, inward: tuple[int, int, int], *, gated: bool) -> None:
         super().__init__()
         experts, features, width = inward
-        self.gate = self.declare("gate", inward, fan_in()) if gated else None
-        self.up = self.declare("up", inward, fan_in())
-        self.down = self.declare("down", (experts, width, features), fan_in())
+        self.gate = self.declare("gate", inward, fan_in(), decay=True) if gated else None
+        self.up = self.declare("up", inward, fan_in(), decay=True)
+        self.down = self.declare("down", (experts, width, features), fan_in(), decay=True)
 
     def forward(self, x: Tokens, shares: Shares, choice: Choice) -> Tokens:
         """The sum of the visited experts' outputs, times their shares, for each token."""

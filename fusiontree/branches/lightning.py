@@ -21,6 +21,7 @@ from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, bran
 from fusiontree.core.modules import Linear, Norm, Normalise, wide
 from fusiontree.core.spec import Count, Flag, NonNegative, invalid
 from fusiontree.kernels import ssd, ssd_step
+from fusiontree.kernels.constants import constants
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]
@@ -141,7 +142,7 @@ class LightningBranch(Node):
     def _scan(self, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
         """`ssd` with steps of 1, whose B are the keys and whose C the queries."""
         (q, k, v), precise = qkv, wide(qkv[2].dtype)
-        rates = -torch.tensor(self.spec.slopes, dtype=precise, device=v.device)
+        rates = constants(tuple(-slope for slope in self.spec.slopes), precise, v.device)
         steps = torch.ones(v.shape[:3], dtype=precise, device=v.device)
         if state is not None and is_step(v, context):
             y, _ = ssd_step(state["state"], v[:, 0], steps[:, 0], rates, k[:, 0], q[:, 0])

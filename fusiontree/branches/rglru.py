@@ -111,7 +111,7 @@ class HeadGate(Module):
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.weight = self.declare("weight", (heads, head_dim, head_dim), fan_in(0.1))
+        self.weight = self.declare("weight", (heads, head_dim, head_dim), fan_in(0.1), decay=True)
         self.bias = self.declare("bias", (heads, head_dim), constant(0.0))
 
     def forward(self, x: Inner) -> Inner:

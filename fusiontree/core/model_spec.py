@@ -10,11 +10,12 @@ import torch
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from fusiontree.core import lending, paths, yaml
-from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, NodeSpec, Scope
+from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
+from fusiontree.core.fields import is_open
 from fusiontree.core.modules import Norm
 from fusiontree.core.prefix import PrefixSpec
 from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
-from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
+from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold, refold
 from fusiontree.errors import SpecError, suggest
 
 
@@ -121,6 +122,19 @@ class ModelSpec(Spec):
         """Every branch and fusion with its path."""
         yield from ((path, node) for path, node, _ in self.placed())
 
+    def fusions(self) -> Iterator[tuple[str, FusionSpec]]:
+        """Every fusion with its path."""
+        yield from ((path, node) for path, node in self.nodes() if isinstance(node, FusionSpec))
+
+    def gates(self) -> Iterator[tuple[str, FusionSpec]]:
+        """Every gate's path with the fusion that it is of."""
+        yield from ((f"{path}.gate", fusion) for path, fusion in self.fusions() if fusion.gate_spec is not None)
+
+    def branches(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Every branch's path, with the path of its fusion and its name there."""
+        for path, fusion in self.fusions():
+            yield from ((branch_path(path, name), (path, name)) for name in fusion.branches)
+
     def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence's cache of `length` tokens takes, keys stored in `dtype`."""
         length += self.prefix_length
@@ -146,9 +160,16 @@ class ModelSpec(Spec):
         """The same spec with one entry a layer."""
         return self.model_copy(update={"layers": self.expanded_layers()})
 
-    def fold(self) -> Self:
-        """The same spec with runs and periods of equal layers written as repeats."""
-        return self.model_copy(update={"layers": fold(self.expanded_layers())})
+    def fold(self, *, like: "ModelSpec | None" = None) -> Self:
+        """The same spec with runs and periods of equal layers written as repeats.
+
+        Args:
+            like: a spec of as many layers, whose repeats stay, with what they vary, where the layers still are such.
+        """
+        layers = self.expanded_layers()
+        if like is None or len(layers) != len(like.expanded_layers()):
+            return self.model_copy(update={"layers": fold(layers)})
+        return self.model_copy(update={"layers": refold(layers, like.layers)})
 
     def canonical(self) -> dict[str, Any]:
         """Plain data of the expanded form without lineage: what equality means."""
@@ -170,7 +191,8 @@ class ModelSpec(Spec):
     def replace(self, edits: Mapping[str, Any]) -> Self:
         """The spec with other values at these paths of the expanded form; `*` stands for any one step.
 
-        The last step may be a new name in a mapping of branches or encodings, and None there removes one.
+        The last step may be a new name where a mapping holds any (branches, encodings, links, ...), and None there
+        removes one. Repeats stay as they are written, with what they vary, as long as the layers are such.
 
         Raises:
             SpecError: a path matches nothing, or the result is not valid.
@@ -179,7 +201,9 @@ class ModelSpec(Spec):
         for pattern, value in edits.items():
             for path in _places(data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
-        return type(self).parse(data).fold()
+        edited = type(self).parse(data)
+        given = any(isinstance(entry, Repeat) for entry in edited.layers)
+        return edited if given else edited.fold(like=self)
 
     @property
     def longest(self) -> int | None:
@@ -260,22 +284,19 @@ def _holds_maps(values: list[Any]) -> bool:
     return any(isinstance(value, Mapping) for value in values)
 
 
-_OPEN = ("branches", "encodings", "shared")
-
-
 def _places(data: Any, pattern: str, *, adding: bool) -> list[paths.Steps]:
     """Where a pattern points to; when adding, a new name in an open mapping included."""
     *above, last = paths.split(pattern) or ("",)
-    if adding and above and above[-1] in _OPEN and last != "*":
-        parents = [path for path in paths.find(data, ".".join(above)) if isinstance(paths.get(data, path), dict)]
-        if parents:
-            return [(*path, last) for path in parents]
+    if adding and above and last != "*":
+        with suppress(SpecError):
+            parents = [path for path in paths.find(data, ".".join(above)) if is_open(ModelSpec, data, path)]
+            if parents:
+                return [(*path, last) for path in parents]
     return paths.find(data, pattern)
 
 
 def _edit(data: Any, path: paths.Steps, value: Any) -> None:
-    inside = paths.get(data, path[:-1])
-    if value is None and len(path) > 1 and path[-2] in _OPEN and isinstance(inside, dict):
-        del inside[path[-1]]
+    if value is None and len(path) > 1 and is_open(ModelSpec, data, path[:-1]):
+        del paths.get(data, path[:-1])[path[-1]]
     else:
         paths.put(data, path, value)

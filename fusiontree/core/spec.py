@@ -64,7 +64,11 @@ class _SchemaGenerator(GenerateJsonSchema):
 
 
 class Spec(BaseModel):
-    """A frozen description of something. Unknown keys are errors, and `kind` is always written, first."""
+    """A frozen description of something. Unknown keys are errors, and `kind` is always written, first.
+
+    Raises:
+        SpecError: a field that is not valid; the line that `parse` answers with.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -74,6 +78,15 @@ class Spec(BaseModel):
         validate_by_alias=True,
         serialize_by_alias=True,
     )
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(one_line(error)) from None
+
+    # pydantic calls no __init__ that bears this mark for what stands inside another spec, whose errors keep their path
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fusiontree.core.contracts import Weights
 from fusiontree.core.model import LanguageModel
-from fusiontree.core.probes import gates
+from fusiontree.core.observation import Real
+from fusiontree.core.probes import evaluating, gates, watch
 from fusiontree.errors import FusionTreeError
 
 
@@ -38,25 +39,17 @@ def gate_maps(model: LanguageModel, tokens: Int[Tensor, "time"]) -> list[GateMap
         FusionTreeError: the model has no gate.
     """
     seen: dict[str, Weights] = {}
-    handles = [gate.register_forward_hook(_keep(seen, path)) for path, gate in gates(model).items()]
-    try:
-        model.eval()(tokens[None])
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(path: str, weights: Weights, real: Real | None) -> None:
+        if path in seen:
+            raise FusionTreeError(f"gate map: {path} is used more than once; a map shows one use")
+        seen[path] = {n: v if v.ndim == 1 or real is None else v[:, real[0]] for n, v in weights.items()}
+
+    with watch(gates(model), keep), evaluating(model):
+        model(tokens[None])
     if not seen:
         raise FusionTreeError("gate map: the model has no gate")
     return [_map(path, weights, len(tokens)) for path, weights in seen.items()]
-
-
-def _keep(seen: dict[str, Weights], path: str) -> Any:
-    def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Weights) -> None:
-        if path in seen:
-            raise FusionTreeError(f"gate map: {path} is used more than once; a map shows one use")
-        text = inputs[1].text
-        seen[path] = {n: v if v.ndim == 1 or text is None else v[:, text[0]] for n, v in output.items()}
-
-    return hook
 
 
 def _map(path: str, weights: Weights, time: int) -> GateMap:

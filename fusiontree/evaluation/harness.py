@@ -15,6 +15,8 @@ from lm_eval.api.registry import metric_registry, register_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fusiontree.core import yaml
 from fusiontree.core.model import LanguageModel
@@ -53,6 +55,7 @@ class FusionTreeLM(Base):
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         batching = {"batch_size": batch_size, "max_batch_size": max_batch_size}
         super().__init__(model, tokenizer=tokenizer, max_length=max_length, **batching)
+        model.register_forward_hook(_check_logits)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval notes beside results. A directory has no commit on the hub; its spec has a digest."""
@@ -62,6 +65,16 @@ class FusionTreeLM(Base):
 
 
 register_model("fusiontree")(FusionTreeLM)
+
+
+def _check_logits(model: nn.Module, inputs: tuple[Any, ...], output: CausalLMOutputWithPast) -> None:
+    """Logits that say nothing would be scored as if they did."""
+    assert output.logits is not None
+    if not bool(output.logits.amax(-1).isfinite().all()):
+        kind = str(output.logits.dtype).removeprefix("torch.")
+        raise FusionTreeError(
+            f"lm-eval: the largest logit of a token is not finite in {kind}; the model has overflowed"
+        )
 
 
 def _sandboxed(theirs: Environment) -> Environment:

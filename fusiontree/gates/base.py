@@ -84,8 +84,8 @@ class Logit(Module):
         units, inputs = spec.units(scope.width), spec.rank or scope.features
         self.bias = self.declare("bias", (units,), constant(0.0))
         reads = spec.reads_features
-        self.weight = self.declare("weight", (units, inputs), constant(0.0)) if reads else None
-        self.down = self.declare("down", (inputs, scope.features), fan_in()) if spec.rank else None
+        self.weight = self.declare("weight", (units, inputs), constant(0.0), decay=True) if reads else None
+        self.down = self.declare("down", (inputs, scope.features), fan_in(), decay=True) if spec.rank else None
 
     def forward(self, features: Features) -> Float[Tensor, "batch time units"] | Float[Tensor, "units"]:
         """The logits at every position, or for all positions at once."""

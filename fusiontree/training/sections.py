@@ -64,7 +64,8 @@ class OptimizerSpec(Spec):
         learning_rate: at the top of the schedule.
         betas: of the running means of gradients and of their squares.
         eps: added to the root of the second.
-        weight_decay: of matrices; embeddings, encodings, norms, biases and the states' A, D and dt have none.
+        weight_decay: of the maps that components declare with `decay`; embeddings, encodings, norms, biases, a
+            prefix and what states decay by have none.
         warmup: steps from 0 up to the top, cut to the length of the run.
         decay: the share of the steps at the end in which the rate falls.
         minimum: the share of the learning rate that it falls to.

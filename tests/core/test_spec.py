@@ -9,6 +9,7 @@ from core_cases import ATTENTION, ENCODINGS, MAMBA, MIXER, MLP, complaint, data,
 
 from fusiontree import ModelSpec, load_spec, presets
 from fusiontree.branches import SwiGLU
+from fusiontree.core.stack import Repeat
 
 VARIED = {
     "repeat": 3,
@@ -113,6 +114,9 @@ def test_specs_are_frozen() -> None:
         spec().encodings["more"] = None  # type: ignore[index]
 
 
+PYRAMID = {"repeat": 3, "layers": [{"mixer": MIXER}, {"ffn": MLP}], "vary": {"0.mixer.branches.*.heads": [2, 4, 8]}}
+
+
 class TestReplace:
     def test_one_value(self) -> None:
         changed = spec().replace({"layers.0.mixer.gate.rank": 2})
@@ -144,6 +148,60 @@ class TestReplace:
     def test_a_new_encoding_and_an_old_one_gone(self) -> None:
         changed = spec().replace({"encodings.far": {"kind": "rope", "theta": 1e6}, "encodings.turn": None})
         assert list(changed.encodings) == ["time", "rope", "far"]
+
+    def test_every_mapping_of_any_names_is_open_and_no_other(self) -> None:
+        """By the type of its field, and not by the name: links and norms of a chain, adapters, multipliers of a sum."""
+        chain = {"kind": "chain", "links": {"a": MLP}, "norms": {"a": {}}}
+        use = {"kind": "use", "of": "block", "adapters": {"r": {"maps": ["up"], "rank": 2}}}
+        both = {"kind": "sum", "branches": {"a": MLP, "b": MLP}, "multipliers": {"a": 2.0}}
+        whole = spec(shared={"block": MLP}, layers=[{"mixer": chain, "ffn": use}, {"mixer": both}])
+        edits = {
+            "layers.0.mixer.links.b": SwiGLU(hidden=8),
+            "layers.0.mixer.norms.b": {"gain": "none"},
+            "layers.0.ffn.adapters.more": {"maps": ["down"], "rank": 1},
+            "layers.1.mixer.multipliers.b": 0.5,
+            "layers.1.mixer.multipliers.a": None,
+            "shared.other": MLP,
+        }
+        changed = whole.replace(edits)
+        first, second = (layer.data() for layer in changed.expanded_layers())
+        assert list(first["mixer"]["links"]) == list(first["mixer"]["norms"]) == ["a", "b"]
+        assert list(first["ffn"]["adapters"]) == ["r", "more"]
+        assert second["mixer"]["multipliers"] == {"b": 0.5}
+        assert list(changed.shared) == ["block", "other"]
+        complaint(lambda: whole.replace({"layers.0.mixer.residual": {}}), "matches nothing")
+        complaint(lambda: whole.replace({"layers.0.residual.more": 1.0}), "matches nothing")
+
+    def test_what_came_with_the_same_edits_is_open(self) -> None:
+        both = {"kind": "sum", "branches": {"a": MLP}}
+        changed = spec().replace({"layers.0.mixer": both, "layers.0.mixer.branches.b": MLP})
+        assert list(changed.node("layers.0.mixer").data()["branches"]) == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("edits", "vary"),
+        [
+            ({"encodings.far": {"kind": "rope"}}, {"0.mixer.branches.*.heads": (2, 4, 8)}),
+            ({"layers.*.ffn.hidden": 4}, {"0.mixer.branches.*.heads": (2, 4, 8)}),
+            ({"layers.1.mixer.branches.*.heads": 16}, {"0.mixer.branches.*.heads": (16, 4, 8)}),
+            ({"layers.*.mixer.branches.*.heads": 4}, {}),
+            ({"layers.*.mixer": None}, {}),
+        ],
+    )
+    def test_repeats_stay_with_what_they_vary(self, edits: dict[str, Any], vary: dict[str, Any]) -> None:
+        whole = spec(layers=[{"ffn": MLP}, PYRAMID, {"ffn": MLP}])
+        changed = whole.replace(edits)
+        _, repeat, _ = changed.layers
+        assert isinstance(repeat, Repeat)
+        assert (repeat.repeat, len(repeat.layers), dict(repeat.vary)) == (3, 2, vary)
+        assert ModelSpec.from_yaml(changed.to_yaml()) == changed == whole.expand().replace(edits)
+
+    def test_a_repeat_goes_where_its_times_differ_elsewhere(self) -> None:
+        whole = spec(layers=[PYRAMID, {"repeat": 2, "layers": [{"ffn": MLP}]}])
+        changed = whole.replace({"layers.1.ffn.hidden": 4})
+        assert len(changed.layers) == 7
+        assert changed == whole.expand().replace({"layers.1.ffn.hidden": 4})
+        assert isinstance(changed.layers[-1], Repeat)
+        assert whole.replace({}).layers == whole.layers
 
     def test_one_of_a_branch_s_encodings(self) -> None:
         changed = spec().replace({"layers.0.mixer.branches.attention.encodings.0": "rope"})

@@ -34,10 +34,12 @@ def test_values_are_what_the_gates_say_while_the_model_runs():
         assert float(gate.values.mean()) == pytest.approx(seen[gate.path]["a"].mean, abs=1e-6)
 
 
-def test_hooks_are_gone_afterwards():
-    gated = model({"kind": "sigmoid"})
+def test_hooks_are_gone_and_the_model_trains_on_afterwards():
+    gated = model({"kind": "sigmoid"}).train()
     gate_maps(gated, torch.arange(3))
     assert not gated.layers[0].mixer.gate._forward_hooks
+    assert gated.training
+    assert gated.layers[0].training
 
 
 def test_a_model_without_gates_is_refused():

@@ -206,3 +206,11 @@ def test_a_bad_task_is_one_line_that_names_its_file(folder, tmp_path, text, line
 def test_places_without_tasks_are_one_line(folder, task, line):
     with pytest.raises(FusionTreeError, match=line):
         evaluate("ours", [task])
+
+
+@pytest.mark.parametrize("task", ["choice.yaml", "continue.yaml"])
+def test_logits_that_say_nothing_are_not_scored(folder, monkeypatch, task):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ft.LanguageModel, "logits", lambda self, x: torch.full((*x.shape[:-1], 257), torch.nan))
+    with pytest.raises(FusionTreeError, match=r"lm-eval: the largest logit of a token is not finite in float32"):
+        evaluate("ours", [f"tasks/{task}"], limit=1)

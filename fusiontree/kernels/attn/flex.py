@@ -16,6 +16,7 @@ from torch import Tensor
 from fusiontree import compiling, machine
 from fusiontree.compiling import constant
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
+from fusiontree.kernels.constants import constants
 from fusiontree.kernels.documents import silence_padding
 from fusiontree.kernels.registry import UnsupportedError
 
@@ -65,7 +66,7 @@ def _mask(first: Int[Tensor, "batch time"]) -> Any:
 
 def _scoring(inputs: AttentionInputs) -> Callable[..., Tensor] | None:
     softcap = inputs.softcap
-    slopes = None if inputs.slopes is None else torch.tensor(inputs.slopes, device=inputs.q.device)
+    slopes = None if inputs.slopes is None else constants(inputs.slopes, torch.float32, inputs.q.device)
     if softcap is None and slopes is None:
         return None
 

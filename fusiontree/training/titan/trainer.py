@@ -43,8 +43,9 @@ class FusionTrainer(Trainer):
         self.output = Output(self.run)
         self.metrics = Metrics(self.output.root, tensorboard=self.run.tensorboard)
         self.monitor = GateMonitor(self.run.monitor.every, self.run.training.steps)
-        self.sums = torch.zeros(3, dtype=torch.float64)
         super().__init__(config)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.means = [0.0, 0.0, 0.0]
         model = self.model_parts[0]
         assert isinstance(model, LanguageModel)
         self.model = model
@@ -109,8 +110,7 @@ class FusionTrainer(Trainer):
             nats = self.model.cross_entropy(inputs, labels, **places)
             parts = terms(nats, labels, global_valid_tokens, gates)
             parts.total(self.run.losses).backward()
-        found = torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
-        self.sums += found.to("cpu", torch.float64)
+        self.sums += torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
         return parts.cross_entropy.detach().nan_to_num()
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,16 +147,17 @@ class FusionTrainer(Trainer):
     def _check_loss(self) -> None:
         """Every process learns the whole step's terms, and stops if there is no number among them."""
         dist.all_reduce(self.sums)
-        if not bool(torch.isfinite(self.sums).all()):
-            raise TrainingFailed(f"step {self.step}: the loss is {float(self.sums[0])}")
+        self.means = self.sums.tolist()
+        if not all(math.isfinite(mean) for mean in self.means):
+            raise TrainingFailed(f"step {self.step}: the loss is {self.means[0]}")
 
     def _training_record(self, found: Record) -> Record:
         if not found:
             return {}
         weights = self.run.losses
-        extra = {"balance": (weights.balance, self.sums[1]), "entropy": (weights.entropy, self.sums[2])}
-        asked = {name: float(value) for name, (weight, value) in extra.items() if weight}
-        loss = float(self.sums[0])
+        loss, balance, entropy = self.means
+        extra = {"balance": (weights.balance, balance), "entropy": (weights.entropy, entropy)}
+        asked = {name: value for name, (weight, value) in extra.items() if weight}
         return {"loss": loss, "bits_per_byte": loss / math.log(2), **asked, "tokens": self._tokens()} | found
 
     def _gate_record(self, observation: Observation | None) -> Record:
@@ -174,6 +175,8 @@ class FusionTrainer(Trainer):
         if validation is None or self.held_out is None or not (last or self.step % validation.every == 0):
             return {}
         score = measure(self.model, self.held_out, rows=validation.rows, device=self.device)
+        if not math.isfinite(score.loss):
+            raise TrainingFailed(f"step {self.step}: the held-out loss is {score.loss}")
         return {"validation_loss": score.loss, "validation_bits_per_byte": score.bits_per_byte}
 
     def _write(self, record: Record) -> None:
