@@ -35,13 +35,15 @@ def generate(
     from fusiontree.core.generation import Sampling, stream
     from fusiontree.core.weights import load
     from fusiontree.data import ByteTokenizer
+    from fusiontree.zoo.carried import end_tokens
 
     tokenizer, loaded = ByteTokenizer(), load(model)
     if loaded.spec.vocab_size != tokenizer.vocab_size:
         found = f"{model}: its vocabulary has {loaded.spec.vocab_size} tokens"
         raise FusionTreeError(f"{found}; only byte vocabularies ({tokenizer.vocab_size}) can be read as text")
     text = tokenizer.encode(sys.stdin.buffer.read() if prompt == "-" else prompt)
-    endings = [(tokenizer.end,), *(tokenizer.encode(ending).tolist() for ending in stop or [])]
+    ends = [tokenizer.end, *end_tokens(model, loaded.spec)]
+    endings = [*((end,) for end in ends), *(tokenizer.encode(ending).tolist() for ending in stop or [])]
     tokens, sampling = [text.tolist() or [tokenizer.end]], Sampling(temperature, top_k, top_p, seed)
     longest = loaded.spec.longest
     if longest is not None and len(tokens[0]) + max_new_tokens > longest:

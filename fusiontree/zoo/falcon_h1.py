@@ -173,4 +173,4 @@ DEFAULTS = {
     **{f"{name}_multiplier": 1.0 for name in ("lm_head", "embedding", "key", "attention_in", "attention_out")},
     **{f"{name}_multiplier": 1.0 for name in ("ssm_in", "ssm_out")},
 }
-FALCON_H1 = register(Family("falcon_h1", "FalconH1ForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+FALCON_H1 = register(Family("falcon_h1", "FalconH1ForCausalLM", _spec, _config, _tensors, DEFAULTS))

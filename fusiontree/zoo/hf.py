@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,6 +34,7 @@ from fusiontree.core.model_spec import ModelSpec
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import byte_tokenizer, tokenizer_files
 from fusiontree.errors import FusionTreeError
+from fusiontree.zoo.carried import GENERATION, carried_by, end_tokens
 
 
 class FusionTreeConfig(PreTrainedConfig):
@@ -101,12 +103,14 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         """The model in a directory of ours; `options` are those of `fusiontree.load`.
 
         Raises:
-            FusionTreeError: see `fusiontree.load`.
+            FusionTreeError: see `fusiontree.load`; or a `generation_config.json` there cannot be read.
         """
         loaded = weights.load(directory, **options)
         with torch.device("meta"):
-            model = cls(FusionTreeConfig(loaded.spec, dtype=loaded.embedding.weight.dtype))
+            config = FusionTreeConfig(loaded.spec, dtype=loaded.embedding.weight.dtype, **carried_by(loaded.spec))
+            model = cls(config)
         model.model = loaded
+        model.generation_config = _generation(Path(directory), model)
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -193,6 +197,22 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: values are drawn from (seed, path) as the model is made."""
+
+
+def _generation(directory: Path, model: FusionTreeForCausalLM) -> GenerationConfig:
+    """How a model in a directory of ours generates: what a file there says, else its config, else the end of bytes."""
+    if (directory / GENERATION).is_file():
+        ends = end_tokens(directory, model.model.spec)
+        try:
+            found = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # whatever it is, the file says it
+            raise FusionTreeError(f"{directory / GENERATION}: cannot be read: {error}") from None
+        if found.eos_token_id is None and ends:
+            found.eos_token_id = ends
+        return found
+    if model.config.vocab_size == ByteTokenizer.vocab_size and not tokenizer_files(directory):
+        return GenerationConfig(**byte_tokenizer()[GENERATION])
+    return model.generation_config
 
 
 def _documents(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:

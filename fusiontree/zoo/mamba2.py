@@ -76,4 +76,4 @@ def _tensors(options: Options) -> Iterator[Same]:
 
 
 DEFAULTS = {"use_bias": False, "tie_word_embeddings": False, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
-MAMBA2 = register(Family("mamba2", "Mamba2ForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+MAMBA2 = register(Family("mamba2", "Mamba2ForCausalLM", _spec, _config, _tensors, DEFAULTS))

@@ -192,7 +192,6 @@ QWEN3_NEXT = register(
         _config,
         _tensors,
         DEFAULTS,
-        parts.tied_head,
-        _files,
+        files=_files,
     )
 )
