@@ -58,7 +58,8 @@ def import_model(source: Path | str, target: Path | str, *, ignore: Iterable[str
     _refuse_adapters(source)
     with Tensors(source) as theirs:
         stored, notes = _as_stored(family, config, theirs, ignore)
-        notes += [f"without {key}" for key in ignore]
+        notes += [f"passing over the config's {key}" for key in ignore]
+        notes += [f"without {part}* ({len(names)} tensors)" for part, names in family.left_out(theirs).items()]
         spec = family.spec_of(stored, ignore=ignore)
         ours = family.weights_of(stored, theirs, ignore=ignore)
         wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}

@@ -35,6 +35,8 @@ class Family:
         computed: tensors that may be there and say what we compute from the config, with their values. (A head that
             is tied and frequencies of rotations are looked at for all families.)
         files: the same of the tensors in files, where transformers reads them into modules of other names.
+        unused: how names begin of tensors that transformers does not read either: of parts that only help another
+            way to decode. The lineage notes them.
         newest: a config in the form of today, where transformers still reads an older one.
         copies: tensors of shared modules under further names, each with the name under which it is known. They may
             be there, with the same values, and are not written.
@@ -48,6 +50,7 @@ class Family:
     defaults: Config = field(default_factory=dict)
     computed: Callable[[Options], Mapping[str, Callable[[], Tensor]]] = lambda options: {}
     files: Callable[[Options], Iterator[Part]] | None = None
+    unused: tuple[str, ...] = ()
     newest: Callable[[Config], Config] = lambda config: config
     copies: Callable[[Options], Mapping[str, str]] = lambda options: {}
 
@@ -104,7 +107,13 @@ class Family:
         computed = check_computed(theirs, self.computed(options))
         if any(name.endswith(FREQUENCIES) for name in theirs):
             computed |= check_frequencies(theirs, self.spec_of(config, ignore=ignore), parts, copies)
-        return to_ours(parts, Once(theirs, copies), ignored=computed)
+        unused = [name for names in self.left_out(theirs).values() for name in names]
+        return to_ours(parts, Once(theirs, copies), ignored=[*computed, *unused])
+
+    def left_out(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Those of these tensors that are `unused`, by how they begin."""
+        found = {part: [name for name in names if name.startswith(part)] for part in self.unused}
+        return {part: inside for part, inside in found.items() if inside}
 
     def all_copies(self, config: Config) -> dict[str, str]:
         """`copies`, and a head beside a config that ties it."""

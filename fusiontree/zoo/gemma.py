@@ -73,6 +73,7 @@ def _norm(options: Options) -> dict[str, Any]:
 def _attention(options: Options, kind: str) -> dict[str, Any]:
     head_dim, scalar = options["head_dim"], options["query_pre_attn_scalar"]
     bias, window = options["attention_bias"], options["sliding_window"]
+    options.only("sliding_window_size", window)  # which published configs say beside it, and transformers does not read
     return {
         "kind": "attention",
         "heads": options.count("num_attention_heads"),

@@ -193,5 +193,6 @@ QWEN3_NEXT = register(
         _tensors,
         DEFAULTS,
         files=_files,
+        unused=("mtp.",),
     )
 )
