@@ -121,7 +121,7 @@ def load(
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)
         memory.check_room(_bytes(file, dtype), target)
-        tensors = {name: checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
+        tensors = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -159,12 +159,7 @@ def _bytes(file: Any, dtype: torch.dtype | None) -> int:
     )
 
 
-def checked(source: Path, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, if it is one that a model may have.
-
-    Raises:
-        WeightsError: it is of a type that weights are not stored in, or has a value that is not finite.
-    """
+def _checked(source: Path, name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype not in DTYPES.values():
         found = str(tensor.dtype).removeprefix("torch.")
         raise WeightsError(f"{source}: tensor {name!r} holds {found}, allowed are {', '.join(DTYPES)}")

@@ -75,5 +75,5 @@ def _same(found: Tensor, wanted: Tensor, rounding: float) -> bool:
     if found.shape != wanted.shape or not found.is_floating_point():
         return False
     kind = torch.finfo(found.dtype)
-    near = {"rtol": max(kind.eps, rounding), "atol": kind.smallest_normal * kind.eps}
-    return torch.allclose(found.double(), wanted.double(), **near)
+    least = kind.smallest_normal * kind.eps
+    return torch.allclose(found.double(), wanted.double(), rtol=max(kind.eps, rounding), atol=least)

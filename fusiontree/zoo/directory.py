@@ -64,7 +64,7 @@ def import_model(source: Path | str, target: Path | str, *, ignore: Iterable[str
         ours = family.weights_of(stored, theirs, ignore=ignore)
         wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
         weights.check_shapes(source, wanted, {name: tuple(tensor.shape) for name, tensor in ours.items()})
-        ours = {name: weights.checked(source, name, tensor) for name, tensor in ours.items()}
+        _refuse_not_finite(source, ours)
         spec = spec.model_copy(update={"lineage": (*spec.lineage, _lineage(config, family, notes))})
         beside = tokenizer_files(source)
         weights.save_weights(spec, ours, target, beside=beside)
@@ -132,6 +132,13 @@ def _as_stored(family: Family, config: Config, theirs: "Tensors", ignore: Iterab
         family.spec_of(untied, ignore=ignore)
         return untied, ["with the head of its files, which its config ties to another embedding"]
     return config, []
+
+
+def _refuse_not_finite(source: Path, ours: Mapping[str, Tensor]) -> None:
+    """`load` would refuse the model."""
+    for name, tensor in ours.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{source}: tensor {name!r} holds a value that is not finite")
 
 
 def read_config(source: Path) -> dict[str, Any]:
