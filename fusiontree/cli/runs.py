@@ -37,11 +37,13 @@ def generate(
     from fusiontree.core.generation import Sampling, stream
     from fusiontree.core.weights import load
     from fusiontree.data.file_tokenizer import tokenizer_in
+    from fusiontree.zoo.carried import end_tokens
 
     loaded = load(model)
     tokenizer = tokenizer_in(model, loaded.spec.vocab_size)
+    ends = tuple(dict.fromkeys([*end_tokens(model, loaded.spec), *tokenizer.ends]))
     given = sys.stdin.buffer.read() if prompt == "-" else prompt.encode(errors="surrogateescape")
-    tokens = tokenizer.encode(given).tolist() or list(tokenizer.ends[:1])
+    tokens = tokenizer.encode(given).tolist() or list(ends[:1])
     longest, endings = loaded.spec.longest, [os.fsencode(ending) for ending in stop or []]
     if longest is not None and len(tokens) + max_new_tokens > longest:
         found = f"{len(tokens)} of the prompt and {max_new_tokens} new ones"
@@ -49,7 +51,7 @@ def generate(
     if b"" in endings:
         raise FusionTreeError("--stop: a text is needed, found ''")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    steps = stream(loaded, [tokens], max_new_tokens=max_new_tokens, sampling=sampling, stop=tokenizer.ends)
+    steps = stream(loaded, [tokens], max_new_tokens=max_new_tokens, sampling=sampling, stop=ends)
     drawn = chain([next(steps)], steps)  # what cannot be done is said before anything is written
     new = (token for (token,) in drawn if token is not None)
     out = sys.stdout.buffer

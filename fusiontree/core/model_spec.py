@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, StrictInt, ValidationError, model_validator
 
 from fusiontree.core import leftovers, lending, paths, yaml
 from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
@@ -47,10 +47,14 @@ class HeadSpec(Spec):
 
 
 class Lineage(Spec):
-    """Where a spec came from: the digest of its parent and what was done. It takes no part in equality."""
+    """Where a spec came from: the digest of its parent and what was done. It takes no part in equality.
+
+    `config`: what an imported model's config says beside the function (how long a text may be, where it ends).
+    """
 
     parent: str
     edit: str
+    config: OrderedMap[Flag | StrictInt | Real | tuple[StrictInt, ...]] = OrderedMap()
 
 
 class ModelSpec(Spec):

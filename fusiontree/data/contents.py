@@ -1,5 +1,6 @@
 """What a split was when it was read, by file: sizes and hashes, so that data that changed can be told and named."""
 
+import builtins
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -26,7 +27,7 @@ class Part:
     bytes: int = 0
     hash: Any = field(default_factory=sha256)
 
-    def add(self, text: bytes) -> None:
+    def add(self, text: builtins.bytes) -> None:
         """Count one more document."""
         self.documents, self.bytes = self.documents + 1, self.bytes + len(text)
         self.hash.update(len(text).to_bytes(8, "little"))

@@ -13,7 +13,7 @@ from fusiontree.data.tokenizer import ByteTokenizer
 
 NAMES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 """The files that say how text becomes tokens and where generation ends. No code, no pickles."""

@@ -34,7 +34,8 @@ class FusionTreeLM(Base):
     Args:
         pretrained: the directory.
         device: cpu, cuda, cuda:1, ...
-        max_length: tokens of a window; what a model with learned positions has, else 2048 (lm-eval's own default).
+        max_length: tokens of a window; what learned positions or an imported model's config say, else 2048
+            (lm-eval's own default).
         batch_size: of texts that run at once, or "auto" for what fits.
         max_batch_size: where "auto" begins.
 
@@ -54,7 +55,8 @@ class FusionTreeLM(Base):
         model: Any = FusionTreeForCausalLM.from_directory(pretrained, device=device)
         tokenizer: Any = tokenizer_of(pretrained, model.model.spec)
         _check_ends(pretrained, tokenizer)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        if model.generation_config.eos_token_id is None:
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
         batching = {"batch_size": batch_size, "max_batch_size": max_batch_size}
         super().__init__(model, tokenizer=tokenizer, max_length=max_length, **batching)
         model.register_forward_hook(_check_logits)

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,6 +36,7 @@ from fusiontree.data.file_tokenizer import FileTokenizer
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import byte_tokenizer, tokenizer_files
 from fusiontree.errors import FusionTreeError
+from fusiontree.zoo.carried import GENERATION, carried_by, end_tokens
 from fusiontree.zoo.hf_cache import FusionTreeCache
 from fusiontree.zoo.hf_inputs import FLATTENED, LOSS, check_options, counted_labels, documents_of
 
@@ -87,12 +89,14 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         """The model in a directory of ours; `options` are those of `fusiontree.load`.
 
         Raises:
-            FusionTreeError: see `fusiontree.load`.
+            FusionTreeError: see `fusiontree.load`; or a `generation_config.json` there cannot be read.
         """
         loaded = weights.load(directory, **options)
         with torch.device("meta"):
-            model = cls(FusionTreeConfig(loaded.spec, dtype=loaded.embedding.weight.dtype))
+            config = FusionTreeConfig(loaded.spec, dtype=loaded.embedding.weight.dtype, **carried_by(loaded.spec))
+            model = cls(config)
         model.model = loaded
+        model.generation_config = _generation(Path(directory), model)
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -313,6 +317,22 @@ def _check_overrides(config: FusionTreeConfig, spec: ModelSpec) -> None:
         if getattr(config, name) != value:
             found = f"found {getattr(config, name)}, the spec says {value}"
             raise FusionTreeError(f"{name}: {found}; edit the spec (`ModelSpec.replace`), it is what is built")
+
+
+def _generation(directory: Path, model: FusionTreeForCausalLM) -> GenerationConfig:
+    """How a model in a directory of ours generates: what a file there says, else its config, else the end of bytes."""
+    if (directory / GENERATION).is_file():
+        ends = end_tokens(directory, model.model.spec)
+        try:
+            found = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # whatever it is, the file says it
+            raise FusionTreeError(f"{directory / GENERATION}: cannot be read: {error}") from None
+        if found.eos_token_id is None and ends:
+            found.eos_token_id = ends
+        return found
+    if model.config.vocab_size == ByteTokenizer.vocab_size and not tokenizer_files(directory):
+        return GenerationConfig(**byte_tokenizer()[GENERATION])
+    return model.generation_config
 
 
 def tokenizer_of(directory: Path | str, spec: ModelSpec) -> PreTrainedTokenizerFast:
