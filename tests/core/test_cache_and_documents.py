@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fusiontree import LanguageModel, ModelSpec, build
 from fusiontree.branches import attention as branch
+from fusiontree.core.contracts import branches
 from fusiontree.kernels.attn import attention
+from fusiontree.testing.check import models
 
 LEARNED: dict[str, Any] = {"encodings": {"time": {"kind": "srte_learned", "max_length": 8}}}
 
@@ -223,3 +225,17 @@ def test_a_cache_s_bytes_are_those_of_its_states(built: LanguageModel) -> None:
     assert cache.nbytes == sum(t.numel() * t.element_size() for t in states) > 0
     formula = sum(node.cache_bytes(built.spec.scope, 8, torch.float64) for _, node in built.spec.nodes())
     assert cache.nbytes == 2 * formula
+
+
+@pytest.mark.parametrize("kind", branches.names())
+def test_what_is_no_number_stays_in_its_document(kind: str) -> None:
+    """Where documents begin with a block of attention and a chunk of a scan; within one, a factor of 0 lets it pass."""
+    net = build(next(models(branches.get(kind))), dtype=torch.float64).eval().requires_grad_(False)
+    ids = tokens(1, 256).remainder(10) + 1
+    ids[0, 5] = 0
+    documents = torch.arange(2).repeat_interleave(128)[None]
+    alone = net(ids[:, 128:])
+    net.embedding.weight[0] = torch.nan  # and so each token's logit of token 0, since the head is tied
+    found = net(ids, documents=documents)
+    assert not found[0, 5].isfinite().any()
+    torch.testing.assert_close(found[:, 128:, 1:], alone[..., 1:], rtol=0, atol=1e-9)
