@@ -6,6 +6,7 @@ import pytest
 from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 
 from fusiontree import ModelSpec, build
+from fusiontree.branches import Mamba1
 from fusiontree.errors import SpecError
 
 BRANCH = "layers.0.mixer.branches.attention"
@@ -169,6 +170,13 @@ def test_bad_repeat_is_named(edits: dict[str, Any], parts: list[str]) -> None:
 def test_many_repeats_do_not_add_up_to_a_bomb() -> None:
     entry = {"repeat": 5000, "layers": [{}, {}]}
     complaint(lambda: ModelSpec.parse(data(layers=[entry] * 3)), "layers: ", "30000", "10000")
+
+
+def test_a_missing_field_is_said_by_what_it_is() -> None:
+    whole = edited(BRANCH, {"kind": "mamba1", "inner": 8, "state": 4})
+    text = complaint(lambda: ModelSpec.parse(whole), f"{BRANCH}.rank: ", "the rank of the map that makes dt is needed")
+    assert text.endswith("found nothing")
+    assert "makes dt" in str(Mamba1.model_json_schema()["properties"]["rank"])
 
 
 def test_all_problems_are_kept_beside_the_first() -> None:
