@@ -99,7 +99,7 @@ class Spec(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            texts = {(field.alias or name,): field.description for name, field in cls.model_fields.items()}
+            texts: dict[Place, str | None] = {(f.alias or n,): f.description for n, f in cls.model_fields.items()}
             found = [_described(details, texts) for details in error.errors(include_url=False)]
             raise ValidationError.from_exception_data("spec", found) from None
 
