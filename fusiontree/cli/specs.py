@@ -52,9 +52,9 @@ def _show_kind(kind: str, as_json: bool) -> None:
     if as_json:
         return print_json([vars(field) for field in fields(spec)])
     console.print(summary(spec) + "\n")
-    table = Table("field", "holds", "default", box=None, pad_edge=False)
+    table = Table("field", "holds", "default", "what it is", box=None, pad_edge=False)
     for field in fields(spec):
-        table.add_row(field.name, field.allowed, "needed" if field.default is None else field.default)
+        table.add_row(field.name, field.allowed, "needed" if field.default is None else field.default, field.meaning)
     console.print(table)
     return None
 

@@ -98,13 +98,23 @@ class Spec(BaseModel):
             [k for k in value if k not in known and k not in cls.model_fields] if isinstance(value, Mapping) else []
         )
         if not unknown:
-            return handler(value)
+            return cls._with_meanings(handler, value)
         problems = invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
         try:
-            handler({key: inside for key, inside in value.items() if key not in unknown})
+            cls._with_meanings(handler, {key: inside for key, inside in value.items() if key not in unknown})
         except ValidationError as error:
             problems = together(problems, error)
         raise problems
+
+    @classmethod
+    def _with_meanings(cls, handler: ModelWrapValidatorHandler[Self], value: Any) -> Self:
+        """What is missing is said by what it is, where its field has a description."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            texts: dict[Place, str | None] = {(f.alias or n,): f.description for n, f in cls.model_fields.items()}
+            found = [_described(details, texts) for details in error.errors(include_url=False)]
+            raise ValidationError.from_exception_data("spec", found) from None
 
     @model_serializer(mode="wrap")
     def _write_kind_first(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -182,6 +192,14 @@ def _line(details: ErrorDetails, place: Place) -> InitErrorDetails:
     found = kind if known else PydanticCustomError(kind, "{text}", {"text": details["msg"]})
     rest = {"ctx": details["ctx"]} if known and "ctx" in details else {}
     return InitErrorDetails(type=found, loc=place, input=details["input"], **rest)
+
+
+def _described(details: ErrorDetails, texts: Mapping[Place, str | None]) -> InitErrorDetails:
+    text = texts.get(details["loc"]) if details["type"] == "missing" else None
+    if text is None:
+        return _line(details, details["loc"])
+    said = PydanticCustomError("invalid", "{text}", {"text": f"{text} is needed, found nothing"})
+    return InitErrorDetails(type=said, loc=details["loc"], input=None)
 
 
 _WANTED = {

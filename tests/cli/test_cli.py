@@ -77,6 +77,11 @@ def test_kinds_schema_validate_doctor(folder):
     assert report["device"]["threads"] > 0 and "matrix_units" in report["device"]
 
 
+def test_kinds_say_what_a_field_is(monkeypatch, capsys):
+    inside(monkeypatch, "kinds", "mamba1")
+    assert "of the map that makes dt (dt_rank)" in capsys.readouterr().out.replace("`", "")
+
+
 def test_doctor_says_once_what_holds_for_several():
     row = {"op": "ssd", "picked": "a", "others": {"b": "too old", "c": "too slow", "d": "too old"}}
     assert _lines(row) == (("a", "serves"), ("b, d", "too old"), ("c", "too slow"))

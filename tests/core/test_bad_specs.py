@@ -6,7 +6,7 @@ import pytest
 from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 
 from fusiontree import LayerSpec, ModelSpec, Norm, Repeat, build
-from fusiontree.branches import Attention, Mlp
+from fusiontree.branches import Attention, Mamba1, Mlp
 from fusiontree.core.spec import OrderedMap, Spec
 from fusiontree.errors import SpecError
 from fusiontree.fusions import Gated
@@ -204,6 +204,13 @@ def test_specs_inside_a_spec_keep_their_path() -> None:
         "layers.0.mixer.encodings: ",
         "'no'",
     )
+
+
+def test_a_missing_field_is_said_by_what_it_is() -> None:
+    whole = edited(BRANCH, {"kind": "mamba1", "inner": 8, "state": 4})
+    text = complaint(lambda: ModelSpec.parse(whole), f"{BRANCH}.rank: ", "the rank of the map that makes dt is needed")
+    assert text.endswith("found nothing")
+    assert "makes dt" in str(Mamba1.model_json_schema()["properties"]["rank"])
 
 
 def test_all_problems_are_kept_beside_the_first() -> None:
