@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRITON := build/triton
-# Threads that wait for each other soon sleep: on busy cores spinning ones are ten times slower.
+# What the programs set for themselves (fusiontree/machine.py), for the tests too.
 export GOMP_SPINCOUNT := 5000
 
 .PHONY: demo test triton bench lint docs clean

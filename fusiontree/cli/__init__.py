@@ -17,6 +17,7 @@ from fusiontree.cli.exchange import export, import_
 from fusiontree.cli.runs import generate, train
 from fusiontree.cli.specs import kinds, schema, show, validate
 from fusiontree.errors import FusionTreeError
+from fusiontree.machine import prepare
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (kinds, validate, schema, doctor, show, train, generate, export):
@@ -45,6 +46,7 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
+    prepare()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

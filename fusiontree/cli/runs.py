@@ -16,11 +16,18 @@ from fusiontree.errors import FusionTreeError
 def train(
     run: Annotated[Path, typer.Argument(help="A run file, or a recipe's name: quickstart, v1, v2, v3.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="path=value, any number.")] = None,
+    processes: Annotated[int, typer.Option(help="That train together on this machine.", min=1)] = 1,
 ) -> None:
-    """Train what a run file describes; the same command again resumes. For several processes use torchrun."""
+    """Train what a run file describes; the same command again resumes. Over several machines use torchrun."""
+    from fusiontree.recipes.launch import launch
+    from fusiontree.recipes.train import check
     from fusiontree.recipes.train import main as train_main
 
-    raise typer.Exit(train_main([str(run), *(overrides or [])]))
+    arguments = [str(run), *(overrides or [])]
+    if processes == 1:
+        raise typer.Exit(train_main(arguments))
+    check(arguments)
+    raise typer.Exit(launch(arguments, processes))
 
 
 def generate(

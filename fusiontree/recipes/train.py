@@ -10,6 +10,12 @@ processes and kills them after 30 seconds.
 
 import os
 import sys
+
+if __name__ == "__main__":  # before torch is imported
+    from fusiontree.machine import prepare
+
+    prepare()
+
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -59,6 +65,15 @@ def run(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
     from fusiontree.training.titan import train
 
     return train(run, listener=listener)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Find out what every process of a run would refuse, before any starts.
+
+    Raises:
+        FusionTreeError: bad input.
+    """
+    Output(load_run(arguments[0], arguments[1:])).check()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,67 @@
+"""Several processes of one machine that train together, as under torchrun, with our own last line and exit code."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from uuid import uuid4
+
+from fusiontree import machine
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `python -m fusiontree.recipes.train` with the arguments in several processes; returns their exit code.
+
+    Each has its share of the cores. SIGINT and SIGTERM are passed on: the processes finish their step, write a
+    checkpoint and end.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    command = elastic_launch(config, sys.executable)
+    with _shared_cores(processes), _silent("torch.distributed.elastic", "torch.distributed.launcher"):
+        try:
+            command("-m", "fusiontree.recipes.train", *arguments)
+        except SignalException as error:
+            return 128 + error.sigval
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+@contextmanager
+def _shared_cores(processes: int) -> Iterator[None]:
+    """Threads for each process, unless the user has said how many."""
+    said = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
+    try:
+        yield
+    finally:
+        if said is None:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Leave what is said of failed processes to the processes themselves."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
