@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.branches.attention import Group, grown, mean_visible
+from fusiontree.branches.attention import Group, grown, mean_visible, seen, write_one
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Module, Norm, Normalise, fan_in
@@ -211,12 +211,11 @@ class MlaBranch(Node):
 
     def _step(self, ring: Tensor, q: Tensor, memory: Tensor, context: Context) -> Float[Tensor, "batch heads channels"]:
         """One token a row: the ring is the keys of one head that all queries read, its latents are the values."""
-        rows, spec = context.rows, self.spec
-        assert rows is not None
-        rows.write_one(ring.squeeze(1), memory)
+        spec = self.spec
+        write_one(ring.squeeze(1), memory, context)
         own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
         asked = torch.cat([einsum(own, self.k.by_head(), "b h d, h d r -> b h r"), shared], -1)
-        filled, latents = rows.filled(ring.shape[2]), ring[..., : spec.rank]
+        filled, latents = context.once(seen, ring.shape[2], ring.dtype), ring[..., : spec.rank]
         return einsum(
             attention_step(asked, ring, latents, filled, scale=self.scale),
             self.v.by_head(),

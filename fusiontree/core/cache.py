@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 EMPTY = -1
 """What an empty slot holds."""
+Places = tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]
+"""A row, and a slot of its ring."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,16 @@ class Rows:
         gathered = values.gather(1, _over(index, values).expand(-1, -1, *values.shape[2:]))
         ring.copy_(torch.where(_over(fresh, values), gathered, ring))
 
-    def write_one(self, ring: Tensor, values: Tensor) -> None:
-        """The same for the values [batch, ...] of a chunk of one token, which touches one slot of each row."""
-        row = torch.arange(ring.shape[0], device=ring.device)
-        slot = self.prefix + (self.after - 1 - self.prefix) % (ring.shape[1] - self.prefix)
+    def places(self, slots: int) -> Places:
+        """Where rings of so many slots keep the token of each row, in a chunk of one."""
+        row = torch.arange(len(self.after), device=self.after.device)
+        return row, self.prefix + (self.after - 1 - self.prefix) % (slots - self.prefix)
+
+    def write_one(self, ring: Tensor, values: Tensor, places: Places) -> None:
+        """`write` for the values [batch, ...] of a chunk of one token, which touches one slot of each row."""
         if self.fresh is not None:
-            values = torch.where(_over(self.fresh, values), values, ring[row, slot])
-        ring[row, slot] = values.detach().to(ring.dtype)
+            values = torch.where(_over(self.fresh, values), values, ring[places])
+        ring.index_put_(places, values.to(ring.dtype))
 
     def filled(self, slots: int) -> Int[Tensor, "batch"]:
         """How many slots of a ring hold a token afterwards; 1 in a row that has none, whose slots are zeros."""

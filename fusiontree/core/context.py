@@ -1,8 +1,8 @@
 """The one boundary object: what a forward pass knows about its tokens besides their features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from fusiontree.core.lending import Shelf
 
 
+Made = TypeVar("Made")
+
+
 @dataclass(frozen=True)
 class Context:
     """Where each token stands, and what came before.
@@ -22,7 +25,8 @@ class Context:
     starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
     those of one layer, by the place of the node in it, so that equal layers have equal contexts; so is what its
     nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first
-    layer reads, where a node reads it again. `text` is where tokens stand and no prefix; None: everywhere.
+    layer reads, where a node reads it again. `text` is where tokens stand and no prefix; None: everywhere. `made` holds
+    what `once` has made.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -34,10 +38,21 @@ class Context:
     borrowed: "Shelf | None" = None
     lent: "Shelf | None" = None
     text: Bool[Tensor, "batch time"] | None = None
+    made: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""
         return None if self.states is None else self.states[node.place]
+
+    def once(self, make: Callable[..., Made], *arguments: Hashable) -> Made:
+        """make(self, *arguments), made once for all layers of a forward pass: of the context it may read what is the
+        same for all of them, which is `positions`, `segments`, `rows` and `text`."""
+        if torch.compiler.is_compiling():  # which makes it in one loop with what reads it
+            return make(self, *arguments)
+        key = (make, *arguments)
+        if key not in self.made:
+            self.made[key] = make(self, *arguments)
+        return cast(Made, self.made[key])
 
     def is_step(self, x: Float[Tensor, "batch time width"]) -> bool:
         """Whether a chunk is one token a row and no gradient will ask for what states were before it."""

@@ -115,13 +115,20 @@ class Normalise(Module):
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """Normalise the last dimension."""
-        function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
+        function, weight = F.rms_norm if self.spec.kind == "rms" else F.layer_norm, self.weight
+        if self._is_precise(x.dtype, weight):
+            return function(x, x.shape[-1:], weight, eps=self.spec.eps)
         precise, gain = x.to(wide(x.dtype)), self._gain(wide(x.dtype))
         if self.groups == 1:
             return function(precise, x.shape[-1:], gain, eps=self.spec.eps).to(x.dtype)
         parts = precise.unflatten(-1, (self.groups, -1))
         normed = function(parts, parts.shape[-1:], eps=self.spec.eps).flatten(-2)
         return (normed if gain is None else normed * gain).to(x.dtype)
+
+    def _is_precise(self, dtype: torch.dtype, weight: Tensor | None) -> bool:
+        """Whether torch's norm gives the same by itself: its root mean square of half precision is one in float32."""
+        alike = weight is None or (weight.dtype == dtype and self.spec.gain == "weight")
+        return alike and self.groups == 1 and (self.spec.kind == "rms" or dtype == wide(dtype))
 
     def _gain(self, dtype: torch.dtype) -> Float[Tensor, "width"] | None:
         if self.weight is None:
@@ -142,4 +149,4 @@ def total(parts: Iterable[Tensor]) -> Tensor:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in where half precision is not enough: float32, and float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
