@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fusiontree.core.cache import Places
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, NodeSpec, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, scaled
@@ -269,7 +268,6 @@ class AttentionBranch(Node):
         parts = zip(groups, _split(q, [group.heads for group in groups]), keys, strict=True)
         heads = [self._attend(group, q, visible, context) for group, q, visible in parts]
         y = heads[0] if len(heads) == 1 else torch.cat(heads, 2)
-        y = y.flatten(2)
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)
 
@@ -300,19 +298,20 @@ class AttentionBranch(Node):
         rings = self._rings(group, context, state)
         if context.is_step(k):
             for ring, values in zip(rings, (k, v), strict=True):
-                write_one(ring.transpose(1, 2), values[:, 0], context)
+                write_one(ring, values, context)
             return Keys(k, v, rings=rings)
         return Keys(k, v, past=_recall(rings, context, k, v))
 
-    def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Heads:
+    def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Channels:
         options, slopes = {"scale": self.scale, "softcap": self.spec.softcap}, self._slopes(group, context)
         if keys.rings is not None:
             slots = keys.rings[0].shape[2]
             falling = None if slopes is None else Falling(slopes, context.once(_distances, slots))
             filled = context.once(seen, slots, keys.rings[0].dtype)
-            return attention_step(q[:, 0], *keys.rings, filled, falling=falling, **options)[:, None]
+            y = attention_step(q.squeeze(1), *keys.rings, filled, falling=falling, **options)
+            return y.reshape(len(y), 1, group.heads * self.spec.values)
         visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
-        return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options)
+        return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options).flatten(2)
 
     def _slopes(self, group: Group, context: Context) -> tuple[float, ...] | None:
         """Those of a group's heads; global ones come last."""
@@ -350,15 +349,15 @@ def _split(x: Heads, heads: list[int]) -> Sequence[Heads]:
     return x.split(heads, 2) if len(heads) > 1 else [x]
 
 
-def write_one(ring: Float[Tensor, "batch slots *features"], values: Tensor, context: Context) -> None:
+def write_one(ring: Ring, values: Heads, context: Context) -> None:
     """One token a row: what is kept of it takes the place of what leaves the window."""
     assert context.rows is not None
-    context.rows.write_one(ring, values, context.once(_places, ring.shape[1]))
+    context.rows.write_one(ring, values, context.once(_places, *ring.shape[1:3]))
 
 
-def _places(context: Context, slots: int) -> Places:
+def _places(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
     assert context.rows is not None
-    return context.rows.places(slots)
+    return context.rows.places(heads, slots)
 
 
 def _distances(context: Context, slots: int) -> Int[Tensor, "batch slots"]:

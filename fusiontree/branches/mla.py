@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
@@ -197,7 +197,7 @@ class MlaBranch(Node):
         if state is not None:
             ring = self._ring(context, state)
             if context.is_step(q):
-                return self._step(ring, q[:, 0], memory[:, 0], context)[:, None]
+                return self._step(ring, q[:, 0], memory, context)[:, None]
             past = self._recall(ring, memory, context)
         k, v = self._expanded(memory)
         visible = {"window": spec.window, "segments": context.segments, "past": past, "prefix": self.prefix}
@@ -212,15 +212,11 @@ class MlaBranch(Node):
     def _step(self, ring: Tensor, q: Tensor, memory: Tensor, context: Context) -> Float[Tensor, "batch heads channels"]:
         """One token a row: the ring is the keys of one head that all queries read, its latents are the values."""
         spec = self.spec
-        write_one(ring.squeeze(1), memory, context)
+        write_one(ring, memory[:, :, None], context)
         own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
-        asked = torch.cat([einsum(own, self.k.by_head(), "b h d, h d r -> b h r"), shared], -1)
-        filled, latents = context.once(seen, ring.shape[2], ring.dtype), ring[..., : spec.rank]
-        return einsum(
-            attention_step(asked, ring, latents, filled, scale=self.scale),
-            self.v.by_head(),
-            "b h r, h d r -> b h d",
-        )
+        asked = torch.cat([_by_head(own, self.k.by_head()), shared], -1)
+        filled, latents = context.once(seen, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)
+        return _by_head(attention_step(asked, ring, latents, filled, scale=self.scale), self.v.by_head().mT)
 
     def _recall(self, ring: Tensor, memory: Memory, context: Context) -> Past | None:
         """Keys and values of what the cache holds before a chunk, None where that is nothing; the chunk is written
@@ -245,3 +241,8 @@ class MlaBranch(Node):
         spec = self.spec
         slots = spec.group.slots(capacity, self.prefix)
         return {"memory": like.new_zeros(batch, 1, slots, spec.rank + spec.shared_dim)}
+
+
+def _by_head(x: Float[Tensor, "batch heads inputs"], maps: Float[Tensor, "heads inputs outputs"]) -> Tensor:
+    """Each head through a map of its own: [batch, heads, outputs]."""
+    return (x.transpose(0, 1) @ maps).transpose(0, 1)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 EMPTY = -1
 """What an empty slot holds."""
-Places = tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]
-"""A row, and a slot of its ring."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,21 @@ class Rows:
         gathered = values.gather(1, _over(index, values).expand(-1, -1, *values.shape[2:]))
         ring.copy_(torch.where(_over(fresh, values), gathered, ring))
 
-    def places(self, slots: int) -> Places:
-        """Where rings of so many slots keep the token of each row, in a chunk of one."""
-        row = torch.arange(len(self.after), device=self.after.device)
-        return row, self.prefix + (self.after - 1 - self.prefix) % (slots - self.prefix)
+    def places(self, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
+        """Where rings [batch, heads, slots, ...], seen as [batch*heads*slots, ...], keep the token of each row, in a
+        chunk of one."""
+        slot = self.prefix + (self.after - 1 - self.prefix) % (slots - self.prefix)
+        first = torch.arange(0, len(self.after) * heads * slots, slots, device=slot.device)
+        return first + slot.repeat_interleave(heads)
 
-    def write_one(self, ring: Tensor, values: Tensor, places: Places) -> None:
-        """`write` for the values [batch, ...] of a chunk of one token, which touches one slot of each row."""
+    def write_one(self, ring: Tensor, values: Tensor, places: Int[Tensor, "batch*heads"]) -> None:
+        """`write` for the values [batch, 1, heads, ...] of a chunk of one token, which touches one slot of each row of
+        a ring [batch, heads, slots, ...]."""
+        slots, values = ring.view(-1, *ring.shape[3:]), values.flatten(0, 2).to(ring.dtype)
         if self.fresh is not None:
-            values = torch.where(_over(self.fresh, values), values, ring[places])
-        ring.index_put_(places, values.to(ring.dtype))
+            fresh = self.fresh.repeat_interleave(ring.shape[1])
+            values = torch.where(_over(fresh, values), values, slots[places])
+        slots.index_copy_(0, places, values)
 
     def filled(self, slots: int) -> Int[Tensor, "batch"]:
         """How many slots of a ring hold a token afterwards; 1 in a row that has none, whose slots are zeros."""

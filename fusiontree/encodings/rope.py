@@ -103,4 +103,4 @@ class Rotation(Table):
     def _turned(self, x: Heads, dim: int) -> Heads:
         precise = x.to(wide(x.dtype))
         cos, sin = self.turns[dim][precise.dtype]
-        return (precise * cos + precise.roll(dim // 2, -1) * sin).to(x.dtype)
+        return torch.addcmul(precise * cos, precise.roll(dim // 2, -1), sin).to(x.dtype)
