@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
@@ -145,7 +144,7 @@ class HeadMap(Module):
 
     def forward(self, latent: Float[Tensor, "batch time rank"]) -> Heads:
         """What each head makes of the latent."""
-        return rearrange(F.linear(latent, self.weight), "b t (h d) -> b t h d", h=self.heads)
+        return F.linear(latent, self.weight).unflatten(2, (self.heads, -1))
 
     def by_head(self) -> Float[Tensor, "heads channels rank"]:
         """The weight."""
@@ -175,7 +174,7 @@ class MlaBranch(Node):
         """Attend."""
         x = context.encode(self.spec.encodings, x)
         q, memory = self._queries(x, context), self._memory(x, context)
-        y = rearrange(self._attend(q, memory, context), "b t h d -> b t (h d)")
+        y = self._attend(q, memory, context).flatten(2)
         return y if self.out is None else self.out(y)
 
     def _queries(self, x: Stream, context: Context) -> Heads:
@@ -183,7 +182,7 @@ class MlaBranch(Node):
         if self.q_latent is not None:
             x = self.q_latent(x)
             x = x if self.q_latent_norm is None else self.q_latent_norm(x)
-        own, shared = (rearrange(q(x), "b t (h d) -> b t h d", h=self.spec.heads) for q in (self.q, self.q_shared))
+        own, shared = (q(x).unflatten(2, (self.spec.heads, -1)) for q in (self.q, self.q_shared))
         return torch.cat([own, context.rotate(self.spec.encodings, shared)], -1)
 
     def _memory(self, x: Stream, context: Context) -> Memory:
