@@ -1,11 +1,11 @@
-"""Where the time of a compiled model goes, and how much of what the machine can do it uses.
+"""Where the time of a model goes, and how much of what the machine can do it uses.
 
     python benchmarks/block.py --task forward --tokens 4096
-    python benchmarks/block.py --task training --tokens 4096 --window 1024
+    python benchmarks/block.py --task training --tokens 2048 --side fusiontree --dtype float32
 
 The layout is that of `peers.py`. The limit is the model's products (`fusiontree show`; a training step makes three
-times those of a forward pass) at the speed at which this machine multiplies 2048 x 2048 bfloat16 matrices. Writes
-`benchmarks/results/block-<task>-<tokens>-<window>.json`.
+times those of a forward pass) at the speed at which this machine multiplies 2048 x 2048 matrices of the dtype. Writes
+`benchmarks/results/<units>/block-<task>-<tokens>-<window>.json` (see `results`).
 """
 
 import argparse
@@ -26,10 +26,11 @@ from fusiontree.core.cost import costs
 PARTS = {
     "ssd": ("fusiontree::ssd",),
     "attention": ("fusiontree::attention", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
-    "linear maps": ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::"),
+    "linear maps": ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::", "_Widened"),
     "compiled loops (norms, gates, convolutions, rotations)": ("## Call CompiledFxGraph", "CompiledFunction"),
+    "convolutions": ("_Shifted",),
 }
-REST = "the rest (head, loss, Python)"
+REST = "the rest (norms, gates, rotations, loss, Python)"
 CALLS = 3
 
 
@@ -39,7 +40,7 @@ def part(event: FunctionEvent) -> str:
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
     for above in reversed(chain):
-        for name, starts in list(PARTS.items())[:2]:
+        for name, starts in PARTS.items():
             if above.name.startswith(starts):
                 return name
     return next((name for name, starts in PARTS.items() if event.name.startswith(starts)), REST)
@@ -68,17 +69,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", choices=["fusiontree", "fusiontree compiled"], default="fusiontree compiled")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    net = peers.model("fusiontree compiled", arguments.window).train(arguments.task == "training")
+    dtype = getattr(torch, arguments.dtype)
+    net = peers.model(arguments.side, arguments.window, dtype).train(arguments.task == "training")
     assert isinstance(net, ft.LanguageModel)
     tokens = torch.randint(0, net.spec.vocab_size, (1, arguments.tokens))
     parts, whole = seconds_by_part(peers.call(net, arguments.task, tokens))
     flops = costs(net.spec, length=arguments.tokens)[0].flops * arguments.tokens
     flops *= 3 if arguments.task == "training" else 1
-    speed = measure_limits(torch.bfloat16, torch.device("cpu")).flops
+    speed = measure_limits(dtype, torch.device("cpu")).flops
     of_limit = flops / speed / whole
     name = f"block-{arguments.task}-{arguments.tokens}-{arguments.window or 'all'}"
+    name += "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
     figures = {"flops": flops, "flops_per_second_of_products": speed, "seconds": whole, "of_limit": of_limit}
     write(name, {**vars(arguments), **machine(), **figures, "parts": parts})
     print(

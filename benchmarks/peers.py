@@ -4,7 +4,8 @@ Each figure is a process of its own; ours and theirs take turns, so that a busy 
 
     python benchmarks/peers.py --task forward --tokens 4096 --pairs 5
 
-writes `benchmarks/results/peers-forward-4096-all-batch1.json` and prints medians, the spread, and the ratio.
+writes `benchmarks/results/<units>/peers-forward-4096-all-batch1.json` (see `results`) and prints medians, the spread,
+and the ratio.
 """
 
 import argparse
@@ -59,11 +60,13 @@ class Setting:
     batch: int
     window: int | None
     threads: int
+    dtype: str
 
     @property
     def name(self) -> str:
         """Of the results' file."""
-        return f"{self.task}-{self.tokens}-{self.window or 'all'}-batch{self.batch}"
+        parts = [self.task, self.tokens, self.window or "all", f"batch{self.batch}"]
+        return "-".join(map(str, [*parts, self.dtype] if self.dtype != "bfloat16" else parts))
 
     def words(self) -> list[str]:
         """For a command line."""
@@ -75,18 +78,18 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEGABYTE
 
 
-def model(side: str, window: int | None) -> nn.Module:
-    """The model of one side, in bfloat16; theirs has no window."""
+def model(side: str, window: int | None, dtype: torch.dtype) -> nn.Module:
+    """The model of one side; theirs has no window."""
     options: dict[str, Any] = LAYOUT | {"use_cache": False}
     config = transformers.FalconH1Config(**options)
     torch.manual_seed(0)
     if side == "transformers":
         theirs: Any = transformers.FalconH1ForCausalLM(config)
-        return theirs.to(torch.bfloat16)
+        return theirs.to(dtype)
     spec = family_of("falcon_h1").spec_of(config.to_dict())
     if window is not None:
         spec = spec.replace({"layers.*.mixer.branches.attention.window": window})
-    ours = ft.build(spec, dtype=torch.bfloat16)
+    ours = ft.build(spec, dtype=dtype)
     if side == "fusiontree compiled":
         ours.compile()
     return ours
@@ -158,7 +161,7 @@ def measure(side: str, setting: "Setting") -> dict[str, float]:
     """Tokens a second (the median of some calls, after one that is not counted), and memory beyond the imports."""
     torch.set_num_threads(setting.threads)
     before = peak_megabytes()
-    net = model(side, setting.window).train(setting.task == "training")
+    net = model(side, setting.window, getattr(torch, setting.dtype)).train(setting.task == "training")
     decoding = setting.task == "decode"
     shape = setting.batch, setting.tokens
     run = call(net, setting.task, torch.randint(0, LAYOUT["vocab_size"], shape))
@@ -209,11 +212,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--window", type=int, help="of our attention; theirs has none")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help="some of the sides")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    setting = Setting(arguments.task, arguments.tokens, arguments.batch, arguments.window, arguments.threads)
+    setting = Setting(**{name: getattr(arguments, name) for name in Setting.__dataclass_fields__})
     if arguments.side:
         print(json.dumps(measure(arguments.side, setting)))
         return

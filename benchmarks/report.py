@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from results import read
+from results import classes, read
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "performance.md", DOCS / "performance.svg"
@@ -23,10 +23,11 @@ def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def peers() -> list[dict[str, Any]]:
-    """Results beside transformers, by task, window, length and batch."""
-    found = (result for result in read("peers-") if "transformers" in result["sides"])
-    return sorted(found, key=lambda r: (TASKS.index(r["task"]), r["window"] or 0, r["tokens"], r["batch"]))
+def peers(units: str) -> list[dict[str, Any]]:
+    """Results beside transformers, by task, window, length, batch and dtype."""
+    found = (result for result in read(units, "peers-") if "transformers" in result["sides"])
+    order = ("window", "tokens", "batch", "dtype")
+    return sorted(found, key=lambda r: (TASKS.index(r["task"]), *(r[name] or 0 for name in order)))
 
 
 def label(result: dict[str, Any]) -> str:
@@ -34,12 +35,13 @@ def label(result: dict[str, Any]) -> str:
     after = "after" if result["task"] == "decode" else ""
     window = f", our window {result['window']}" if result["window"] else ""
     batch = f", batch {result['batch']}" if result["task"] == "decode" else ""
-    return f"{result['task']} {after} {result['tokens']:,} tokens{batch}{window}".replace("  ", " ")
+    dtype = f", {result['dtype']}"
+    return f"{result['task']} {after} {result['tokens']:,} tokens{batch}{window}{dtype}".replace("  ", " ")
 
 
-def peer_rows() -> Iterator[Sequence[str]]:
+def peer_rows(units: str) -> Iterator[Sequence[str]]:
     """A line for each side of each result."""
-    for result in peers():
+    for result in peers(units):
         for side, row in result["sides"].items():
             spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
             first = f"{row['first_call_seconds']:.1f}"
@@ -48,33 +50,43 @@ def peer_rows() -> Iterator[Sequence[str]]:
             yield name, turns, side, *cells, first
 
 
+def half_rows(units: str) -> Iterator[Sequence[str]]:
+    """A line for each task: bfloat16 beside float32, and beside products left in bfloat16."""
+    for result in read(units, "half-"):
+        sides = result["sides"]
+        wide, half, left = (sides[name] for name in ("float32", "bfloat16", "bfloat16 products"))
+        speeds = (f"{side['tokens_per_second']:,.0f}" for side in (wide, half, left))
+        peaks = (f"{side['peak_megabytes']:,.0f}" for side in (half, left))
+        yield f"{result['task']} {result['tokens']:,} tokens", *speeds, f"{result['ratio']:.2f}", *peaks
+
+
 def ratio(row: dict[str, float]) -> str:
     """With its interval where there is one."""
     interval = f" ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if "ratio_low" in row else ""
     return (f"{row['ratio']:.2f}" if interval else f"{row['ratio']:.1f}") + interval
 
 
-def family_rows() -> Iterator[Sequence[str]]:
+def family_rows(units: str) -> Iterator[Sequence[str]]:
     """A line for each family: our tokens a second, and how many times transformers' they are."""
-    for result in read("family-"):
+    for result in read(units, "family-"):
         cells = (f"{row['fusiontree']:,.0f} | {ratio(row)}" for row in result["tasks"].values())
         name = f"`{result['family']}`" + (" (256 tokens)" if result["share"] > 1 else "")
         name += ", float32" if result.get("dtype") == "float32" else ""
         yield name, f"{result['parameters'] / 1e6:.0f}M", *cells
 
 
-def operator_rows() -> Iterator[Sequence[str]]:
+def operator_rows(units: str) -> Iterator[Sequence[str]]:
     """A line for each side of each operator."""
-    for result in read("ops-"):
+    for result in read(units, "ops-"):
         for place, (side, row) in enumerate(result["sides"].items()):
             spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
             name = result["case"] if place == 0 else ""
             yield name, side, f"{row['tokens_per_second']:,.0f}", spread, f"{row['ratio']:.1f}"
 
 
-def length_rows() -> Iterator[Sequence[str]]:
+def length_rows(units: str) -> Iterator[Sequence[str]]:
     """Our figures with a window, at several lengths."""
-    windowed = [result for result in read("peers-") if result["window"]]
+    windowed = [result for result in read(units, "peers-") if result["window"]]
     for result in sorted(windowed, key=lambda r: (TASKS.index(r["task"]), r["tokens"])):
         row = result["sides"]["fusiontree compiled"]
         spread = f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
@@ -82,12 +94,12 @@ def length_rows() -> Iterator[Sequence[str]]:
         yield label(result), str(result["pairs"]), f"{row['tokens_per_second']:,.0f}", spread, peak
 
 
-def block_rows() -> Iterator[Sequence[str]]:
+def block_rows(units: str) -> Iterator[Sequence[str]]:
     """Shares of the time, and of the machine's limit."""
-    for result in read("block-"):
+    for result in read(units, "block-"):
         window = f", window {result['window']}" if result["window"] else ""
         rate = result["flops"] / result["seconds"] / 1e9
-        whole = f"{result['task']} {result['tokens']:,} tokens{window}"
+        whole = f"{result['task']} {result['tokens']:,} tokens{window}, {result['dtype']}, {result['side']}"
         limit = f"{result['of_limit']:.0%} of {result['flops_per_second_of_products'] / 1e9:,.0f} GFLOP/s"
         yield whole, f"{result['seconds']:.2f}", f"{rate:,.0f} GFLOP/s, {limit}"
         for name, seconds in sorted(result["parts"].items(), key=lambda item: -item[1]):
@@ -97,38 +109,48 @@ def block_rows() -> Iterator[Sequence[str]]:
 PEERS = ("", "turns", "side", "tokens/s", "spread", "ratio", "peak MB", "first call, s")
 LENGTHS = ("", "turns", "tokens/s", "spread", "peak MB")
 FAMILIES = ["", "size", *(part for task in ("forward", "training", "decode") for part in (task, "ratio"))]
-SECTIONS = {
-    "peers": lambda: table(PEERS, peer_rows()),
-    "lengths": lambda: table(LENGTHS, length_rows()),
-    "families": lambda: table(FAMILIES, family_rows()),
-    "operators": lambda: table(("", "side", "tokens/s", "spread", "ratio"), operator_rows()),
-    "block": lambda: table(("", "seconds", "share"), block_rows()),
-    "machine": lambda: machines(),
+HALF = ("", "float32, tokens/s", "bfloat16", "products in bfloat16", "ratio to float32", "peak MB", "of products")
+TABLES = {
+    "peers": (PEERS, peer_rows),
+    "half": (HALF, half_rows),
+    "lengths": (LENGTHS, length_rows),
+    "families": (FAMILIES, family_rows),
+    "operators": (("", "side", "tokens/s", "spread", "ratio"), operator_rows),
+    "block": (("", "seconds", "share"), block_rows),
 }
 
 
 def machines() -> str:
     """What all results were measured on."""
-    found = {(r["processor"], r["threads"], r["torch"], r["date"]) for r in read("")}
-    lines = [f"{cpu}, {threads} threads, torch {torch}, {date}" for cpu, threads, torch, date in sorted(found)]
-    return "\n".join(f"- {line}" for line in lines)
+    found = {(u, r["processor"], r["threads"], r["torch"], r["date"]) for u in classes() for r in read(u, "")}
+    lines = [f"{units}: {cpu}, {threads} threads, torch {torch}, {date}" for units, cpu, threads, torch, date in found]
+    return "\n".join(f"- {line}" for line in sorted(lines))
+
+
+def tables(name: str) -> str:
+    """A table for each class of machines that has results."""
+    head, rows = TABLES[name]
+    found = {units: list(rows(units)) for units in classes()}
+    return "\n\n".join(f"Units {units}:\n\n{table(head, iter(lines))}" for units, lines in found.items() if lines)
 
 
 def filled(page: str) -> str:
     """The page with every section between its marks made anew."""
-    for name, make in SECTIONS.items():
+    sections = {"machine": machines(), **{name: tables(name) for name in TABLES}}
+    for name, made in sections.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
-        made = f"{marks[0]}\n{make()}\n{marks[1]}"
-        page = re.sub(pattern, lambda _, made=made: made, page, flags=re.DOTALL)
+        text = f"{marks[0]}\n{made}\n{marks[1]}"
+        page = re.sub(pattern, lambda _, text=text: text, page, flags=re.DOTALL)
     return page
 
 
 def draw() -> None:
-    """How many times faster than its peer: whole models above, operators below."""
+    """How many times faster than its peer, on the fastest class of machines: whole models above, operators below."""
+    units = classes()[0]
     figure, (whole, alone) = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
-    bars(whole, {label(result): result["sides"] for result in peers()})
-    ops = {result["case"]: result["sides"] for result in read("ops-")}
+    bars(whole, {label(result): result["sides"] for result in peers(units)})
+    ops = {result["case"]: result["sides"] for result in read(units, "ops-")}
     ours = {case: {side: row for side, row in sides.items() if side in COLOURS} for case, sides in ops.items()}
     bars(alone, ours)
     whole.set_title("Falcon-H1's layout, times transformers' tokens a second", loc="left", fontsize=10)

@@ -89,7 +89,7 @@ def gates() -> None:
     console.print(table)
     text = held_out_text(112)
     tokens = torch.from_numpy(ByteTokenizer().encode(text).astype("int64"))
-    draw(gate_maps(ft.load(OUT / "model"), tokens), text, OUT / "gates.png")
+    draw(gate_maps(ft.load(OUT / "model"), tokens), text, OUT / "gates.png", title="Gates along a held-out text")
     console.print(f"drawn in {OUT / 'gates.png'}")
 
 

@@ -4,16 +4,24 @@
 >>> model = build(load_spec("quickstart"), device="meta")
 >>> model.layers[0].mixer.spec.kind
 'gated'
+
+Names are imported when they are first used (PEP 562), so that whoever imports the package for its version or its
+command line does not wait for torch. Modules of the package are attributes likewise.
 """
 
-from fusiontree import branches, encodings, fusions, gates, pruning, testing
-from fusiontree.core.context import Context
-from fusiontree.core.model import LanguageModel, build
-from fusiontree.core.model_spec import EmbeddingSpec, HeadSpec, ModelSpec
-from fusiontree.core.modules import Norm
-from fusiontree.core.stack import LayerSpec, Repeat, Residual
-from fusiontree.core.weights import load, save
-from fusiontree.zoo.presets import load_spec, presets
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusiontree import branches, encodings, fusions, gates, pruning, testing
+    from fusiontree.core.context import Context
+    from fusiontree.core.model import LanguageModel, build
+    from fusiontree.core.model_spec import EmbeddingSpec, HeadSpec, ModelSpec
+    from fusiontree.core.modules import Norm
+    from fusiontree.core.stack import LayerSpec, Repeat, Residual
+    from fusiontree.core.weights import load, save
+    from fusiontree.zoo.presets import load_spec, presets
 
 __version__ = "0.1.0"
 
@@ -39,3 +47,29 @@ __all__ = [
     "save",
     "testing",
 ]
+
+_HOMES = {
+    "core.context": ("Context",),
+    "core.model": ("LanguageModel", "build"),
+    "core.model_spec": ("EmbeddingSpec", "HeadSpec", "ModelSpec"),
+    "core.modules": ("Norm",),
+    "core.stack": ("LayerSpec", "Repeat", "Residual"),
+    "core.weights": ("load", "save"),
+    "zoo.presets": ("load_spec", "presets"),
+}
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        found = getattr(import_module(_HOME_OF[name]), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        found = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,12 @@
-"""`torch.compile` for functions of fixed shapes, and whether there is a compiler for it."""
+"""`torch.compile` for functions of fixed shapes. Whether it works here, `machine.compile_refusal` says.
 
+The compiler takes seconds to import, so it is imported when something is compiled.
+"""
+
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,6 +19,13 @@ FORMS = 64
 the layers of a model share their code."""
 
 
+def constant(function: Function) -> Function:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes a second."""
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
     allow_forms()
@@ -22,7 +34,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 def piece(function: Function, compiled: bool) -> Function:
     """The function, or its compiled form: the same numbers but for rounding. Each new shape is compiled anew."""
-    return _compiled(function) if compiled else function
+    return _compiled(function) if compiled and not _plain.blocks else function
 
 
 def allow_forms() -> None:
@@ -38,22 +50,22 @@ def any_size(tensor: torch.Tensor, like: torch.Tensor) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)  # pyright: ignore[reportPrivateImportUsage]
 
 
-@cache
-def refusal(device: str) -> str | None:
-    """Why nothing can be compiled for a type of device here, or None; it tries, which takes some seconds once."""
-    try:
-        torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:
-        return str(error).strip().splitlines()[0]
-    return None
+class _Plain(threading.local):
+    """How many blocks of `eagerly` a thread is in."""
+
+    blocks = 0
 
 
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    return x.sin() + x
+_plain = _Plain()
 
 
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Run what is compiled as plain Python while the block runs."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    imported = "torch._dynamo" in sys.modules  # if not, nothing is compiled yet, and `piece` compiles nothing
+    _plain.blocks += 1
+    try:
+        with torch.compiler.set_stance("force_eager") if imported else nullcontext():
+            yield
+    finally:
+        _plain.blocks -= 1

@@ -1,7 +1,6 @@
 """What is here and what it means: versions, memory, and which kernel backend serves what and why not the others."""
 
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 import torch
 
 import fusiontree
-from fusiontree.bench.machine import matrix_units, processor
+from fusiontree import machine
 from fusiontree.core.contracts import REGISTRIES
-from fusiontree.core.memory import free_bytes
 from fusiontree.errors import FusionTreeError
 from fusiontree.kernels import (
     OPS,
@@ -50,7 +48,7 @@ def report() -> dict[str, Any]:
         },
         "packages": {name: {"version": installed(name), "for": use} for name, use in PACKAGES.items()},
         "device": _device(),
-        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("cl"),
+        "compiler": machine.compiler(),
         "plugins": list(_plugins()),
         "kernels": list(_kernels()),
     }
@@ -65,14 +63,16 @@ def installed(package: str) -> str | None:
 
 
 def _device() -> dict[str, Any]:
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(machine.device_type())
     return {
-        "type": kind,
-        "name": torch.cuda.get_device_name() if kind == "cuda" else processor(),
-        "processor": processor(),
-        "matrix_units": matrix_units(),
-        "threads": torch.get_num_threads(),
-        "free_bytes": free_bytes(torch.device(kind)),
+        "type": device.type,
+        "name": machine.device_name(device),
+        "processor": machine.processor(),
+        "matrix_units": machine.matrix_units(),
+        "native_products": [name for name in ("bfloat16", "float16") if machine.multiplies(getattr(torch, name))],
+        "cores": machine.cores(),
+        "threads": machine.threads(),
+        "free_bytes": machine.free_bytes(device),
     }
 
 
@@ -89,7 +89,7 @@ def _plugins() -> Iterator[dict[str, str]]:
 
 
 def _kernels() -> Iterator[dict[str, Any]]:
-    for label, op, request in _requests("cuda" if torch.cuda.is_available() else "cpu"):
+    for label, op, request in _requests(machine.device_type()):
         choices = OPS[op].explain(request)
         picked = next((choice.backend for choice in choices if choice.picked), None)
         refused = {choice.backend: choice.refusal or "slower here" for choice in choices if not choice.picked}

@@ -15,7 +15,21 @@ class FusionTreeError(ValueError):
 
 
 class SpecError(FusionTreeError):
-    """A spec, or a path into one, that does not describe a model."""
+    """A spec, or a path into one, that does not describe a model. Its text is the first of the problems.
+
+    >>> error = SpecError("width: is needed", "layers: is needed")
+    >>> str(error), [*error.within("a.yaml").problems]
+    ('width: is needed (and 1 more)', ['a.yaml: width: is needed', 'a.yaml: layers: is needed'])
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)
+        more = len(problems) - 1
+        super().__init__(problems[0] + (f" (and {more} more)" if more else ""))
+
+    def within(self, where: object) -> "SpecError":
+        """The same problems, each led by the file, or the part of one, that holds them."""
+        return SpecError(*(f"{where}: {problem}" for problem in self.problems))
 
 
 class WeightsError(FusionTreeError):

@@ -50,6 +50,14 @@ def test_edits_of_a_run_are_valid(line, tmp_path):
     assert load_run(name, [word for word in line[2:] if "DIR" not in word])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_a_clone_has(page):
+    """The reference is made as the pages are built."""
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page.name]) if ":" not in link]
+    absent = [link for link in links if link and not (page.parent / link).is_file()]
+    assert not absent and not any(link.endswith("reference.md") for link in links)
+
+
 def test_the_readme_s_model_runs(tmp_path, monkeypatch):
     spec, code = (re.search(rf"```{kind}\n(.*?)```", TEXT["README.md"], re.DOTALL) for kind in ("yaml", "python"))
     assert spec is not None and code is not None

@@ -121,6 +121,17 @@ def test_laws_hold(site):
     assert inside(site, laws) == [0, 0, 0]
 
 
+def shrinking() -> list[str]:
+    from fusiontree.training.decay import decayed
+
+    names = decayed(build(ModelSpec.from_yaml(SPEC), device="meta"))
+    return [name.removeprefix("layers.0.mixer.branches.average.") for name in names if ".0.mixer.branches.av" in name]
+
+
+def test_states_do_not_decay(site):
+    assert inside(site, shrinking) == ["x.weight", "gate.weight", "out.weight"]
+
+
 def average_one_by_one(inputs: torch.Tensor, decay: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     rows = []
     for row, marks in zip(inputs, segments.tolist(), strict=True):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusiontree import compiling
+from fusiontree import compiling, machine
 from fusiontree.bench.cases import CASES, FORWARD, TASKS, TRAINING, Case
 from fusiontree.bench.limits import Limits, measure_limits
 from fusiontree.bench.timing import measure
@@ -180,7 +180,7 @@ def _speed(row: Row, task: str, settings: Settings) -> Speed:
 def _check(form: Form, request: Any, device: torch.device) -> None:
     refusal = OPS[CASES[form.case].op].backends[form.backend].supports(request)
     if refusal is None and form.compiled:
-        found = compiling.refusal(device.type)
+        found = machine.compile_refusal(device.type)
         refusal = found and f"nothing can be compiled: {found}"
     if refusal is not None:
         raise UnsupportedError(refusal)

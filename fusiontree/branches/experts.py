@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.core.modules import Module, fan_in
 from fusiontree.kernels.untraced import Untraced
 
@@ -47,7 +48,7 @@ def one_by_one(visits: Visits) -> Float[Tensor, "visits width"]:
 
 
 def _expert(x: Tokens, gate: Tensor | None, up: Tensor, down: Tensor) -> Tokens:
-    return F.linear(hidden(None if gate is None else F.linear(x, gate), F.linear(x, up)), down)
+    return products.linear(hidden(None if gate is None else products.linear(x, gate), products.linear(x, up)), down)
 
 
 def hidden(gate: Float[Tensor, "tokens hidden"] | None, up: Float[Tensor, "tokens hidden"]) -> Tensor:
@@ -61,9 +62,9 @@ class Experts(Module):
     def __init__(self, inward: tuple[int, int, int], *, gated: bool) -> None:
         super().__init__()
         experts, features, width = inward
-        self.gate = self.declare("gate", inward, fan_in()) if gated else None
-        self.up = self.declare("up", inward, fan_in())
-        self.down = self.declare("down", (experts, width, features), fan_in())
+        self.gate = self.declare("gate", inward, fan_in(), decay=True) if gated else None
+        self.up = self.declare("up", inward, fan_in(), decay=True)
+        self.down = self.declare("down", (experts, width, features), fan_in(), decay=True)
 
     def forward(self, x: Tokens, shares: Shares, choice: Choice) -> Tokens:
         """The sum of the visited experts' outputs, times their shares, for each token."""

@@ -16,11 +16,18 @@ from fusiontree.core.spec import Count, Flag, Real, Spec, invalid
 
 Stream = Float[Tensor, "batch time width"]
 Activation = Callable[[Tensor], Tensor]
+
+
+def _relu2(x: Tensor) -> Tensor:
+    """The square of what is positive (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu2,
 }
 
 

@@ -20,6 +20,7 @@ from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, bran
 from fusiontree.core.modules import Linear, Norm, Normalise, wide
 from fusiontree.core.spec import Count, Flag, NonNegative, invalid
 from fusiontree.kernels import ssd, ssd_step
+from fusiontree.kernels.constants import constants
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]
@@ -140,7 +141,8 @@ class LightningBranch(Node):
     def _scan(self, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
         """`ssd` with steps of 1, whose B are the keys and whose C the queries."""
         (q, k, v), precise = qkv, wide(qkv[2].dtype)
-        rates, steps = context.once(_constants, self.spec.slopes, v.shape[:3], precise, v.device)
+        rates = constants(tuple(-slope for slope in self.spec.slopes), precise, v.device)
+        steps = context.once(_ones, v.shape[:3], precise, v.device)
         if state is not None and is_step(v, context):
             y, _ = ssd_step(state["state"], v[:, 0], steps[:, 0], rates, k[:, 0], q[:, 0])
             return y[:, None]
@@ -157,9 +159,6 @@ class LightningBranch(Node):
         return {"state": like.new_zeros(shape, dtype=wide(like.dtype))}
 
 
-def _constants(
-    context: Context, slopes: tuple[float, ...], shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> tuple[Float[Tensor, "heads"], Float[Tensor, "batch time heads"]]:
-    """The heads' rates, and steps of 1."""
-    rates = -torch.tensor(slopes, dtype=dtype, device=device)
-    return rates, torch.ones(shape, dtype=dtype, device=device)
+def _ones(context: Context, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch time heads"]:
+    """Steps of 1."""
+    return torch.ones(shape, dtype=dtype, device=device)

@@ -7,12 +7,12 @@ B and C, and dt going through a low rank.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
@@ -34,7 +34,7 @@ class Mamba1(BranchSpec):
     Attributes:
         inner: channels, each with `state` entries.
         conv: taps.
-        rank: of the map that makes dt; a sixteenth of the width in the paper.
+        rank: of the map that makes dt (`dt_rank`); a sixteenth of the width in the paper.
         norm: of dt before it leaves the low rank, of B and of C (Jamba, arXiv 2403.19887; without a gain in
             FalconMamba, arXiv 2410.05355).
         bias: of the maps in.
@@ -45,7 +45,7 @@ class Mamba1(BranchSpec):
     kind: Literal["mamba1"] = "mamba1"
     inner: Count
     state: Count
-    rank: Count
+    rank: Annotated[Count, Field(description="the rank of the map that makes dt")]
     conv: Count = 4
     conv_bias: Flag = True
     norm: Norm | None = None

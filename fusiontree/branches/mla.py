@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.branches.attention import Group, grown, mean_visible, seen, write_one
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
@@ -140,15 +141,18 @@ class HeadMap(Module):
     def __init__(self, rank: int, heads: int, channels: int) -> None:
         super().__init__()
         self.heads = heads
-        self.weight = self.declare("weight", (heads * channels, rank), fan_in())
+        self.weight = self.declare("weight", (heads * channels, rank), fan_in(), decay=True)
 
     def forward(self, latent: Float[Tensor, "batch time rank"]) -> Heads:
         """What each head makes of the latent."""
-        return F.linear(latent, self.weight).unflatten(2, (self.heads, -1))
+        return products.linear(latent, self.weight).unflatten(2, (self.heads, -1))
 
     def by_head(self) -> Float[Tensor, "heads channels rank"]:
-        """The weight."""
-        return self.weight.unflatten(0, (self.heads, -1))
+        """The weight; where a tool brings it for calls alone (offloading), what a call makes of each unit vector."""
+        if "forward" not in vars(self):
+            return self.weight.unflatten(0, (self.heads, -1))
+        each = torch.eye(self.weight.shape[1], dtype=self.weight.dtype)
+        return rearrange(self.forward(each[None]), "1 r h d -> h d r")
 
 
 class MlaBranch(Node):

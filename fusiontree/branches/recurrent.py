@@ -17,7 +17,7 @@ class Convolution(Module):
 
     def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
         super().__init__()
-        self.weight = self.declare("weight", (channels, taps), fan_in())
+        self.weight = self.declare("weight", (channels, taps), fan_in(), decay=True)
         self.bias = self.declare("bias", (channels,), constant(0.0)) if bias else None
 
     def forward(

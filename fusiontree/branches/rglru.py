@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Generator, Tensor
 
+from fusiontree import products
 from fusiontree.branches.recurrent import Convolution, is_step, kept
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
@@ -109,14 +110,13 @@ class HeadGate(Module):
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.weight = self.declare("weight", (heads, head_dim, head_dim), fan_in(0.1))
+        self.weight = self.declare("weight", (heads, head_dim, head_dim), fan_in(0.1), decay=True)
         self.bias = self.declare("bias", (heads, head_dim), constant(0.0))
 
     def forward(self, x: Inner) -> Inner:
         """A number in (0, 1) for each channel, in float32 or better."""
-        weight = self.weight
-        by_head = x.flatten(0, 1).unflatten(1, weight.shape[:2]).transpose(0, 1)
-        logits = torch.baddbmm(self.bias[:, None], by_head, weight).transpose(0, 1)
+        by_head = x.flatten(0, 1).unflatten(1, self.weight.shape[:2]).transpose(0, 1)
+        logits = products.batched(by_head, self.weight, self.bias).transpose(0, 1)
         return torch.sigmoid(logits.reshape(x.shape).to(wide(x.dtype)))
 
 

@@ -16,7 +16,7 @@ from fusiontree.core.context import Context
 from fusiontree.core.contracts import Binds, BranchSpec, Hook, Node, NodeSpec, Problems, Scope, branches
 from fusiontree.core.modules import Linear, Module, constant
 from fusiontree.core.spec import Count, Name, NamedMap, Spec
-from fusiontree.errors import suggest
+from fusiontree.errors import FusionTreeError, suggest
 
 Stream = Float[Tensor, "batch time width"]
 Shape = tuple[int, int]
@@ -170,10 +170,18 @@ class UseBranch(Binds):
         self.spec = spec
         built = {name: AdapterMaps(a, [maps[path] for path in a.maps]) for name, a in spec.adapters.items()}
         self.adapters = nn.ModuleDict(built)
-        self.parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.parts: list[tuple[nn.Module, dict[str, Any], Any]] = []
 
     def bind(self, shared: nn.ModuleDict) -> None:
-        """Make the twin."""
+        """Make the twin.
+
+        Raises:
+            FusionTreeError: a tool stands around the shared node's own `forward`, which knows of one place alone.
+        """
+        for module in shared[self.spec.of].modules():
+            if isinstance(module, Node) and "forward" in vars(module):
+                found = f"shared.{self.spec.of}: a tool (offloading) stands around the `forward` of {module.path}"
+                raise FusionTreeError(f"{found}, which runs in more than one place")
         adapted = {}
         for name, adapter in self.spec.adapters.items():
             maps = cast(AdapterMaps, self.adapters[name])
@@ -185,11 +193,12 @@ class UseBranch(Binds):
                 module.path, module.place = self.path + below, self.place + below
         object.__setattr__(self, "twin", twin)  # nn.Module's own would register it
         parts = [*shared[self.spec.of].modules(), *self.adapters.modules()]
-        self.parts = [(part._modules, dict(part._modules)) for part in parts]
+        self.parts = [(part, dict(part._modules), vars(part).get("forward")) for part in parts]
 
     def is_current(self) -> bool:
-        """Whether no part of the shared node, and no adapter, has been replaced by another module."""
-        return bool(self.parts) and all(now == then for now, then in self.parts)
+        """Whether no part of the shared node, and no adapter, has been replaced by another module or `forward`."""
+        current = (part._modules == then and vars(part).get("forward") is around for part, then, around in self.parts)
+        return bool(self.parts) and all(current)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """As the shared node."""

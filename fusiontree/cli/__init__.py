@@ -18,7 +18,7 @@ from fusiontree.cli.runs import generate, train
 from fusiontree.cli.specs import kinds, schema, show, validate
 from fusiontree.errors import FusionTreeError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (kinds, validate, schema, doctor, show, train, generate, export):
     app.command()(command)
 app.command("import")(import_)

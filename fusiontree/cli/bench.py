@@ -28,7 +28,8 @@ def bench_kernels(
     as_json: AsJson = False,
 ) -> None:
     """Time every kernel backend that serves here, next to the machine's limit, and check its values."""
-    from fusiontree.bench import kernels, machine, table
+    from fusiontree import machine
+    from fusiontree.bench import kernels, table
 
     forms, tasks = kernels.forms(op or ()), kernels.tasks(train)
     progress = Console(stderr=True, quiet=as_json)

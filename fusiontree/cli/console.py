@@ -1,19 +1,23 @@
-"""What all commands share: the console, common arguments, and ways to print and write."""
+"""What all commands share: the console, common arguments, and ways to print and write.
+
+Modules of commands import what needs torch inside functions, so that help, versions and completion do without.
+"""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusiontree.core import yaml
 from fusiontree.core.files import write_text
-from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError
+
+if TYPE_CHECKING:
+    from fusiontree.core.model_spec import ModelSpec
 
 # what goes to a file or a pipe is not wrapped to a screen that is not there
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4096)
@@ -27,8 +31,9 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def spec_of(model: str, overrides: list[str] | None) -> ModelSpec:
+def spec_of(model: str, overrides: list[str] | None) -> "ModelSpec":
     """The spec that a command names, edited."""
+    from fusiontree.core import yaml
     from fusiontree.zoo.presets import load_spec
 
     spec = load_spec(model)

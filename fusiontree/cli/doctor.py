@@ -33,7 +33,8 @@ def _facts(data: dict[str, Any]) -> dict[str, str]:
         "free memory": "unknown" if free is None else f"{short(free)}B",
         "processor": device["processor"],
         "matrix units": "unknown" if units is None else ", ".join(units) or "none",
-        "threads": str(device["threads"]),
+        "half precision": ", ".join(device["native_products"]) or "no units: products are made in float32",
+        "cores, threads": f"{device['cores']}, {device['threads']}",
         "compiler": data["compiler"] or "none: nothing can be compiled on the CPU",
     }
 

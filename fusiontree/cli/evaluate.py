@@ -19,7 +19,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that run at once; results do not depend on it.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window; lm-eval's own choice is 2048.")
+        int | None, typer.Option(min=2, help="Tokens of a window; else what the model says, else 2048.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     as_json: AsJson = False,

@@ -13,14 +13,19 @@ def import_(
         Path, typer.Argument(help="A directory with config.json and safetensors, as transformers writes.")
     ],
     out: Out,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="An unknown key of the config to pass over; may be given again.")
+    ] = None,
 ) -> None:
     """Write a public model as ours."""
-    from fusiontree.zoo.directory import import_model, read_config
+    from fusiontree.zoo.directory import import_model, left_behind, read_config
 
-    spec = import_model(source, out)
+    spec = import_model(source, out, ignore=ignore or ())
     if "auto_map" in read_config(source):
         console.print("auto_map: names code beside the weights, which is not run")
-    console.print(f"{spec.lineage[0].edit}, digest {spec.digest()}, written to {out}")
+    if left_behind(source):
+        console.print(f"not read and not carried along: {', '.join(left_behind(source))}")
+    console.print(f"{spec.lineage[-1].edit}, digest {spec.digest()}, written to {out}")
 
 
 def export(

@@ -3,15 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fusiontree.cli.console import AsJson, Out, Saved, console, print_json, write_file
-from fusiontree.core import yaml
-from fusiontree.core.cost import costs
-from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError
+
+if TYPE_CHECKING:
+    from fusiontree.core.model_spec import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 
@@ -34,6 +34,7 @@ def prune_plan(
 ) -> None:
     """Decide which branches go, and write that down."""
     from fusiontree import pruning
+    from fusiontree.core import yaml
     from fusiontree.zoo.presets import load_spec
 
     spec = load_spec(model)
@@ -82,7 +83,9 @@ def _brief(value: Any) -> Any:
     return " ".join([str(said.pop("kind", "")), *(f"{name}={_brief(part)}" for name, part in said.items())]).strip()
 
 
-def _savings(spec: ModelSpec, edited: ModelSpec) -> dict[str, tuple[float, float]]:
+def _savings(spec: "ModelSpec", edited: "ModelSpec") -> dict[str, tuple[float, float]]:
+    from fusiontree.core.cost import costs
+
     here, there = (costs(each, length=4096)[0] for each in (spec, edited))
     names = {"parameters": "parameters", "FLOPs per token": "flops", "cache bytes at 4096": "cache_bytes"}
     return {label: (getattr(here, name), getattr(there, name)) for label, name in names.items()}

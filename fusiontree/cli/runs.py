@@ -1,6 +1,8 @@
 """Commands that run a model: train, generate."""
 
+import os
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -31,28 +33,41 @@ def generate(
     seed: int = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be given again.")] = None,
 ) -> None:
-    """Continue a text, byte by byte, as it is drawn."""
+    """Continue a text as it is drawn: bytes, or what the tokenizer.json beside the model makes of it."""
     from fusiontree.core.generation import Sampling, stream
     from fusiontree.core.weights import load
-    from fusiontree.data import ByteTokenizer
+    from fusiontree.data.file_tokenizer import tokenizer_in
+    from fusiontree.zoo.carried import end_tokens
 
-    tokenizer, loaded = ByteTokenizer(), load(model)
-    if loaded.spec.vocab_size != tokenizer.vocab_size:
-        found = f"{model}: its vocabulary has {loaded.spec.vocab_size} tokens"
-        raise FusionTreeError(f"{found}; only byte vocabularies ({tokenizer.vocab_size}) can be read as text")
-    text = tokenizer.encode(sys.stdin.buffer.read() if prompt == "-" else prompt)
-    endings = [(tokenizer.end,), *(tokenizer.encode(ending).tolist() for ending in stop or [])]
-    tokens, sampling = [text.tolist() or [tokenizer.end]], Sampling(temperature, top_k, top_p, seed)
-    longest = loaded.spec.longest
-    if longest is not None and len(tokens[0]) + max_new_tokens > longest:
-        found = f"{len(tokens[0])} of the prompt and {max_new_tokens} new ones"
+    loaded = load(model)
+    tokenizer = tokenizer_in(model, loaded.spec.vocab_size)
+    ends = tuple(dict.fromkeys([*end_tokens(model, loaded.spec), *tokenizer.ends]))
+    given = sys.stdin.buffer.read() if prompt == "-" else prompt.encode(errors="surrogateescape")
+    tokens = tokenizer.encode(given).tolist() or list(ends[:1])
+    longest, endings = loaded.spec.longest, [os.fsencode(ending) for ending in stop or []]
+    if longest is not None and len(tokens) + max_new_tokens > longest:
+        found = f"{len(tokens)} of the prompt and {max_new_tokens} new ones"
         raise FusionTreeError(f"--max-new-tokens: the encodings have {longest} positions, found {found}")
-    steps = stream(loaded, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=endings)
-    first = next(steps)  # what cannot be done is said before anything is written
+    if b"" in endings:
+        raise FusionTreeError("--stop: a text is needed, found ''")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    steps = stream(loaded, [tokens], max_new_tokens=max_new_tokens, sampling=sampling, stop=ends)
+    drawn = chain([next(steps)], steps)  # what cannot be done is said before anything is written
+    new = (token for (token,) in drawn if token is not None)
     out = sys.stdout.buffer
-    out.write(tokenizer.decode_bytes(text))
-    for (token,) in chain([first], steps):
-        if token is not None and token != tokenizer.end:
-            out.write(bytes([token]))
+    for piece in chain([given], _until(tokenizer.pieces(tokens, new), endings), [b"\n"]):
+        out.write(piece)
         out.flush()
-    out.write(b"\n")
+
+
+def _until(pieces: Iterable[bytes], endings: list[bytes]) -> Iterator[bytes]:
+    """Pieces of a text up to the first ending, which is the last that comes."""
+    kept, behind = max(map(len, endings), default=1) - 1, b""
+    for piece in pieces:
+        text = behind + piece
+        ended = [text.index(ending) + len(ending) for ending in endings if ending in text]
+        if ended:
+            yield text[len(behind) : min(ended)]
+            return
+        yield piece
+        behind = text[-kept:] if kept else b""

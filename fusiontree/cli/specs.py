@@ -1,21 +1,21 @@
 """Commands about specs: kinds, validate, schema, show."""
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fusiontree.cli.console import AsJson, Model, Overrides, console, print_json, short, spec_of
-from fusiontree.core.contracts import REGISTRIES
-from fusiontree.core.cost import Cost, costs
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.encodings.rope_scaling import scalings
-from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.errors import FusionTreeError, SpecError, suggest
+
+if TYPE_CHECKING:
+    from fusiontree.core.cost import Cost
+    from fusiontree.core.model_spec import ModelSpec
+    from fusiontree.core.registry import Registry
+    from fusiontree.training import RunSpec
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
-
-KINDS = {**REGISTRIES, scalings.name: scalings}
-"""What a spec of a model is made of, by family."""
 
 
 def kinds(
@@ -24,7 +24,7 @@ def kinds(
     """List every branch, fusion, gate, encoding and scaling, plugins included; or the fields of one."""
     if kind is not None:
         return _show_kind(kind, as_json)
-    rows = [row for family in KINDS for row in _kind_rows(family)]
+    rows = [row for registry in _registries().values() for row in _kind_rows(registry)]
     if as_json:
         return print_json([dict(zip(("family", "kind", "from", "what"), row, strict=True)) for row in rows])
     table = Table("family", "kind", "from", "what", box=None, pad_edge=False)
@@ -34,32 +34,39 @@ def kinds(
     return None
 
 
+def _registries() -> "dict[str, Registry[Any]]":
+    """What a spec of a model is made of, by family."""
+    from fusiontree.core.contracts import REGISTRIES
+    from fusiontree.encodings.rope_scaling import scalings
+
+    return {**REGISTRIES, scalings.name: scalings}
+
+
 def _show_kind(kind: str, as_json: bool) -> None:
     from fusiontree.reference import fields, summary
 
-    homes = {name: registry for registry in KINDS.values() for name in registry.names()}
+    homes = {name: registry for registry in _registries().values() for name in registry.names()}
     if kind not in homes:
         raise FusionTreeError(f"kinds: no kind is called {kind!r}{suggest(kind, homes)}")
     spec = homes[kind].get(kind)
     if as_json:
         return print_json([vars(field) for field in fields(spec)])
     console.print(summary(spec) + "\n")
-    table = Table("field", "holds", "default", box=None, pad_edge=False)
+    table = Table("field", "holds", "default", "what it is", box=None, pad_edge=False)
     for field in fields(spec):
-        table.add_row(field.name, field.allowed, "needed" if field.default is None else field.default)
+        table.add_row(field.name, field.allowed, "needed" if field.default is None else field.default, field.meaning)
     console.print(table)
     return None
 
 
-def _kind_rows(family: str) -> list[tuple[str, str, str, str]]:
-    registry = KINDS[family]
+def _kind_rows(registry: "Registry[Any]") -> list[tuple[str, str, str, str]]:
     rows = []
     for kind in registry.names():
         try:
             spec = registry.get(kind)
-            rows.append((family, kind, spec.__module__, _summary(spec.__doc__ or "")))
+            rows.append((registry.name, kind, spec.__module__, _summary(spec.__doc__ or "")))
         except FusionTreeError as error:
-            rows.append((family, kind, registry.plugins[kind].value, str(error)))
+            rows.append((registry.name, kind, registry.plugins[kind].value, str(error)))
     return rows
 
 
@@ -68,13 +75,30 @@ def _summary(docstring: str) -> str:
     return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-def validate(model: Model, overrides: Overrides = None) -> None:
-    """Check a spec and print its digest."""
-    console.print(f"valid, digest {spec_of(model, overrides).digest()}")
+def validate(
+    model: Model,
+    overrides: Overrides = None,
+    run: Annotated[bool, typer.Option("--run", help="Check a run file, or a recipe by its name.")] = False,
+) -> None:
+    """Check a spec and print its digest, or all that is wrong with it, a line each."""
+    try:
+        spec = _run_of(model, overrides) if run else spec_of(model, overrides)
+    except SpecError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    console.print(f"valid, digest {spec.digest()}")
+
+
+def _run_of(run: str, overrides: list[str] | None) -> "RunSpec":
+    from fusiontree.recipes.train import load_run
+
+    return load_run(run, overrides or [])
 
 
 def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:
     """Print the JSON Schema of a model spec, plugins included."""
+    from fusiontree.core.model_spec import ModelSpec
     from fusiontree.training import RunSpec
 
     print_json((RunSpec if run else ModelSpec).model_json_schema())
@@ -82,6 +106,8 @@ def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file."
 
 def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_json: AsJson = False) -> None:
     """Print a spec's tree with parameters, FLOPs per token and cache bytes of every node."""
+    from fusiontree.core.cost import costs
+
     spec = spec_of(model, overrides)
     found = costs(spec, length=length)
     if as_json:
@@ -97,7 +123,7 @@ def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_js
     return None
 
 
-def _tree_rows(spec: ModelSpec, found: list[Cost]) -> list[tuple[str, Cost]]:
+def _tree_rows(spec: "ModelSpec", found: "list[Cost]") -> "list[tuple[str, Cost]]":
     """Rows with indented labels; of a run of equal layers the first stands for all."""
     runs = _runs(spec)
     rows = [(cost.path.split(".") if cost.path else ["model"], cost) for cost in found]
@@ -105,7 +131,7 @@ def _tree_rows(spec: ModelSpec, found: list[Cost]) -> list[tuple[str, Cost]]:
     return [(_label(steps, runs), cost) for steps, cost in kept]
 
 
-def _runs(spec: ModelSpec) -> dict[int, int]:
+def _runs(spec: "ModelSpec") -> dict[int, int]:
     """The first and the last index of every run of equal layers."""
     layers = spec.expanded_layers()
     firsts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fusiontree.core.cache import Cache, Rows
+from fusiontree.errors import FusionTreeError
 
 Ids = Int[Tensor, "batch time"]
 
@@ -29,10 +30,28 @@ class Layout:
     rows: Rows | None
 
 
+def readable(values: Tensor) -> bool:
+    """Whether Python may look at values: those on a CPU, unless a program is exported. Any other device would first
+    have to finish all that it was asked to do, and stand idle meanwhile."""
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_exporting()
+
+
+def check_vocabulary(name: str, ids: Ids, size: int) -> None:
+    """Look at token ids, of which there is at least one; waits for their device.
+
+    Raises:
+        FusionTreeError: one is outside 0..size - 1.
+    """
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= size:
+        raise FusionTreeError(f"{name}: found {low if low < 0 else high}, the vocabulary is 0..{size - 1}")
+
+
 def padding_last(documents: Ids) -> Ids | None:
-    """The stable order of each row that moves its padding (-1) behind the real tokens; None if it is there."""
+    """The stable order of each row that moves its padding (-1) behind the real tokens; None if it is known to be
+    there."""
     padding = documents < 0
-    if not bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+    if documents.shape[1] == 1 or (readable(padding) and not bool((padding[:, :-1] & ~padding[:, 1:]).any())):
         return None
     return torch.argsort(padding.byte(), dim=1, stable=True)
 
@@ -40,9 +59,10 @@ def padding_last(documents: Ids) -> Ids | None:
 def arrange(
     like: Ids, documents: Ids | None, positions: Ids | None, cache: Cache | None, *, one_form: bool = False
 ) -> Layout:
-    """Work out the layout of a chunk whose tokens have the shape and device of `like`.
+    """Work out the layout of a chunk whose tokens have the shape and device of `like`; the cache stays as it is.
 
-    Segments are left out where there are no boundaries, which is faster, but for a compiled model's `one_form`.
+    Segments are left out where it is known that there are no boundaries, which is faster, but for a compiled model's
+    `one_form`.
     """
     if documents is None:
         return _one_document(like, positions, cache)
@@ -55,8 +75,8 @@ def arrange(
 
 
 def _without_idle_segments(layout: Layout) -> Layout:
-    """No segments where every token is of segment 0, so that every row has fresh ones."""
-    if layout.segments is None or bool((layout.segments != 0).any()):
+    """No segments where every token is known to be of segment 0, so that every row has fresh ones."""
+    if layout.segments is None or not readable(layout.segments) or bool((layout.segments != 0).any()):
         return layout
     rows = None if layout.rows is None else replace(layout.rows, fresh=None)
     return replace(layout, segments=None, rows=rows)
@@ -67,7 +87,7 @@ def _one_document(like: Ids, positions: Ids | None, cache: Cache | None) -> Layo
         positions = _following(like, cache)
     if cache is None:
         return Layout(None, None, positions, None)
-    held, room, seen = cache.most, cache.reserve(like.shape[1]), cache.seen
+    held, room, seen = cache.most, cache.room(like.shape[1]), cache.seen
     after, tail = seen + like.shape[1], torch.zeros_like(seen)
     rows = Rows(seen, tail, seen, after, positions[:, -1] + 1, cache.documents, None, held, room)
     return Layout(None, None, positions, rows)
@@ -118,5 +138,5 @@ def _rows(cache: Cache, segments: Ids, opened: Ids, positions: Ids, documents: I
         documents=torch.where(empty, cache.documents, documents.gather(1, last)[:, 0]),
         fresh=~empty,
         held=cache.most,
-        room=cache.reserve(segments.shape[1]),  # which adds the chunk to the bound
+        room=cache.room(segments.shape[1]),
     )

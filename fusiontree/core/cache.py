@@ -135,6 +135,8 @@ class Cache:
         """No row has seen more; known without looking at the device."""
         self.begun = False
         """Every row has seen a token; False may only mean that nobody looked."""
+        self.of_inference = torch.is_inference_mode_enabled()
+        """Tensors may be among the states that only inference mode may write."""
 
     @property
     def batch(self) -> int:
@@ -146,29 +148,52 @@ class Cache:
         """Bytes of all states."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
-    def reserve(self, tokens: int) -> int | None:
-        """Make sure that `tokens` more fit every row; see `Rows.room`.
+    def room(self, tokens: int) -> int | None:
+        """`Rows.room` of a chunk of so many tokens."""
+        return self.most + tokens if self.capacity is None else None
+
+    def check_room(self, tokens: int) -> None:
+        """Make sure that `tokens` more fit every row; where the bound does not show it, the device is asked.
 
         Raises:
             FusionTreeError: they do not.
         """
-        if self.capacity is not None and self.most + tokens > self.capacity:
-            self.most = int(self.seen.max())
-            if self.most + tokens > self.capacity:
-                found = f"{self.most} tokens and {tokens} more"
-                raise FusionTreeError(f"cache: {found} do not fit, its max_length is {self.capacity}")
-        self.most += tokens
-        return self.most if self.capacity is None else None
+        if self.capacity is None or self.most + tokens <= self.capacity:
+            return
+        self.most = int(self.seen.max())
+        if self.most + tokens > self.capacity:
+            found = f"{self.most} tokens and {tokens} more"
+            raise FusionTreeError(f"cache: {found} do not fit, its max_length is {self.capacity}")
+
+    def all_begun(self) -> bool:
+        """Whether every row has seen a token; asks the device until it says yes."""
+        self.begun = self.begun or (self.most > 0 and bool((self.seen > 0).all()))
+        return self.begun
+
+    def leave_inference(self) -> None:
+        """Let what inference mode has made be written outside of it: torch allows that of copies alone."""
+        if not self.of_inference or torch.is_inference_mode_enabled():
+            return
+        for state in self.states.values():
+            state.update({name: tensor.clone() for name, tensor in state.items() if tensor.is_inference()})
+        self.seen, self.positions, self.documents = (t.clone() for t in (self.seen, self.positions, self.documents))
+        self.of_inference = False
 
     @torch.no_grad()
-    def select(self, rows: Int[Tensor, "batch"]) -> None:
-        """Let row i go on where row `rows[i]` stands, as a search with beams wants it."""
+    def select(self, rows: Int[Tensor, "rows"]) -> None:
+        """Let row i go on where row `rows[i]` stands, as a search with beams wants it; there may be more rows then, or
+        fewer."""
+        self.leave_inference()
         for state in self.states.values():
-            for tensor in state.values():
-                tensor.copy_(tensor[rows])
+            for name, tensor in state.items():
+                chosen = tensor[rows]
+                state[name] = tensor.copy_(chosen) if chosen.shape == tensor.shape else chosen
         self.seen, self.positions, self.documents = (each[rows] for each in (self.seen, self.positions, self.documents))
+        self.of_inference = torch.is_inference_mode_enabled()
 
-    def advance(self, rows: Rows) -> None:
-        """Take note of a chunk that every node has seen."""
+    def advance(self, rows: Rows, tokens: int) -> None:
+        """Take note of a chunk of so many tokens that every node has seen."""
         self.seen, self.positions, self.documents = rows.after, rows.positions, rows.documents
-        self.begun = self.begun or rows.fresh is None or bool(rows.fresh.all())
+        self.most += tokens
+        self.begun = self.begun or rows.fresh is None
+        self.of_inference = self.of_inference or torch.is_inference_mode_enabled()

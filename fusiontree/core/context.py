@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -39,6 +40,14 @@ class Context:
     lent: "Shelf | None" = None
     text: Bool[Tensor, "batch time"] | None = None
     made: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "batch time"] | None:
+        """Where tokens stand, and neither padding nor a prefix; None: everywhere."""
+        if self.segments is None:
+            return self.text
+        tokens = self.segments >= 0
+        return tokens if self.text is None else tokens & self.text
 
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""

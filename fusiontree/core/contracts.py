@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusiontree.core.context import Context
 from fusiontree.core.modules import Module
 from fusiontree.core.registry import OneOf, Registry
-from fusiontree.core.spec import Name, Spec
+from fusiontree.core.spec import Name, NamedMap, Spec
 from fusiontree.errors import suggest
 
 Hook = Literal["input", "rotate", "bias"]
@@ -365,8 +365,24 @@ class Fusion(Told, Node, ABC):
     gate: Gate | None
 
 
+def branch_path(fusion: str, branch: str) -> str:
+    """The path of a branch, from where the path of its fusion begins."""
+    return f"{fusion}.branches.{branch}" if fusion else f"branches.{branch}"
+
+
 class FusionSpec(NodeSpec, ABC):
-    """An inner node of the tree: how sibling branches meet."""
+    """An inner node of the tree: how sibling branches meet. Its module has them in `branches`, a gate in `gate`."""
+
+    branches: "NamedMap[AnyNode]"
+
+    @property
+    def gate_spec(self) -> GateSpec | None:
+        """The gate, where the rule has one."""
+        return None
+
+    def gate_scope(self, scope: Scope) -> GateScope:
+        """What surrounds the gate, by what surrounds the fusion."""
+        return GateScope(tuple(self.branches), scope.width, scope.width)
 
     @abstractmethod
     def without(self, branch: str) -> "FusionSpec":
@@ -381,14 +397,15 @@ class FusionSpec(NodeSpec, ABC):
         return None
 
 
-branches: Registry[BranchSpec] = Registry("branch", BranchSpec)
-fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec)
-gates: Registry[GateSpec] = Registry("gate", GateSpec)
-encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec)
+branches: Registry[BranchSpec] = Registry("branch", BranchSpec, home="fusiontree.branches")
+fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec, home="fusiontree.fusions")
+gates: Registry[GateSpec] = Registry("gate", GateSpec, home="fusiontree.gates")
+encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec, home="fusiontree.encodings")
 nodes: OneOf[NodeSpec] = OneOf("node", NodeSpec, (branches, fusions))
 
 AnyNode = Annotated[NodeSpec, nodes]
 """A field that holds any branch or fusion."""
+FusionSpec.model_rebuild()  # whose branches are such fields
 AnyGate = Annotated[GateSpec, gates]
 """A field that holds any gate."""
 AnyEncoding = Annotated[EncodingSpec, encodings]

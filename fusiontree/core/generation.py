@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.core import probes
+from fusiontree.core.boundaries import check_vocabulary
 from fusiontree.errors import FusionTreeError
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class Sampling:
 
     @staticmethod
     def _last(mass: Float[Tensor, "batch vocab"]) -> Tensor:
-        """The last token of each row with any mass, so that rounding cannot draw one without."""
-        return (mass > 0).sum(-1, keepdim=True) - 1
+        """The last token of each row with any mass, so that rounding cannot draw one without; the first of none."""
+        return ((mass > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
 
 
 @torch.no_grad()
@@ -84,8 +85,11 @@ def stream(
 
     A row ends with the token that completes a stop sequence. Ends when all rows have, or after
     `max_new_tokens` steps. Gates make no noise meanwhile: the model is in evaluation mode for each step.
+
+    Raises:
+        FusionTreeError: bad arguments, or logits that say nothing, since the largest is infinite or not a number.
     """
-    tokens, documents = pad(prompts, model.embedding.weight.device)
+    tokens, documents = _entered(prompts, model)
     if max_new_tokens < 0:
         raise FusionTreeError(f"max_new_tokens: found {max_new_tokens}, at least 0 is needed")
     generators, endings = sampling.generators(tokens.shape[0]), _endings(stop)
@@ -95,8 +99,9 @@ def stream(
     written: list[list[int]] = [[] for _ in range(tokens.shape[0])]
     live = [True] * tokens.shape[0]
     for step in range(max_new_tokens):
-        chosen = sampling.choose(model.logits(features), generators)
-        new = [token if alive else None for token, alive in zip(chosen.tolist(), live, strict=True)]
+        logits = model.logits(features)
+        chosen = sampling.choose(logits, generators)
+        new = _read(chosen, logits, live, step)
         for row, token in enumerate(new):
             if token is not None:
                 written[row].append(token)
@@ -108,6 +113,17 @@ def stream(
         positions = cache.positions * torch.tensor(live, device=chosen.device)
         with probes.evaluating(model):
             features = model.features(chosen[:, None], positions=positions[:, None], cache=cache)[:, 0]
+
+
+def _read(chosen: Tensor, logits: Tensor, live: list[bool], step: int) -> list[int | None]:
+    """The tokens of the rows that go on, read from the device once with whether their logits say anything."""
+    found = torch.where(logits.amax(-1).isfinite(), chosen, PADDING).tolist()
+    for row, (token, alive) in enumerate(zip(found, live, strict=True)):
+        if alive and token == PADDING:
+            kind = str(logits.dtype).removeprefix("torch.")
+            text = f"the largest logit is not finite in {kind}; the model has overflowed, or holds what is no number"
+            raise FusionTreeError(f"generate: row {row}, new token {step + 1}: {text}")
+    return [token if alive else None for token, alive in zip(found, live, strict=True)]
 
 
 def _endings(stop: Stop) -> list[tuple[int, ...]]:
@@ -136,7 +152,16 @@ def generate(
     return torch.cat([prompts.long(), new.to(prompts.device)], 1)
 
 
-def pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _entered(prompts: Prompts, model: "LanguageModel") -> tuple[Tensor, Tensor | None]:
+    """Padded prompts on the model's device, where nobody looks at them again, and their documents."""
+    tokens, documents = pad(prompts)
+    if tokens.numel():
+        check_vocabulary("tokens", tokens, model.spec.vocab_size)
+    device = model.embedding.weight.device
+    return tokens.to(device), None if documents is None else documents.to(device)
+
+
+def pad(prompts: Prompts) -> tuple[Tensor, Tensor | None]:
     """Prompts as one tensor, padded behind, and the documents that say where; None when all are equally long.
 
     Raises:
@@ -145,12 +170,12 @@ def pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2:
             raise FusionTreeError(f"prompts: a tensor [batch, time] is needed, found {list(prompts.shape)}")
-        return prompts.to(device), None
+        return prompts, None
     rows = [_integers(prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
         raise FusionTreeError("prompts: at least one, of at least one token each, is needed")
-    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=device)
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     documents = torch.full_like(tokens, PADDING)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = torch.tensor(row, dtype=torch.long)

@@ -1,11 +1,11 @@
 """Starting values that depend on (seed, path) alone: not on world size, build order or other components."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusiontree.core.modules import Module
 from fusiontree.errors import FusionTreeError
@@ -21,17 +21,24 @@ def generator(seed: int, path: str) -> torch.Generator:
 def initialise(model: nn.Module, seed: int) -> None:
     """Give everything declared its starting value, in place; sharded (DTensor) parameters get their shards of it."""
     for prefix, module in model.named_modules():
-        for name, parameter in _own(module):
-            if not isinstance(module, Module):
-                found = f"{prefix}: {type(module).__name__} has parameters but does not say how they start"
-                raise FusionTreeError(f"{found}; use fusiontree.core.modules.Linear, or `declare` of its Module")
+        start(module, prefix, seed)
+
+
+@torch.no_grad()
+def start(module: nn.Module, prefix: str, seed: int, *, but: Container[str] = ()) -> None:
+    """Give what is declared by one module, whose path is `prefix`, its starting value, `but` for some names."""
+    for name, parameter in own(module):
+        if not isinstance(module, Module):
+            found = f"{prefix}: {type(module).__name__} has parameters but does not say how they start"
+            raise FusionTreeError(f"{found}; use fusiontree.core.modules.Linear, or `declare` of its Module")
+        if name not in but:
             path = f"{prefix}.{name}" if prefix else name
             value = torch.empty(parameter.shape, dtype=torch.float32)
             module.initial[name](value, generator(seed, path))
             _fill(parameter, value)
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters, and those of its buffers that are declared."""
     yield from module.named_parameters(recurse=False)
     if isinstance(module, Module):
@@ -40,8 +47,15 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _fill(parameter: Tensor, value: Tensor) -> None:
     value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if isinstance(parameter, DTensor):
-        shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shards.to_local())
+    if hasattr(parameter, "device_mesh"):
+        _fill_shards(parameter, value)
     else:
         parameter.copy_(value)
+
+
+def _fill_shards(parameter: Any, value: Tensor) -> None:
+    """Fill a DTensor. Its module, which takes a second to import, is there already where there is one."""
+    from torch.distributed.tensor import distribute_tensor
+
+    shards: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shards.to_local())

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusiontree import products
 from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core import boundaries, generation, memory, probes
 from fusiontree.core.cache import Cache
@@ -23,7 +24,7 @@ from fusiontree.core.lending import Ledger, Loans
 from fusiontree.core.model_spec import HeadSpec, ModelSpec
 from fusiontree.core.modules import Module, Normalise, constant, normal, scaled
 from fusiontree.core.observation import Observation
-from fusiontree.core.prefix import Prefix, insert
+from fusiontree.core.prefix import Places, Prefix, insert
 from fusiontree.errors import FusionTreeError
 
 Ids = Int[Tensor, "batch time"]
@@ -31,11 +32,14 @@ Features = Float[Tensor, "batch time width"]
 Logits = Float[Tensor, "batch time vocab"]
 
 
-class Embedding(Module):
-    """A vector for each token of the vocabulary."""
+class Embedding(nn.Embedding, Module):
+    """A vector for each token of the vocabulary. One of torch's, so that tools that look for those find it."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
+        Module.__init__(self)  # torch's would draw values
+        self.num_embeddings, self.embedding_dim = vocab_size, width
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.weight = self.declare("weight", (vocab_size, width), normal(0.02))
 
     def forward(self, tokens: Ids) -> Features:
@@ -49,24 +53,26 @@ class Head(Module):
     def __init__(self, spec: HeadSpec, width: int, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02))
+        self.weight = None if spec.tied else self.declare("weight", (vocab_size, width), normal(0.02), decay=True)
         self.bias = self.declare("bias", (vocab_size,), constant(0.0)) if spec.bias else None
 
-    def forward(self, features: Float[Tensor, "... width"], embedding: Tensor) -> Float[Tensor, "... vocab"]:
-        """softcap * tanh(multiplier * (W x + b) / softcap)."""
+    def forward(self, features: Float[Tensor, "... width"], embedding: Tensor | None) -> Float[Tensor, "... vocab"]:
+        """softcap * tanh(multiplier * (W x + b) / softcap); `embedding` is the W of a tied head."""
         return self._logits(features, *self._parameters_with(embedding))
 
     def cross_entropy(
-        self, features: Float[Tensor, "tokens width"], embedding: Tensor, labels: Int[Tensor, "tokens"]
+        self, features: Float[Tensor, "tokens width"], embedding: Tensor | None, labels: Int[Tensor, "tokens"]
     ) -> Float[Tensor, ""]:
         """The sum of -log p of the labels, without all logits in memory."""
         return cross_entropy(self._logits, labels, features, *self._parameters_with(embedding))
 
-    def _parameters_with(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
-        return embedding if self.weight is None else self.weight, self.bias
+    def _parameters_with(self, embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight = embedding if self.weight is None else self.weight
+        assert weight is not None
+        return weight, self.bias
 
     def _logits(self, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "... vocab"]:
-        logits = F.linear(features, weight, bias)
+        logits = products.linear(features, weight, bias)
         logits = scaled(logits, self.spec.multiplier)
         softcap = self.spec.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -137,7 +143,8 @@ class LanguageModel(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens: integers in [0, vocab_size); what stands at padding is not looked at.
+            tokens: integers in [0, vocab_size); what stands at padding is not looked at. Values are checked on a
+                CPU alone: to look at those of another device is to wait for it.
             positions: where each token stands; 0, 1, ... after what the cache holds when not given, from 0 in
                 each new document.
             documents: equal numbers for tokens of one document, -1 for padding, wherever it stands; the
@@ -162,18 +169,31 @@ class LanguageModel(nn.Module):
         Raises:
             FusionTreeError: as `forward`, or labels of another shape than the tokens or outside the vocabulary.
         """
-        features = self.features(tokens, positions=positions, documents=documents)
         labels = self._checked_labels(labels, tokens)
-        return self.head.cross_entropy(features.flatten(0, 1), self.embedding.weight, labels.flatten())
+        features = self.features(tokens, positions=positions, documents=documents)
+        return self.head.cross_entropy(features.flatten(0, 1), self._tied(), labels.flatten())
 
     def features(
-        self, tokens: Ids, *, positions: Ids | None = None, documents: Ids | None = None, cache: Cache | None = None
+        self,
+        tokens: Ids,
+        *,
+        positions: Ids | None = None,
+        documents: Ids | None = None,
+        cache: Cache | None = None,
+        states: list[Features] | None = None,
     ) -> Features:
-        """The features that the head reads, as `forward` takes them."""
+        """The features that the head reads.
+
+        Args:
+            tokens: as `forward` takes them, like positions, documents and cache.
+            states: a list to which what each layer reads is added, and last what the head reads.
+        """
         self._bind()
         tokens = self._checked(tokens, documents)
         self._check_shapes(tokens, positions, documents, cache)
-        one_form = self.compiled and cache is None
+        if cache is not None:
+            cache.leave_inference()
+        one_form = (self.compiled and cache is None) or torch.compiler.is_exporting()
         layout = boundaries.arrange(tokens, documents, positions, cache, one_form=one_form)
         if layout.order is not None:
             tokens = tokens.gather(1, layout.order)
@@ -181,14 +201,18 @@ class LanguageModel(nn.Module):
         x = scaled(self.embedding(tokens), self.spec.embedding.multiplier)
         x = x if self.prefix is None else self.prefix(x, places)
         context = replace(self.context(stream), text=None if places is None else places.is_text)
+        read = None if states is None else []
         if cache is None or layout.rows is None:
-            x = self.stack(x, context)
+            x = self.stack(x, context, read=read)
         else:
+            cache.check_room(tokens.shape[1])
             with nullcontext() if _is_step(stream) else eagerly():  # chunks come in any number of lengths
-                x = self.stack(x, context, cache)
-            cache.advance(layout.rows)
-        x = x if places is None else places.text(x)
-        return x if layout.order is None else _scatter(x, layout.order)
+                x = self.stack(x, context, cache, read=read)
+            cache.advance(layout.rows, tokens.shape[1])
+        found = [_at_tokens(each, places, layout.order) for each in (*(read or ()), x)]
+        if states is not None:
+            states += found
+        return found[-1]
 
     def context(self, layout: boundaries.Layout) -> Context:
         """What the nodes are told of a chunk: the encodings are evaluated here, once."""
@@ -196,12 +220,16 @@ class LanguageModel(nn.Module):
         tables = {name: self._encoding(name)(layout.positions) for name in self.spec.encodings}
         return Context(layout.positions, layout.segments, tables, layout.rows)
 
-    def stack(self, x: Features, context: Context, cache: Cache | None = None) -> Features:
-        """Run the layers, each with its own part of the cache, normalise."""
+    def stack(
+        self, x: Features, context: Context, cache: Cache | None = None, *, read: list[Features] | None = None
+    ) -> Features:
+        """Run the layers, each with its own part of the cache, normalise; what each reads is added to `read`."""
         context = replace(context, embedding=x) if self.reads_embedding else context
         ledger = Ledger(self.loans)
         for index, layer in enumerate(self.layers):
             own = ledger.enter(index, context) if self.loans else context
+            if read is not None:
+                read.append(x)
             if cache is not None:
                 x = layer(x, replace(own, states=cache.layers.get(f"layers.{index}", {})))
             elif self.checkpointing and torch.is_grad_enabled():
@@ -212,11 +240,23 @@ class LanguageModel(nn.Module):
 
     def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
         """Apply the head."""
-        return self.head(features, self.embedding.weight)
+        return self.head(features, self._tied())
+
+    def _tied(self) -> Float[Tensor, "vocab width"] | None:
+        """What a tied head multiplies features with; None where the head has a weight of its own."""
+        if self.head.weight is not None:
+            return None
+        return self.embedding.weight if _is_plain(self.embedding) else self._looked_up(self.spec.vocab_size)
+
+    def _looked_up(self, count: int) -> Float[Tensor, "count width"]:
+        """The first vectors as the embedding gives them: its weight is not all, or not there, where a tool stands in
+        its place or around its `forward` (adapters, new tokens, offloading)."""
+        weight = self.embedding.weight
+        return self.embedding.forward(torch.arange(count, device="cpu" if weight.is_meta else weight.device))
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
         """An empty cache; `max_length` bounds the tokens of a row (None: rings of global heads grow)."""
-        like = self.embedding.weight
+        like = self.embedding.weight if _is_plain(self.embedding) else self._looked_up(0)
         for name, count in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
             if not isinstance(count, int) or count < 1:
                 raise FusionTreeError(f"{name}: a whole number from 1 on is needed, found {count!r}")
@@ -271,8 +311,7 @@ class LanguageModel(nn.Module):
         return module
 
     def _checked(self, tokens: Ids, documents: Ids | None) -> Ids:
-        if not _are_ids(tokens) or tokens.shape[1] == 0:
-            raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {_kind(tokens)}")
+        _check_ids(tokens)
         tokens = tokens.long()
         if documents is not None and documents.shape == tokens.shape:
             tokens = torch.where(documents < 0, 0, tokens)
@@ -280,17 +319,15 @@ class LanguageModel(nn.Module):
         return tokens
 
     def _checked_labels(self, labels: Ids, tokens: Ids) -> Ids:
+        _check_ids(tokens)
         _check_like("labels", labels, tokens)
         labels = labels.long()
         self._check_vocabulary("labels", torch.where(labels == NO_LABEL, 0, labels))
         return labels
 
     def _check_vocabulary(self, name: str, ids: Ids) -> None:
-        if _readable(ids):
-            low, high = (int(value) for value in ids.aminmax())
-            if low < 0 or high >= self.spec.vocab_size:
-                found = low if low < 0 else high
-                raise FusionTreeError(f"{name}: found {found}, the vocabulary is 0..{self.spec.vocab_size - 1}")
+        if boundaries.readable(ids):
+            boundaries.check_vocabulary(name, ids, self.spec.vocab_size)
 
     def _check_shapes(self, tokens: Ids, positions: Ids | None, documents: Ids | None, cache: Cache | None) -> None:
         for name, ids in (("positions", positions), ("documents", documents)):
@@ -303,20 +340,30 @@ class LanguageModel(nn.Module):
 
     def _check_positions(self, positions: Ids) -> None:
         limits = {name: e.limit for name, e in self.spec.encodings.items() if e.limit is not None}
-        if not limits or not _readable(positions):
+        if not limits or not boundaries.readable(positions):
             return
         name = min(limits, key=lambda n: limits[n])
         low, high = (int(value) for value in positions.aminmax())
         if low < 0 or high >= limits[name]:
-            before = self.spec.prefix_length  # of which nobody knows who gives positions
+            before = self.spec.prefix_length  # callers count positions without the prefix
             found = f"position {(low if low < 0 else high) - before}"
             raise FusionTreeError(f"encodings.{name}: found {found}, it was made for {limits[name] - before} positions")
+
+
+def _is_plain(embedding: nn.Module) -> bool:
+    """Whether an embedding gives its weight's rows, and no tool stands in its place or around its `forward`."""
+    return isinstance(embedding, nn.Embedding) and "forward" not in vars(embedding)
 
 
 def _is_step(layout: boundaries.Layout) -> bool:
     """Whether a chunk is the next token of every row, of documents that go on in rings of one size: one form."""
     fixed = layout.rows is not None and layout.rows.room is None
     return fixed and layout.positions.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
+
+
+def _check_ids(tokens: object) -> None:
+    if not _are_ids(tokens) or tokens.shape[1] == 0:
+        raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {_kind(tokens)}")
 
 
 def _check_like(name: str, ids: object, tokens: Ids) -> None:
@@ -338,11 +385,10 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _readable(ids: Ids) -> bool:
-    """Whether values can be looked at now: not while a CUDA graph is captured, and not on the meta device."""
-    if ids.device.type == "cuda":
-        return not torch.cuda.is_current_stream_capturing()
-    return ids.numel() > 0 and ids.device.type != "meta"
+def _at_tokens(x: Float[Tensor, "batch longer width"], places: Places | None, order: Ids | None) -> Features:
+    """What stands at the tokens, in the order in which they came."""
+    x = x if places is None else places.text(x)
+    return x if order is None else _scatter(x, order)
 
 
 def _scatter(x: Features, order: Ids) -> Features:
@@ -364,6 +410,12 @@ def build(
         model = LanguageModel(spec).to(dtype or torch.float32)
     if device.type != "meta":
         memory.check_room(sum(p.nbytes for p in model.parameters()), device)
-        model.to_empty(device=device)
+        _allocate(model, device)
         initialise(model, seed)
     return model
+
+
+def _allocate(model: LanguageModel, device: torch.device) -> None:
+    """`to_empty`, which goes through functions of torch that import sympy first."""
+    state = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)

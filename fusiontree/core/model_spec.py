@@ -7,15 +7,28 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, StrictInt, ValidationError, model_validator
 
-from fusiontree.core import lending, paths, yaml
-from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, NodeSpec, Scope
+from fusiontree.core import leftovers, lending, paths, yaml
+from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
+from fusiontree.core.fields import is_open
 from fusiontree.core.modules import Norm
 from fusiontree.core.prefix import PrefixSpec
-from fusiontree.core.spec import Count, Flag, NamedMap, OrderedMap, Place, Positive, Real, Spec, invalid, relocated
-from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold
-from fusiontree.errors import SpecError, suggest
+from fusiontree.core.spec import (
+    Count,
+    Flag,
+    NamedMap,
+    OrderedMap,
+    Place,
+    Positive,
+    Real,
+    Spec,
+    invalid,
+    parts,
+    relocated,
+)
+from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold, refold
+from fusiontree.errors import SpecError
 
 
 class EmbeddingSpec(Spec):
@@ -34,10 +47,14 @@ class HeadSpec(Spec):
 
 
 class Lineage(Spec):
-    """Where a spec came from: the digest of its parent and what was done. It takes no part in equality."""
+    """Where a spec came from: the digest of its parent and what was done. It takes no part in equality.
+
+    `config`: what an imported model's config says beside the function (how long a text may be, where it ends).
+    """
 
     parent: str
     edit: str
+    config: OrderedMap[Flag | StrictInt | Real | tuple[StrictInt, ...]] = OrderedMap()
 
 
 class ModelSpec(Spec):
@@ -121,6 +138,19 @@ class ModelSpec(Spec):
         """Every branch and fusion with its path."""
         yield from ((path, node) for path, node, _ in self.placed())
 
+    def fusions(self) -> Iterator[tuple[str, FusionSpec]]:
+        """Every fusion with its path."""
+        yield from ((path, node) for path, node in self.nodes() if isinstance(node, FusionSpec))
+
+    def gates(self) -> Iterator[tuple[str, FusionSpec]]:
+        """Every gate's path with the fusion that it is of."""
+        yield from ((f"{path}.gate", fusion) for path, fusion in self.fusions() if fusion.gate_spec is not None)
+
+    def branches(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Every branch's path, with the path of its fusion and its name there."""
+        for path, fusion in self.fusions():
+            yield from ((branch_path(path, name), (path, name)) for name in fusion.branches)
+
     def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence's cache of `length` tokens takes, keys stored in `dtype`."""
         length += self.prefix_length
@@ -131,24 +161,35 @@ class ModelSpec(Spec):
         branches = (node for _, node in self.nodes() if isinstance(node, BranchSpec) and encoding in node.encodings)
         return tuple(sorted({count for branch in branches for count in branch.channels()}))
 
-    def node(self, path: str) -> NodeSpec:
-        """The branch or fusion at a path.
+    def node(self, path: str) -> Any:
+        """The part at a path of the expanded form: a layer, a branch, a fusion, a gate, a norm, an encoding, ...
 
         Raises:
             SpecError: there is none; names the nearest.
         """
-        found = dict(self.nodes())
-        if path not in found:
-            raise SpecError(f"{path}: no branch or fusion is there{suggest(path, found)}")
-        return found[path]
+        found: Any = self.expand()
+        for step in paths.split(path):
+            found = dict(parts(found)).get(step)
+        if not path or not isinstance(found, Spec):
+            paths.find(self.expand().data(), path)  # which names the nearest
+            there = "several" if "*" in path else f"{plain(found)!r:.60}"
+            raise SpecError(f"{path}: one part with fields of its own is needed, found {there}")
+        return found
 
     def expand(self) -> Self:
         """The same spec with one entry a layer."""
         return self.model_copy(update={"layers": self.expanded_layers()})
 
-    def fold(self) -> Self:
-        """The same spec with runs and periods of equal layers written as repeats."""
-        return self.model_copy(update={"layers": fold(self.expanded_layers())})
+    def fold(self, *, like: "ModelSpec | None" = None) -> Self:
+        """The same spec with runs and periods of equal layers written as repeats.
+
+        Args:
+            like: a spec of as many layers, whose repeats stay, with what they vary, where the layers still are such.
+        """
+        layers = self.expanded_layers()
+        if like is None or len(layers) != len(like.expanded_layers()):
+            return self.model_copy(update={"layers": fold(layers)})
+        return self.model_copy(update={"layers": refold(layers, like.layers)})
 
     def canonical(self) -> dict[str, Any]:
         """Plain data of the expanded form without lineage: what equality means."""
@@ -170,7 +211,9 @@ class ModelSpec(Spec):
     def replace(self, edits: Mapping[str, Any]) -> Self:
         """The spec with other values at these paths of the expanded form; `*` stands for any one step.
 
-        The last step may be a new name in a mapping of branches or encodings, and None there removes one.
+        The last step may be a new name where a mapping holds any (branches, encodings, links, ...), and None there
+        removes one. Where a `kind` alone is edited the other fields stay; None for one of them, in the same call,
+        takes it away. Repeats stay as they are written, with what they vary, as long as the layers are such.
 
         Raises:
             SpecError: a path matches nothing, or the result is not valid.
@@ -179,7 +222,14 @@ class ModelSpec(Spec):
         for pattern, value in edits.items():
             for path in _places(data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
-        return type(self).parse(data).fold()
+                if leftovers.removes(pattern, edits):
+                    paths.get(data, path[:-1]).pop(path[-1], None)
+        try:
+            edited = type(self).model_validate(data)
+        except ValidationError as error:
+            raise SpecError(*leftovers.explain(error, edits, data)) from None
+        given = any(isinstance(entry, Repeat) for entry in edited.layers)
+        return edited if given else edited.fold(like=self)
 
     @property
     def longest(self) -> int | None:
@@ -260,22 +310,19 @@ def _holds_maps(values: list[Any]) -> bool:
     return any(isinstance(value, Mapping) for value in values)
 
 
-_OPEN = ("branches", "encodings", "shared")
-
-
 def _places(data: Any, pattern: str, *, adding: bool) -> list[paths.Steps]:
     """Where a pattern points to; when adding, a new name in an open mapping included."""
     *above, last = paths.split(pattern) or ("",)
-    if adding and above and above[-1] in _OPEN and last != "*":
-        parents = [path for path in paths.find(data, ".".join(above)) if isinstance(paths.get(data, path), dict)]
-        if parents:
-            return [(*path, last) for path in parents]
+    if adding and above and last != "*":
+        with suppress(SpecError):
+            parents = [path for path in paths.find(data, ".".join(above)) if is_open(ModelSpec, data, path)]
+            if parents:
+                return [(*path, last) for path in parents]
     return paths.find(data, pattern)
 
 
 def _edit(data: Any, path: paths.Steps, value: Any) -> None:
-    inside = paths.get(data, path[:-1])
-    if value is None and len(path) > 1 and path[-2] in _OPEN and isinstance(inside, dict):
-        del inside[path[-1]]
+    if value is None and len(path) > 1 and is_open(ModelSpec, data, path[:-1]):
+        del paths.get(data, path[:-1])[path[-1]]
     else:
         paths.put(data, path, value)

@@ -5,7 +5,7 @@ Construction only declares shapes (it runs on the meta device); `initialise` dra
 
 import math
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -13,26 +13,39 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from fusiontree import products
 from fusiontree.core.spec import Positive, Spec
 from fusiontree.errors import WeightsError
 
 Init = Callable[[Tensor, Generator], object]
-"""Fills a float32 tensor on the CPU in place."""
+"""Fills a float32 tensor on the CPU in place. A function of a module or a `partial` of one: models are pickled."""
 
 
 def normal(std: float) -> Init:
     """Draw from a normal distribution around 0."""
-    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+    return partial(_draw, std=std)
 
 
 def fan_in(scale: float = 1.0) -> Init:
     """Draw so that unit inputs give outputs of standard deviation `scale` (LeCun et al., Efficient BackProp)."""
-    return lambda tensor, generator: tensor.normal_(0.0, scale / math.sqrt(tensor.shape[-1]), generator=generator)
+    return partial(_draw_by_inputs, scale=scale)
 
 
 def constant(value: float) -> Init:
     """The same value everywhere."""
-    return lambda tensor, generator: tensor.fill_(value)
+    return partial(_fill, value=value)
+
+
+def _draw(tensor: Tensor, generator: Generator, *, std: float) -> None:
+    tensor.normal_(0.0, std, generator=generator)
+
+
+def _draw_by_inputs(tensor: Tensor, generator: Generator, *, scale: float) -> None:
+    tensor.normal_(0.0, scale / math.sqrt(tensor.shape[-1]), generator=generator)
+
+
+def _fill(tensor: Tensor, generator: Generator, *, value: float) -> None:
+    tensor.fill_(value)
 
 
 LARGEST_PARAMETER = 2**59
@@ -45,9 +58,15 @@ class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.initial: dict[str, Init] = {}
+        self.decayed: set[str] = set()
+        """Which of the own parameters shrink by weight decay; beside them, since a tool may replace each of them."""
 
-    def declare(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
+    def declare(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool = False) -> nn.Parameter:
         """Add a parameter of this shape.
+
+        Args:
+            decay: whether weight decay shrinks it. That is for maps from features to features; biases, gains,
+                embeddings, starting vectors and what a state decays by are left where the data puts them.
 
         Raises:
             WeightsError: no memory could hold it.
@@ -57,6 +76,8 @@ class Module(nn.Module):
         parameter = nn.Parameter(torch.empty(shape))
         self.register_parameter(name, parameter)
         self.initial[name] = init
+        if decay:
+            self.decayed.add(name)
         return parameter
 
     def declare_unlearned(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
@@ -72,27 +93,12 @@ class Linear(nn.Linear, Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
         Module.__init__(self)  # torch's would draw values
         self.in_features, self.out_features = inputs, outputs
-        self.weight = self.declare("weight", (outputs, inputs), init or fan_in())
+        self.weight = self.declare("weight", (outputs, inputs), init or fan_in(), decay=True)
         self.bias = self.declare("bias", (outputs,), constant(0.0)) if bias else None
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Apply the map to the last dimension."""
-        product = _read_once if torch.compiler.is_compiling() and _is_one_row(x) else F.linear
-        return product(x, self.weight, self.bias)
-
-
-def _is_one_row(x: Float[Tensor, "... inputs"]) -> bool:
-    """Whether a map is a matter of reading its weights: one token in bfloat16 on a CPU."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
-
-
-def _read_once(
-    x: Float[Tensor, "... inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None
-) -> Float[Tensor, "... outputs"]:
-    """A product with one row as a loop over the weights, which a compiler makes twice as fast as torch's product."""
-    y = (x.flatten().float() * weight.float()).sum(-1)
-    y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return products.linear(x, self.weight, self.bias)
 
 
 class Norm(Spec):

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Gate, Weights
+from fusiontree.core.contracts import Weights
 
+Real = Bool[Tensor, "batch time"]
+"""Where tokens stand, and neither padding nor a prefix."""
 BINS = 20
 SATURATED = 0.05
 
@@ -55,7 +56,7 @@ class _Sums:
 
     def add(self, values: Float[Tensor, "n"], entropy: Tensor) -> None:
         saturated = ((values < SATURATED) | (values > 1 - SATURATED)).sum()
-        count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+        count = values.new_full((), values.numel())
         self.sums += torch.stack([count, values.sum(), values.square().sum(), entropy * count, saturated.double()])
         bins = (values * BINS).long().clamp(0, BINS - 1)
         self.histogram += torch.bincount(bins, minlength=BINS)
@@ -84,9 +85,9 @@ class Observation(Mapping[str, Mapping[str, BranchStatistics]]):
         return len(self._gates)
 
     @torch.no_grad()
-    def add(self, path: str, weights: Weights, context: Context) -> None:
-        """Take note of one evaluation of a gate."""
-        values = {branch: _real(value, context).double().flatten() for branch, value in weights.items()}
+    def add(self, path: str, weights: Weights, real: Real | None) -> None:
+        """Take note of one evaluation of a gate, where its values are those of tokens."""
+        values = {branch: _at_tokens(value, real).double().flatten() for branch, value in weights.items()}
         entropy = _entropy(list(values.values()))
         sums = self._gates.setdefault(path, {})
         for branch, value in values.items():
@@ -102,20 +103,10 @@ class Observation(Mapping[str, Mapping[str, BranchStatistics]]):
         """Plain data."""
         return {path: {b: s.data() for b, s in branches.items()} for path, branches in self.items()}
 
-    def hook(self, path: str):  # noqa: ANN201
-        """A forward hook for the gate at this path."""
 
-        def watch(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> None:
-            self.add(path, output, inputs[1])
-
-        return watch
-
-
-def _real(value: Tensor, context: Context) -> Tensor:
+def _at_tokens(value: Tensor, real: Real | None) -> Tensor:
     """The values at tokens, not at padding or a prefix; a gate that does not read tokens has one set of them."""
-    masks = [] if context.segments is None else [context.segments >= 0]
-    masks += [] if context.text is None else [context.text]
-    return value if value.ndim == 1 or not masks else value[torch.stack(masks).all(0)]
+    return value if value.ndim == 1 or real is None else value[real]
 
 
 def _entropy(values: list[Tensor]) -> Tensor:

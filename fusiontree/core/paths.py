@@ -1,5 +1,6 @@
 """Paths into plain data: `layers.3.mixer.branches.mamba`, with `*` for any one step."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -40,33 +41,49 @@ def find(data: Any, pattern: str) -> list[Steps]:
     Raises:
         SpecError: there is none; names the nearest path that there is.
     """
-    found = [path for path, _ in _matches(data, split(pattern), ())] if pattern else []
+    found = matches(data, pattern)
     if not found:
         raise SpecError(f"{pattern or repr(pattern)}: matches nothing{_nearest(data, pattern)}")
     return found
 
 
-def _matches(data: Any, pattern: Steps, prefix: Steps) -> Iterator[tuple[Steps, Any]]:
+def matches(data: Any, pattern: str) -> list[Steps]:
+    """The places that a pattern matches, if there are any."""
+    return list(_followed(data, split(pattern), ())) if pattern else []
+
+
+def _followed(data: Any, pattern: Steps, prefix: Steps) -> Iterator[Steps]:
     if not pattern:
-        yield prefix, data
+        yield prefix
         return
     for step, value in steps(data):
         if pattern[0] in (step, "*"):
-            yield from _matches(value, pattern[1:], (*prefix, step))
+            yield from _followed(value, pattern[1:], (*prefix, step))
 
 
 def _nearest(data: Any, pattern: str) -> str:
-    """The path that follows a pattern as far as there is one, each step the nearest to the pattern's."""
+    """How a pattern could go on: with near names in the place of unknown ones; where none is near, what is known."""
     places, done = [data], []
     for step in split(pattern):
         names = list(dict.fromkeys(name for place in places for name, _ in steps(place)))
-        if step not in names and step != "*":
-            step = (get_close_matches(step, names, n=1, cutoff=0.3) or names or [""])[0]
+        if step not in names and (step != "*" or not names):
+            near = get_close_matches(step, names, n=1)
+            if not near:
+                return _allowed(".".join(done), names, places)
+            step = near[0]
         places = [value for place in places for name, value in steps(place) if step in (name, "*")]
-        if not places:
-            break
         done.append(step)
     return f"; the nearest is {'.'.join(done)!r}" if done else ""
+
+
+def _allowed(above: str, names: Sequence[str], places: Sequence[Any]) -> str:
+    """What is directly inside the places where a pattern leaves the data; list indices as a range."""
+    where = f"in {above!r}" if above else "here"
+    if not names:
+        return f"; {above or 'it'} is {json.dumps(places[0])}, which holds nothing further; give it as a whole"
+    indices = len(names) > 1 and names[-1] == str(len(names) - 1)
+    listed = f"0 to {names[-1]}" if indices else ", ".join(names)
+    return f"; known {where}: {listed}"
 
 
 def get(data: Any, path: Steps) -> Any:

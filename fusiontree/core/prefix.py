@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fusiontree.core.boundaries import Ids, Layout
+from fusiontree.core.boundaries import Ids, Layout, readable
 from fusiontree.core.cache import Cache, Rows
 from fusiontree.core.modules import Module, normal
 from fusiontree.core.spec import Count, Spec
@@ -80,7 +80,7 @@ def insert(layout: Layout, count: int, cache: Cache | None) -> tuple[Layout, Pla
     segments = None
     if layout.segments is not None:
         segments = layout.segments.gather(1, places.tokens).masked_fill(~places.is_real, -1)
-    elif cache is not None and not bool(places.is_real.all()):
+    elif cache is not None and not (readable(places.is_real) and bool(places.is_real.all())):
         segments = torch.where(places.is_real, 0, -1)
     return Layout(None, segments, positions.masked_fill(~places.is_real, 0), rows), places
 
@@ -93,7 +93,7 @@ def _begins(layout: Layout, cache: Cache | None) -> Bool[Tensor, "batch time"] |
     if layout.segments is not None:
         before = torch.cat([torch.where(fresh, -1, 0)[:, None], layout.segments[:, :-1]], 1)
         return (layout.segments != before) & (layout.segments >= 0)
-    if cache is not None and cache.begun:
+    if cache is not None and cache.all_begun():
         return None
     return torch.cat([fresh[:, None], torch.zeros_like(layout.positions[:, 1:], dtype=torch.bool)], 1)
 

@@ -1,15 +1,15 @@
 """Looking at and taking over a model's gates and branches, for a while, without editing it."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusiontree.compiling import eagerly
-from fusiontree.core.contracts import Fusion, Gate, Node, Weights
-from fusiontree.core.observation import Observation
+from fusiontree.core.contracts import Fusion, Gate, Node, Weights, branch_path
+from fusiontree.core.observation import Observation, Real
 from fusiontree.errors import SpecError, suggest
 
 
@@ -32,12 +32,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def watch(gates: Mapping[str, Gate], see: Callable[[str, Weights, Real | None], None]) -> Iterator[None]:
+    """Show what gates give, each time that one runs while the block does; without gates nothing happens.
+
+    Args:
+        gates: by their paths.
+        see: is called with the path, the values by branch, and where in [batch, time] tokens stand, and neither
+            padding nor a prefix (None: everywhere). A gate that reads no tokens gives values [units].
+    """
+    with eagerly() if gates else nullcontext(), ExitStack() as stack:
+        for path, gate in gates.items():
+            stack.callback(gate.register_forward_hook(_showing(path, see)).remove)
+        yield
+
+
+def _showing(path: str, see: Callable[[str, Weights, Real | None], None]) -> Callable[..., None]:
+    def hook(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> None:
+        see(path, output, inputs[1].real)
+
+    return hook
+
+
+@contextmanager
 def observe(model: nn.Module) -> Iterator[Observation]:
     """Collect statistics of every gate while the block runs."""
     observation = Observation()
-    with eagerly(), ExitStack() as stack:
-        for path, gate in gates(model).items():
-            stack.callback(gate.register_forward_hook(observation.hook(path)).remove)
+    with watch(gates(model), observation.add):
         yield observation
 
 
@@ -113,11 +133,14 @@ def _zero(node: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def _close(modules: Mapping[str, nn.Module], place: str, stack: ExitStack) -> None:
     """Tell the fusion around a branch, and its gate, that the branch is closed."""
-    above, _, name = place.rpartition(".branches.")
-    fusion = modules.get(above) if above else None
-    if not isinstance(fusion, Fusion):
-        return
-    for module in (fusion, fusion.gate):
+    fusion, name = _branches(modules).get(place, (None, ""))
+    for module in (fusion, fusion and fusion.gate):
         if module is not None:
             stack.callback(setattr, module, "closed", module.closed)
             module.closed = module.closed | {name}
+
+
+def _branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Fusion, str]]:
+    """The fusion of every branch and its name there, by the branch's path."""
+    fusions = [(path, module) for path, module in modules.items() if isinstance(module, Fusion)]
+    return {branch_path(path, name): (fusion, name) for path, fusion in fusions for name in fusion.branches}

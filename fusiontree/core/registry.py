@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -92,10 +93,19 @@ class Registry(Family[S]):
     It is imported when the kind is used, so a broken plugin fails only then.
     """
 
-    def __init__(self, name: str, base: type[S]) -> None:
+    def __init__(self, name: str, base: type[S], *, home: str | None = None) -> None:
+        """`home` is the module that registers the library's own kinds: it is imported when somebody first looks."""
         super().__init__(name, base)
+        self.home = home
         self._kinds: dict[str, type[Any]] = {}
         self.siblings: tuple[Registry[Any], ...] = (self,)
+
+    @property
+    def registered(self) -> dict[str, type[Any]]:
+        """The kinds that are registered, the library's own always among them."""
+        if self.home:
+            import_module(self.home)
+        return self._kinds
 
     def register(self, spec: type[K]) -> type[K]:
         """Add a spec class under the default of its `kind` field.
@@ -110,7 +120,7 @@ class Registry(Family[S]):
         field = spec.model_fields.get("kind")
         if field is None or not isinstance(field.default, str):
             raise TypeError(f"{spec.__qualname__} needs a field kind: Literal['name'] = 'name'")
-        known = next((f._kinds[field.default] for f in self.siblings if field.default in f._kinds), None)
+        known = next((f.registered[field.default] for f in self.siblings if field.default in f.registered), None)
         if known and (known.__module__, known.__qualname__) != (spec.__module__, spec.__qualname__):
             both = " and ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in (known, spec))
             raise ValueError(f"two {self.name} kinds are called {field.default!r}: {both}")
@@ -124,16 +134,16 @@ class Registry(Family[S]):
 
     def names(self) -> list[str]:
         """Every kind that can be named, sorted."""
-        return sorted({*self._kinds, *self.plugins})
+        return sorted({*self.registered, *self.plugins})
 
     def get(self, kind: str) -> type[S]:
         """The spec class of a kind; the plugin that offers it is imported when needed."""
         point = self.plugins.get(kind)
-        if point and kind not in self._kinds:
+        if point and kind not in self.registered:
             self._load(point)
-        if kind not in self._kinds:
+        if kind not in self.registered:
             raise SpecError(f"no {self.name} is called {kind!r}{suggest(kind, self.names())}")
-        spec = self._kinds[kind]
+        spec = self.registered[kind]
         if point and point.module.split(".")[0] != spec.__module__.split(".")[0]:
             both = f"{spec.__module__}.{spec.__qualname__} and {point.value}"
             raise SpecError(f"two {self.name} kinds are called {kind!r}: {both}")
@@ -149,7 +159,7 @@ class Registry(Family[S]):
         except Exception as error:
             text = f"the plugin of {self.name} {point.name!r} ({point.value}) failed: {type(error).__name__}: {error}"
             raise SpecError(text) from error
-        if point.name not in self._kinds:
+        if point.name not in self.registered:
             raise SpecError(f"the plugin {point.value} was imported but registered no {self.name} {point.name!r}")
 
 

@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -64,7 +65,11 @@ class _SchemaGenerator(GenerateJsonSchema):
 
 
 class Spec(BaseModel):
-    """A frozen description of something. Unknown keys are errors, and `kind` is always written, first."""
+    """A frozen description of something. Unknown keys are errors, and `kind` is always written, first.
+
+    Raises:
+        SpecError: a field that is not valid; the line that `parse` answers with.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -75,15 +80,41 @@ class Spec(BaseModel):
         serialize_by_alias=True,
     )
 
-    @model_validator(mode="before")
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(*said(error)) from None
+
+    # pydantic calls no __init__ that bears this mark for what stands inside another spec, whose errors keep their path
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, value: Any) -> Any:
+    def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Name them beside what is wrong with the others, so that one look shows all."""
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in known and key not in cls.model_fields]
-            if unknown:
-                raise invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
-        return value
+        unknown = (
+            [k for k in value if k not in known and k not in cls.model_fields] if isinstance(value, Mapping) else []
+        )
+        if not unknown:
+            return cls._with_meanings(handler, value)
+        problems = invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
+        try:
+            cls._with_meanings(handler, {key: inside for key, inside in value.items() if key not in unknown})
+        except ValidationError as error:
+            problems = together(problems, error)
+        raise problems
+
+    @classmethod
+    def _with_meanings(cls, handler: ModelWrapValidatorHandler[Self], value: Any) -> Self:
+        """What is missing is said by what it is, where its field has a description."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            texts: dict[Place, str | None] = {(f.alias or n,): f.description for n, f in cls.model_fields.items()}
+            found = [_described(details, texts) for details in error.errors(include_url=False)]
+            raise ValidationError.from_exception_data("spec", found) from None
 
     @model_serializer(mode="wrap")
     def _write_kind_first(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -104,12 +135,12 @@ class Spec(BaseModel):
         """The spec that plain data describes.
 
         Raises:
-            SpecError: one line, with the path of the first thing that is wrong.
+            SpecError: one line, with the path of the first thing that is wrong; `problems` are all.
         """
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise SpecError(one_line(error)) from None
+            raise SpecError(*said(error)) from None
 
     @classmethod
     def from_file(cls, path: Path | str) -> Self:
@@ -122,7 +153,17 @@ class Spec(BaseModel):
         try:
             return cls.parse(data)
         except SpecError as error:
-            raise SpecError(f"{path}: {error}") from None
+            raise error.within(path) from None
+
+
+def parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What lies directly inside a spec, a mapping or a list of specs, by the steps of paths."""
+    if isinstance(value, Spec):
+        yield from ((field.alias or name, getattr(value, name)) for name, field in type(value).model_fields.items())
+    elif isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, tuple):
+        yield from ((str(index), item) for index, item in enumerate(value))
 
 
 def invalid(problems: Mapping[Place, str]) -> ValidationError:
@@ -136,13 +177,29 @@ def invalid(problems: Mapping[Place, str]) -> ValidationError:
 
 def relocated(error: ValidationError, move: Callable[[Place], Place]) -> ValidationError:
     """The same problems at other places."""
-    lines = []
-    for details in error.errors(include_url=False):
-        known, kind = details["type"] in get_args(ErrorType), cast(Any, details["type"])
-        found = kind if known else PydanticCustomError(kind, "{text}", {"text": details["msg"]})
-        rest = {"ctx": details["ctx"]} if known and "ctx" in details else {}
-        lines.append(InitErrorDetails(type=found, loc=move(details["loc"]), input=details["input"], **rest))
+    lines = [_line(details, move(details["loc"])) for details in error.errors(include_url=False)]
     return ValidationError.from_exception_data("spec", lines)
+
+
+def together(*errors: ValidationError) -> ValidationError:
+    """One error with the problems of several, in their order."""
+    found = [details for error in errors for details in error.errors(include_url=False)]
+    return ValidationError.from_exception_data("spec", [_line(details, details["loc"]) for details in found])
+
+
+def _line(details: ErrorDetails, place: Place) -> InitErrorDetails:
+    known, kind = details["type"] in get_args(ErrorType), cast(Any, details["type"])
+    found = kind if known else PydanticCustomError(kind, "{text}", {"text": details["msg"]})
+    rest = {"ctx": details["ctx"]} if known and "ctx" in details else {}
+    return InitErrorDetails(type=found, loc=place, input=details["input"], **rest)
+
+
+def _described(details: ErrorDetails, texts: Mapping[Place, str | None]) -> InitErrorDetails:
+    text = texts.get(details["loc"]) if details["type"] == "missing" else None
+    if text is None:
+        return _line(details, details["loc"])
+    said = PydanticCustomError("invalid", "{text}", {"text": f"{text} is needed, found nothing"})
+    return InitErrorDetails(type=said, loc=details["loc"], input=None)
 
 
 _WANTED = {
@@ -160,14 +217,27 @@ _WANTED = {
 """What pydantic says in Python's words, in those of a file."""
 
 
-def one_line(error: ValidationError) -> str:
-    """The first problem as `path: found, allowed`, and how many more there are."""
-    details = error.errors(include_url=False)
-    first, more = details[0], len(details) - 1
-    path = ".".join(str(step) for step in first["loc"] if step != "[key]") or "spec"
-    text = _WANTED.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] in ("invalid", "missing", "value_error") else f", found {_brief(first['input'])}"
-    return f"{path}: {text}{found}{_nearest(first)}" + (f" (and {more} more)" if more else "")
+def said(error: ValidationError) -> list[str]:
+    """Every problem as `path: found, allowed`."""
+    return [f"{'.'.join(place)}: {text}" for place, text in located(error)]
+
+
+def located(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
+    """Every problem as the steps of its path, and what was found and is allowed there."""
+    every = [details for details in error.errors(include_url=False) if not _is_echo(details)]
+    return [(tuple(str(s) for s in details["loc"] if s != "[key]") or ("spec",), _said(details)) for details in every]
+
+
+def _is_echo(details: ErrorDetails) -> bool:
+    """Whether pydantic calls a list too short whose items are there, but wrong themselves."""
+    least = details.get("ctx", {}).get("min_length", 0)
+    return details["type"] == "too_short" and len(details["input"]) >= least
+
+
+def _said(details: ErrorDetails) -> str:
+    text = _WANTED.get(details["type"]) or details["msg"].removeprefix("Value error, ")
+    found = "" if details["type"] in ("invalid", "missing", "value_error") else f", found {_brief(details['input'])}"
+    return f"{text}{found}{_nearest(details)}"
 
 
 def _nearest(details: ErrorDetails) -> str:

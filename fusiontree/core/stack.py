@@ -79,12 +79,39 @@ class Repeat(Spec):
             return self.layers * self.repeat
         return tuple(layer for time in range(self.repeat) for layer in self._period(time))
 
+    def refilled(self, layers: Sequence[LayerSpec]) -> "Repeat | None":
+        """A repeat of as many times that gives these layers and varies no more than this one does; None if none can."""
+        if tuple(layers) == self.expand():
+            return self
+        length = len(self.layers)
+        times = [[layer.data() for layer in layers[n : n + length]] for n in range(0, len(layers), length)]
+        vary = {path: values for path in self.vary if (values := _taken(times, path)) is not None}
+        if any(time != times[0] for time in times):
+            return None
+        return Repeat.model_validate({"repeat": self.repeat, "layers": times[0], "vary": vary})
+
     def _period(self, time: int) -> list[LayerSpec]:
         period = [layer.data() for layer in self.layers]
         for pattern, values in self.vary.items():
             for path in paths.find(period, pattern):
                 paths.put(period, path, values[time])
         return [LayerSpec.model_validate(layer) for layer in period]
+
+
+def _taken(times: list[list[Any]], pattern: str) -> list[Any] | None:
+    """What a pattern's places hold each time, if that is not always the same; they hold the first value afterwards."""
+    try:
+        places = [paths.find(time, pattern) for time in times]
+    except SpecError:
+        return None
+    values = [paths.get(time, found[0]) for time, found in zip(times, places, strict=True)]
+    alike = all(paths.get(t, path) == v for t, found, v in zip(times, places, values, strict=True) for path in found)
+    if not alike or all(value == values[0] for value in values):
+        return None
+    for time, found in zip(times, places, strict=True):
+        for path in found:
+            paths.put(time, path, values[0])
+    return values
 
 
 class _Entry:
@@ -123,6 +150,22 @@ def fold(layers: Sequence[LayerSpec]) -> tuple[LayerSpec | Repeat, ...]:
         folded += [Repeat(repeat=times, layers=part)] if times > 1 else part
         start += period * times
     return tuple(folded)
+
+
+def refold(layers: Sequence[LayerSpec], entries: Sequence[LayerSpec | Repeat]) -> tuple[LayerSpec | Repeat, ...]:
+    """As many layers as the entries have, written down as those are; what fits no repeat of theirs is folded."""
+    folded: list[LayerSpec | Repeat] = []
+    loose: list[LayerSpec] = []
+    start = 0
+    for entry in entries:
+        size = entry.size if isinstance(entry, Repeat) else 1
+        part, start = layers[start : start + size], start + size
+        kept = entry.refilled(part) if isinstance(entry, Repeat) else None
+        if kept is None:
+            loose += part
+        else:
+            folded, loose = [*folded, *fold(loose), kept], []
+    return (*folded, *fold(loose))
 
 
 def _best_period(layers: Sequence[LayerSpec]) -> tuple[int, int]:

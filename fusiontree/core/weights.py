@@ -6,13 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusiontree.core import memory
 from fusiontree.core.model import LanguageModel, build
@@ -25,32 +26,100 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """What weights may be stored in, by the names that safetensors has for them."""
 
 
-def save(model: LanguageModel, directory: Path | str, *, beside: Iterable[Path] = ()) -> None:
-    """Write a model; an existing one there is replaced only when the new one is complete.
+def save(model: nn.Module, directory: Path | str, *, beside: Iterable[Path | str] = ()) -> None:
+    """Write a model; an existing one there is replaced only when the new one is complete and can be read.
 
     Args:
+        model: a `LanguageModel`, or one inside `torch.compile`, DistributedDataParallel or AveragedModel.
         beside: files to copy beside it, a tokenizer's say.
 
     Raises:
-        WeightsError: the directory holds something else, or the disk is full (nothing is left behind).
+        WeightsError: no such model, one that is not what its spec says, the directory holds something else, two tensors
+            share memory, a file to copy is none or has a name that is taken, or the disk is full (nothing is left
+            behind).
     """
-    save_weights(model.spec, model.state_dict(), directory, beside=beside)
+    found = _language_model(model)
+    save_weights(found.spec, found.state_dict(), directory, beside=beside)
+
+
+def _language_model(model: nn.Module) -> LanguageModel:
+    """The model inside what torch wraps around one."""
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(inner, nn.Module):
+        return _language_model(inner)
+    if not isinstance(model, LanguageModel):
+        hint = "; save its `model`" if isinstance(getattr(model, "model", None), LanguageModel) else ""
+        raise WeightsError(f"save: a LanguageModel is needed, found {type(model).__name__}{hint}")
+    return model
 
 
 def save_weights(
-    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path] = ()
+    spec: ModelSpec, weights: Mapping[str, Tensor], directory: Path | str, *, beside: Iterable[Path | str] = ()
 ) -> None:
     """`save`, from a spec and its tensors."""
-    target = Path(directory)
+    target, files = Path(directory), _beside(beside)
     with complete_directory(target) as new:
         if not may_be_replaced(target):
             raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
         (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
         # one key, because several are written in no fixed order, and equal weights should be equal files
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        for file in beside:
-            shutil.copyfile(file, new / file.name)
+        save_file(_to_write(target, weights), new / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name, file in files.items():
+            shutil.copyfile(file, new / name)
+        _read_back(target, new)
+
+
+def _to_write(target: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor on the CPU, in memory of its own."""
+    for name, tensor in weights.items():
+        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+            why = "has no values here" if tensor.is_meta else "is spread over processes: gather it (`full_tensor`)"
+            raise WeightsError(f"{target}: not saved: tensor {name!r} {why}")
+    whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    _check_apart(whole)
+    alone = {name: tensor.untyped_storage().nbytes() == tensor.nbytes for name, tensor in whole.items()}
+    return {name: tensor.cpu() if alone[name] else tensor.cpu().clone() for name, tensor in whole.items()}
+
+
+def _read_back(target: Path, new: Path) -> None:
+    """Refuse to put what `load` would refuse in the target's place."""
+    spec = ModelSpec.from_file(new / SPEC_FILE)
+    try:
+        with _opened(new / WEIGHTS_FILE) as file:
+            check_shapes(target, _declared(spec), _shapes(file))
+            for name in file.keys():  # noqa: SIM118
+                _checked(target, name, file.get_tensor(name))
+    except WeightsError as error:
+        raise WeightsError(f"{error}; it was not saved") from None
+
+
+def _check_apart(weights: Mapping[str, Tensor]) -> None:
+    """Each contiguous tensor has memory of its own: a file could not say that two are one, and neither does the spec.
+
+    Raises:
+        WeightsError: two that share some.
+    """
+    placed = [(str(t.device), t.data_ptr(), t.nbytes, name) for name, t in weights.items()]
+    spans = sorted((device, start, start + size, name) for device, start, size, name in placed if start and size)
+    for (here, _, end, one), (there, start, _, other) in pairwise(spans):
+        if here == there and start < end:
+            text = "share memory; the spec does not tie them, so that a model that is loaded would not either"
+            raise WeightsError(f"weights: {one!r} and {other!r} {text}; give one of them a copy, or use a shared node")
+
+
+def _beside(given: Any) -> dict[str, Path]:
+    """Files to copy by their names."""
+    files: dict[str, Path] = {}
+    if isinstance(given, str | Path) or not isinstance(given, Iterable):
+        raise WeightsError(f"beside: a list of files is needed, found {given!r:.80}")
+    for file in given:
+        if not isinstance(file, str | Path) or not os.path.isfile(file):
+            raise WeightsError(f"beside: the path of a file is needed, found {file!r:.80}")
+        name = Path(file).name
+        if name in (SPEC_FILE, WEIGHTS_FILE, *files):
+            raise WeightsError(f"beside: {file}: a file called {name} is written already")
+        files[name] = Path(file)
+    return files
 
 
 def may_be_replaced(target: Path) -> bool:
@@ -115,13 +184,14 @@ def load(
         if not (source / name).is_file():
             hint = f"; did you mean {source / 'model'}?" if (source / "model" / name).is_file() else ""
             raise WeightsError(f"{source}: not a model of ours, it has no {name}{hint}")
-    model = build(ModelSpec.from_file(source / SPEC_FILE), device="meta")
+    spec = ModelSpec.from_file(source / SPEC_FILE)
     target = memory.usable(device or "cpu")
     with _opened(source / WEIGHTS_FILE) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_shapes(source, {n: tuple(p.shape) for n, p in model.state_dict().items()}, shapes)
+        shapes = _shapes(file)
+        check_shapes(source, _declared(spec), shapes)
         memory.check_room(_bytes(file, dtype), target)
         tensors = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
+    model = build(spec, device="meta")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -133,6 +203,16 @@ def _opened(path: Path):  # noqa: ANN202
             yield file
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: truncated or not safetensors: {error}") from None
+
+
+def _declared(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a spec's model."""
+    return {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+
+
+def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a file; only the header is read."""
+    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def check_shapes(source: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

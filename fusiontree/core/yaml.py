@@ -10,6 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
@@ -61,6 +62,25 @@ def _problem(error: MarkedYAMLError) -> str:
     return place + " ".join(str(error.problem or error.context or "cannot be read").split())
 
 
+class _Composer(Composer):
+    """Counts nodes and levels as they come, and reads no further than a spec can go."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        self.nodes = self.levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise SpecError(f"YAML: more than {MAX_NODES} nodes")
+        if self.levels > MAX_DEPTH:
+            raise SpecError(f"YAML: nested deeper than {MAX_DEPTH}")
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
 class _Constructor(SafeConstructor):
     """Looks at the whole document before it builds anything, merge keys included; dates stay text, as in YAML 1.2."""
 
@@ -76,6 +96,7 @@ _Constructor.add_constructor(f"{_TAG}timestamp", SafeConstructor.construct_yaml_
 
 def _reader() -> YAML:
     reader = YAML(typ="safe", pure=True)
+    reader.Composer = _Composer
     reader.Constructor = _Constructor
     return reader
 
@@ -134,8 +155,8 @@ def _is_small(data: Any) -> bool:
     return not any(isinstance(item, Mapping) for item in inside)
 
 
-def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """What `path=value` arguments say, the values read as YAML.
+def assignments(texts: Iterable[str] | str) -> dict[str, Any]:
+    """What `path=value` arguments say, or a single one, the values read as YAML.
 
     >>> assignments(["training.steps=20", "layers.*.mixer.gate.granularity=token"])
     {'training.steps': 20, 'layers.*.mixer.gate.granularity': 'token'}
@@ -143,7 +164,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     Raises:
         SpecError: an argument without "=", or a value that is not YAML.
     """
-    pairs = [text.partition("=") for text in texts]
+    pairs = [text.partition("=") for text in ([texts] if isinstance(texts, str) else texts)]
     for path, sign, _ in pairs:
         if not path.strip() or not sign:
             raise SpecError(f"{path + sign!r}: an override is path=value")

@@ -1,12 +1,13 @@
 """Documents as one array of tokens, and the stream that an order of the documents makes of it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt16
 
+from fusiontree.data.contents import Contents
 from fusiontree.data.source import DataError, Document
 from fusiontree.data.tokenizer import ByteTokenizer
 
@@ -19,11 +20,13 @@ class Corpus:
         tokens: every document's tokens and its end token, one after another.
         starts: where each document starts in `tokens`, and last the length of `tokens`.
         tokenizer: what made the tokens.
+        contents: what the documents were when they were read.
     """
 
     tokens: UInt16[np.ndarray, " tokens"]
     starts: Int64[np.ndarray, "documents+1"]
     tokenizer: ByteTokenizer
+    contents: Contents = field(default_factory=Contents)
 
     @classmethod
     def read(cls, documents: Iterable[Document], *, named: str = "the source") -> Self:
@@ -32,12 +35,14 @@ class Corpus:
         Raises:
             DataError: there is not one byte of text; the message starts with `named`.
         """
-        tokenizer, buffer, starts = ByteTokenizer(), bytearray(), [0]
+        tokenizer, contents, buffer, starts = ByteTokenizer(), Contents(), bytearray(), [0]
         for document in documents:
+            contents.add(document)
             buffer += tokenizer.encode(document.text).tobytes()
             buffer += np.uint16(tokenizer.end).tobytes()
             starts.append(len(buffer) // 2)
-        corpus = cls(np.frombuffer(buffer, dtype=np.uint16), np.array(starts, dtype=np.int64), tokenizer)
+        tokens = np.frombuffer(buffer, dtype=np.uint16)
+        corpus = cls(tokens, np.array(starts, dtype=np.int64), tokenizer, contents)
         if not corpus.bytes:
             raise DataError(f"{named} has no text: found {corpus.documents} documents with 0 bytes")
         return corpus

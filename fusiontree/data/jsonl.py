@@ -1,12 +1,14 @@
-"""Documents from JSON Lines files (jsonlines.org): one object with a "text" a line."""
+"""Documents from JSON Lines files (jsonlines.org), compressed or not: one object with a "text" a line."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
+from fusiontree.data.compressed import plain_name, reading
 from fusiontree.data.source import DataError, Document, Share, SourceSpec, Split, sources, split_of
 
 File = Annotated[str, Field(strict=True, min_length=1)]
@@ -17,10 +19,11 @@ Files = File | Annotated[tuple[File, ...], Field(min_length=1)]
 
 @sources.register
 class JsonLines(SourceSpec):
-    """Files of lines `{"text": "..."}`; other keys are ignored, and so are blank lines.
+    """Files of lines `{"text": "..."}`; other keys are ignored, and so are blank lines and a byte order mark.
 
-    A document's name is `file:line` with the file's last path component, so moving the folder moves no
-    document to the other split.
+    Files that gzip or zstd compressed are read as what they hold; zstd needs `fusiontree[data]`. A document's
+    name is `file:line` with the file's last path component, without the ending of a compression, so
+    moving the folder and compressing a file move no document to the other split.
 
     Attributes:
         train: the files to learn from.
@@ -37,7 +40,7 @@ class JsonLines(SourceSpec):
         """Read the documents of one split, one line at a time, files and lines in order.
 
         Raises:
-            DataError: a file cannot be read, or a line is not a JSON object with a string "text".
+            DataError: a file cannot be read or is cut, or a line is not a JSON object with a string "text".
         """
         if self.held_out is not None:
             yield from _read_all(self.train if split == "train" else self.held_out)
@@ -64,13 +67,12 @@ def _read_all(files: Files) -> Iterator[Document]:
 
 
 def _read(path: Path) -> Iterator[Document]:
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Document(f"{path.name}:{number}", _text(line, f"{path}:{number}"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    name = plain_name(path)
+    with reading(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield Document(f"{name}:{number}", _text(line, f"{path}:{number}"), origin=str(path))
 
 
 def _text(line: bytes, where: str) -> bytes:

@@ -31,10 +31,12 @@ class Document:
     Attributes:
         name: what the split is decided by, the same on every machine.
         text: the bytes as they are, UTF-8 or not.
+        origin: what to name when the text has changed, the path of its file say.
     """
 
     name: str
     text: bytes
+    origin: str = "the source"
 
 
 class SourceSpec(Spec):

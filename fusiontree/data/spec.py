@@ -1,7 +1,7 @@
 """What a run file says about its data."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -67,7 +67,7 @@ class DataSpec(Spec):
 
 def _first(documents: Iterator[Document], left: int) -> Iterator[Document]:
     for document in documents:
-        yield Document(document.name, document.text[:left])
+        yield replace(document, text=document.text[:left])
         left -= len(document.text)
         if left <= 0:
             return

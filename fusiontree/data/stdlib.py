@@ -35,7 +35,7 @@ class StandardLibrary(SourceSpec):
         root = Path(sysconfig.get_path("stdlib"))
         for name in _file_names(root):
             if split_of(name, self.held_out_share) == split:
-                yield Document(name, _read(root / name))
+                yield Document(name, _read(root / name), origin=f"the standard library in {root}")
 
 
 def _file_names(root: Path) -> list[str]:

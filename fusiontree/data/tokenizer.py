@@ -1,5 +1,6 @@
 """Bytes as tokens: no vocabulary to train, no text that it cannot write, bits per byte with no conversion."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +22,9 @@ class ByteTokenizer:
     end: ClassVar[int] = 256
     """The token after a document's last byte."""
 
+    ends: ClassVar[tuple[int, ...]] = (end,)
+    """The tokens that end a text."""
+
     def encode(self, text: str | bytes) -> UInt16[np.ndarray, " time"]:
         """The bytes of a text (UTF-8 if it is a str), one token each, with no end token. Bytes that Python could
         not decode, and that a str therefore carries as lone surrogates (PEP 383), come out as they were."""
@@ -30,6 +34,10 @@ class ByteTokenizer:
     def decode_bytes(self, tokens: Integer[np.ndarray, " time"]) -> bytes:
         """The bytes behind tokens; end tokens are left out."""
         return tokens[tokens != self.end].astype(np.uint8).tobytes()
+
+    def pieces(self, before: Sequence[int], tokens: Iterable[int]) -> Iterator[bytes]:
+        """What each new token adds to a text: its byte."""
+        yield from (b"" if token == self.end else bytes([token]) for token in tokens)
 
     def decode(self, tokens: Integer[np.ndarray, " time"]) -> str:
         """The text behind tokens; end tokens are left out, and what is not UTF-8 reads U+FFFD."""

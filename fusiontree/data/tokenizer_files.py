@@ -13,7 +13,7 @@ from fusiontree.data.tokenizer import ByteTokenizer
 
 NAMES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 """The files that say how text becomes tokens and where generation ends. No code, no pickles."""
@@ -21,9 +21,9 @@ END = "<|end|>"
 """How the end token is written. Text that holds these characters holds no end token."""
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
+def tokenizer_files(directory: Path | str) -> list[Path]:
     """Those of the files that stand in a directory."""
-    return [directory / name for name in NAMES if (directory / name).is_file()]
+    return [Path(directory) / name for name in NAMES if (Path(directory) / name).is_file()]
 
 
 def byte_tokenizer() -> dict[str, dict[str, Any]]:

@@ -52,6 +52,11 @@ class Rope(EncodingSpec):
         """The module."""
         return Rotary(self, channels)
 
+    def frequencies(self, dim: int, device: torch.device | None = None) -> Float[Tensor, "pairs"]:
+        """Radians a position, in float64, where `dim` channels turn."""
+        frequencies = self.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        return frequencies if self.scaling is None else self.scaling.scaled(frequencies, self.theta)
+
     def problems(self, channels: Iterator[int]) -> Iterator[str]:
         """Odd channel counts, and fewer channels than turn."""
         for count in channels:
@@ -74,17 +79,11 @@ class Rotary(Encoding):
 
     def _turns(self, dim: int, positions: Ids) -> dict[torch.dtype, Turns]:
         """From float64 angles so that far positions stay exact."""
-        angles = positions[..., None, None] * self._frequencies(dim, positions.device)
+        angles = positions[..., None, None] * self.spec.frequencies(dim, positions.device)
         magnitude = self.spec.scaling.magnitude if self.spec.scaling else 1.0
         cos, sin = scaled(angles.cos(), magnitude), scaled(angles.sin(), magnitude)
         turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return {torch.float64: turns, torch.float32: (turns[0].float(), turns[1].float())}
-
-    def _frequencies(self, dim: int, device: torch.device) -> Float[Tensor, "pairs"]:
-        """Radians a position."""
-        theta, scaling = self.spec.theta, self.spec.scaling
-        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        return frequencies if scaling is None else scaling.scaled(frequencies, theta)
 
 
 class Rotation(Table):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
 from fusiontree.core.modules import fan_in, normal
 from fusiontree.core.spec import Count, Positive
@@ -81,7 +82,7 @@ class LearnedTime(Encoding):
     def forward(self, positions: Ids) -> Added:
         """Look the positions up."""
         vectors = F.embedding(positions, self.table)
-        return Added(vectors if self.up is None else F.linear(vectors, self.up))
+        return Added(vectors if self.up is None else products.linear(vectors, self.up))
 
 
 @encodings.register

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fusiontree.core.contracts import Weights
 from fusiontree.core.model import LanguageModel
-from fusiontree.core.probes import gates
+from fusiontree.core.observation import Real
+from fusiontree.core.probes import evaluating, gates, watch
 from fusiontree.errors import FusionTreeError
 
 
@@ -21,71 +22,133 @@ class GateMap:
 
     Attributes:
         path: of the gate.
-        branches: their names; the values are the first one's.
-        values: [time, units], in [0, 1].
+        values: by branch name, each [time, units] in [0, 1]; over the branches they sum to 1. A unit is one of the
+            equal groups of the width that have a value of their own: all of it, a head's channels, or a channel.
     """
 
     path: str
-    branches: tuple[str, ...]
-    values: Float[Tensor, "time units"]
+    values: Mapping[str, Float[Tensor, "time units"]]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.values)
 
 
 @torch.no_grad()
 def gate_maps(model: LanguageModel, tokens: Int[Tensor, "time"]) -> list[GateMap]:
-    """The first branch's gate values of every gate, along a text.
+    """The values of every gate at every token of one text, in evaluation mode.
+
+    >>> import torch
+    >>> from fusiontree import build, load_spec
+    >>> found = gate_maps(build(load_spec("quickstart")), torch.tensor([104, 105]))
+    >>> found[0].path, found[0].branches, list(found[0].values["mamba"].shape)
+    ('layers.0.mixer.gate', ('mamba', 'attention'), [2, 128])
 
     Raises:
-        FusionTreeError: the model has no gate.
+        FusionTreeError: the model has no gate, or one that runs at several places.
     """
     seen: dict[str, Weights] = {}
-    handles = [gate.register_forward_hook(_keep(seen, path)) for path, gate in gates(model).items()]
-    try:
-        model.eval()(tokens[None])
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(path: str, weights: Weights, real: Real | None) -> None:
+        if path in seen:
+            raise FusionTreeError(f"gate map: {path} is used more than once; a map shows one use")
+        seen[path] = {n: v if v.ndim == 1 or real is None else v[:, real[0]] for n, v in weights.items()}
+
+    with watch(gates(model), keep), evaluating(model):
+        model(tokens[None])
     if not seen:
         raise FusionTreeError("gate map: the model has no gate")
     return [_map(path, weights, len(tokens)) for path, weights in seen.items()]
 
 
-def _keep(seen: dict[str, Weights], path: str) -> Any:
-    def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Weights) -> None:
-        if path in seen:
-            raise FusionTreeError(f"gate map: {path} is used more than once; a map shows one use")
-        text = inputs[1].text
-        seen[path] = {n: v if v.ndim == 1 or text is None else v[:, text[0]] for n, v in output.items()}
-
-    return hook
-
-
 def _map(path: str, weights: Weights, time: int) -> GateMap:
-    value = next(iter(weights.values()))
-    along = value[0] if value.ndim == 3 else value.expand(time, -1)
-    return GateMap(path, tuple(weights), along.float().cpu())
+    along = {name: value[0] if value.ndim == 3 else value.expand(time, -1) for name, value in weights.items()}
+    return GateMap(path, {name: value.float().cpu() for name, value in along.items()})
 
 
-def draw(maps: Sequence[GateMap], text: str, file: Path) -> None:
-    """Write a figure: above, each gate's mean over the channels along a text; below, its mean over the text for
-    each channel, sorted. Needs matplotlib (fusiontree[plot])."""
-    import matplotlib as mpl
+def draw(
+    maps: Sequence[GateMap], text: str | Sequence[str], file: Path | str, *, title: str = "Gates along a text"
+) -> None:
+    """Write a figure: above, each gate's mean over its units at every token; below, where there are gates of several
+    units, each unit's mean over the text, sorted. Needs matplotlib (fusiontree[plot]).
 
+    A gate of two branches is a row, which shows the first one's share; one of more has a row for each. The middle of
+    the colours is an equal share.
+
+    Args:
+        text: what stands under each token: a text of as many characters, or bytes, as there are tokens, or a list.
+        title: what the text is.
+
+    Raises:
+        FusionTreeError: no maps, or labels for another number of tokens.
+    """
+    if not maps:
+        raise FusionTreeError("gate map: at least one gate is needed, found none")
+    labels = _labels(text, len(next(iter(maps[0].values.values()))))
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise FusionTreeError("gate map: matplotlib is not installed; pip install 'fusiontree[plot]'") from None
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    along = torch.stack([gate.values.mean(1) for gate in maps])
-    across = [gate.values.mean(0).sort().values for gate in maps]
-    height = 0.42 * len(maps)
+    rows = _rows(maps)
+    wide = [row for row in rows if row.values.shape[1] > 1]
+    heights = [len(part) for part in (rows, wide) if part]
+    width = min(max(9.0, 3 + 0.09 * len(labels)), 60)
+    size = (width, 1.3 * len(heights) + 0.42 * sum(heights))
     with plt.rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(2, 1, figsize=(12, 2.6 + 2 * height), layout="constrained", height_ratios=[1, 1.1])
-        image = _along(axes[0], along, text, maps)
-        _across(axes[1], across, maps)
-        bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01, ticks=[0, 0.5, 1])
-        others = " + ".join(maps[0].branches[1:])
-        bar.ax.set_yticklabels([others, "both alike", maps[0].branches[0]])
-        bar.outline.set_visible(False)
+        figure, axes = plt.subplots(
+            len(heights), 1, figsize=size, layout="constrained", height_ratios=heights, squeeze=False
+        )
+        image = _along(axes[0, 0], rows, labels, title)
+        if wide:
+            _across(axes[1, 0], wide)
+        _scale(figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01, ticks=[0, 0.5, 1]), maps)
         figure.savefig(file, dpi=160)
         plt.close(figure)
+
+
+def _labels(text: str | Sequence[str], time: int) -> list[str]:
+    """A label for each token; of a character of several bytes the first has it."""
+    if isinstance(text, str) and len(text) != time:
+        text = [part for character in text for part in [character] + [""] * (len(character.encode()) - 1)]
+    if len(text) != time:
+        raise FusionTreeError(f"gate map: {time} tokens need as many labels, found {len(text)}")
+    return list(text)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A branch's share of a gate [time, units], 0 to 1 with 1/2 at an equal share."""
+
+    label: str
+    values: Tensor
+
+
+def _rows(maps: Sequence[GateMap]) -> list[_Row]:
+    """One for a gate of two branches, else one for each; branches are named where they differ from gate to gate."""
+    alike = len({gate.branches for gate in maps}) == 1 and len(maps[0].branches) == 2
+    rows = []
+    for gate in maps:
+        place = gate.path.removesuffix(".gate").removesuffix(".mixer")
+        for name in gate.branches if len(gate.branches) != 2 else gate.branches[:1]:
+            rows.append(_Row(place if alike else f"{place} {name}", _scaled(gate.values[name], len(gate.branches))))
+    return rows
+
+
+def _scaled(share: Tensor, branches: int) -> Tensor:
+    """Shares with 0, an equal one and 1 moved to 0, 1/2 and 1, linearly between them."""
+    equal = 1 / max(branches, 2)
+    return torch.where(share < equal, share / equal, 1 + (share - equal) / (1 - equal)) / 2
+
+
+def _scale(bar: Any, maps: Sequence[GateMap]) -> None:
+    """Say what colours mean: by name where all gates have the same two branches."""
+    names = maps[0].branches if len({gate.branches for gate in maps}) == 1 else ()
+    bar.ax.set_yticklabels([names[1], "both alike", names[0]] if len(names) == 2 else ["nothing", "equal share", "all"])
+    bar.outline.set_visible(False)
 
 
 def _image(axes: Any, values: Float[Tensor, "gates columns"]) -> Any:
@@ -98,33 +161,62 @@ def _image(axes: Any, values: Float[Tensor, "gates columns"]) -> Any:
     return image
 
 
-def _along(axes: Any, values: Float[Tensor, "gates time"], text: str, maps: Sequence[GateMap]) -> Any:
-    image = _image(axes, values)
-    axes.set_title("Gate along a held-out text, mean over the channels", loc="left", weight="bold")
-    axes.set_xticks(range(len(text)), [_glyph(character) for character in text], family="monospace", size=6.5)
+def _along(axes: Any, rows: Sequence[_Row], labels: Sequence[str], title: str) -> Any:
+    image = _image(axes, torch.stack([row.values.mean(1) for row in rows]))
+    axes.set_title(f"{title}, mean over the units", loc="left", weight="bold")
+    families, written = _written(labels)
+    turned = 90 if max(map(len, written), default=0) > 1 else 0
+    plain = [label.replace("$", r"\$") for label in written]  # or matplotlib reads formulas
+    axes.set_xticks(range(len(labels)), plain, family=families, size=6.5, rotation=turned)
     axes.tick_params(axis="x", length=0, pad=2)
-    _rows(axes, maps)
+    _name(axes, [row.label for row in rows])
     return image
 
 
-def _across(axes: Any, values: Sequence[Tensor], maps: Sequence[GateMap]) -> None:
-    widest = max(len(value) for value in values)
-    rows = [value.repeat_interleave(widest // len(value)) for value in values]
-    padded = torch.stack([torch.nn.functional.pad(row, (0, widest - len(row)), value=torch.nan) for row in rows])
-    _image(axes, padded)
-    axes.set_title("Gate of each channel, mean over the text, sorted", loc="left", weight="bold")
-    axes.set_xlabel("channels")
-    _rows(axes, maps)
+def _across(axes: Any, rows: Sequence[_Row]) -> None:
+    """Rows of fewer units are stretched to the width of the others."""
+    means = [row.values.mean(0).sort().values for row in rows]
+    widest = max(map(len, means))
+    _image(axes, torch.stack([mean[torch.arange(widest) * len(mean) // widest] for mean in means]))
+    counts = sorted({len(mean) for mean in means})
+    axes.set_title(
+        "Each unit of a gate (a channel, or a head's channels), mean over the text", loc="left", weight="bold"
+    )
+    axes.set_xlabel(f"{' or '.join(map(str, counts))} units, sorted")
+    axes.set_xticks([])
+    _name(axes, [row.label for row in rows])
 
 
-def _rows(axes: Any, maps: Sequence[GateMap]) -> None:
-    axes.set_yticks(range(len(maps)), [gate.path.removesuffix(".mixer.gate") for gate in maps])
+def _name(axes: Any, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _glyph(character: str) -> str:
-    """What stands under a column: control characters get a visible sign."""
-    shown: Mapping[str, str] = {"\n": "\u21b5", "\t": "\u21e5", " ": "\u00b7"}
-    return shown.get(character, character if character.isprintable() else "?")
+_SHOWN: Mapping[str, str] = {"\n": "\u21b5", "\t": "\u21e5", " ": "\u00b7"}
+
+
+def _written(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Fonts of this machine that have the labels' characters, and the labels; a character that no font has, or that
+    cannot be seen, is written as its number."""
+    shown = ["".join(_SHOWN.get(character, character) for character in label) for label in labels]
+    needed = {character for label in shown for character in label if character.isprintable()}
+    families, known = _fonts(needed)
+    numbers = {c: f"{ord(c):04x}" for label in shown for c in label if c not in known}
+    return families, ["".join(numbers.get(c, c) for c in label) for label in shown]
+
+
+def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Font families, matplotlib's own first, and which of the characters they have."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    own = font_manager.findfont("DejaVu Sans Mono")
+    families, known = ["DejaVu Sans Mono"], {c for c in characters if FT2Font(own).get_char_index(ord(c))}
+    for entry in font_manager.fontManager.ttflist if known < characters else ():
+        new = {c for c in characters - known if FT2Font(entry.fname).get_char_index(ord(c))}
+        if new and "Last" not in entry.name:  # Last Resort has boxes for all that there is
+            families.append(entry.name)
+            known |= new
+    return list(dict.fromkeys(families)), known

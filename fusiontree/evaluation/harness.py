@@ -3,18 +3,21 @@
 Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lm_eval.api.metrics  # noqa: F401  # registers them
 from jinja2 import Environment
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from lm_eval import utils
+from lm_eval import evaluator, utils
 from lm_eval.api.registry import metric_registry, register_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fusiontree.core import yaml
 from fusiontree.core.model import LanguageModel
@@ -31,7 +34,8 @@ class FusionTreeLM(Base):
     Args:
         pretrained: the directory.
         device: cpu, cuda, cuda:1, ...
-        max_length: tokens of a window; what a model with learned positions has, else 2048 (lm-eval's own default).
+        max_length: tokens of a window; what learned positions or an imported model's config say, else 2048
+            (lm-eval's own default).
         batch_size: of texts that run at once, or "auto" for what fits.
         max_batch_size: where "auto" begins.
 
@@ -50,9 +54,12 @@ class FusionTreeLM(Base):
     ) -> None:
         model: Any = FusionTreeForCausalLM.from_directory(pretrained, device=device)
         tokenizer: Any = tokenizer_of(pretrained, model.model.spec)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        _check_ends(pretrained, tokenizer)
+        if model.generation_config.eos_token_id is None:
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
         batching = {"batch_size": batch_size, "max_batch_size": max_batch_size}
         super().__init__(model, tokenizer=tokenizer, max_length=max_length, **batching)
+        model.register_forward_hook(_check_logits)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval notes beside results. A directory has no commit on the hub; its spec has a digest."""
@@ -61,7 +68,27 @@ class FusionTreeLM(Base):
         return {"model_num_parameters": count, "model_dtype": str(self.model.dtype), "digest": ours.spec.digest()}
 
 
+def _check_ends(directory: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer that knows no token to begin or end a text with: lm-eval puts one before every first token."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        needed = '{"eos_token_id": ...}'
+        text = f"no token is known to end a text; name one in generation_config.json, {needed}"
+        raise FusionTreeError(f"{directory}: the tokenizer: {text}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+
+
 register_model("fusiontree")(FusionTreeLM)
+
+
+def _check_logits(model: nn.Module, inputs: tuple[Any, ...], output: CausalLMOutputWithPast) -> None:
+    """Logits that say nothing would be scored as if they did."""
+    assert output.logits is not None
+    if not bool(output.logits.amax(-1).isfinite().all()):
+        kind = str(output.logits.dtype).removeprefix("torch.")
+        raise FusionTreeError(
+            f"lm-eval: the largest logit of a token is not finite in {kind}; the model has overflowed"
+        )
 
 
 def _sandboxed(theirs: Environment) -> Environment:
@@ -77,14 +104,14 @@ utils.env = _sandboxed(utils.env)
 
 
 def evaluate(
-    directory: Path | str, tasks: Sequence[str | Path], *, limit: int | None = None, **options: Any
+    directory: Path | str, tasks: Sequence[str | Path] | str | Path, *, limit: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Run tasks on a saved model.
 
     Args:
         directory: of the model.
-        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings. Files are plain
-            data: what would make them run code is refused, and templates are rendered in a sandbox.
+        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings; or one of these.
+            Files are plain data: what would make them run code is refused, and templates are rendered in a sandbox.
         limit: only the first documents of each task.
         options: those of `FusionTreeLM`.
 
@@ -94,15 +121,27 @@ def evaluate(
     Raises:
         FusionTreeError: not a model of ours, or a task that cannot be read, known, or built.
     """
+    tasks = [tasks] if isinstance(tasks, str | Path) else tasks
     model: Any = FusionTreeLM(str(directory), **options)
     manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
     configs = [named for each in tasks for named in _configs(each, manager)]
     built: Any = [part for place, config in configs for part in _built(place, config, manager)]
     try:
-        found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
+        with _without_git():
+            found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
     except AssertionError as error:  # so it refuses options that do not go together
         raise FusionTreeError(f"lm-eval: {' '.join(str(error).split())}") from None
     return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Let lm-eval not ask git for the commit of the working directory, which complains where there is none."""
+    before, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
 
 
 def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:

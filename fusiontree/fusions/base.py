@@ -18,11 +18,11 @@ from fusiontree.core.contracts import (
     Fusion,
     FusionSpec,
     GateScope,
-    GateSpec,
     NodeSpec,
     Problems,
     Scope,
     Weights,
+    branch_path,
 )
 from fusiontree.core.modules import Linear, Norm, Normalise
 from fusiontree.core.spec import NamedMap, invalid
@@ -37,7 +37,6 @@ Fused = Float[Tensor, "batch time fused"]
 class BaseFusionSpec(FusionSpec):
     """The fields of every fusion. `mlp` is a branch that reads the aligned features (else the normed input)."""
 
-    branches: NamedMap[AnyNode]
     branch_norm: Norm | None = None
     exchange: ExchangeSpec | None = None
     align: AlignSpec | None = None
@@ -56,14 +55,9 @@ class BaseFusionSpec(FusionSpec):
             raise invalid({("align",): "nothing reads the aligned features: neither an mlp nor a gate that reads"})
         return self
 
-    @property
-    def gate_spec(self) -> GateSpec | None:
-        """The gate, where the rule has one."""
-        return None
-
     def children(self) -> Iterator[tuple[str, NodeSpec]]:
         """The branches, then the mlp."""
-        yield from ((f"branches.{name}", node) for name, node in self.branches.items())
+        yield from ((branch_path("", name), node) for name, node in self.branches.items())
         if self.mlp:
             yield "mlp", self.mlp
 

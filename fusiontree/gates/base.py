@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from fusiontree import products
 from fusiontree.core.contracts import GateScope, GateSpec, Problems
 from fusiontree.core.modules import Module, constant, fan_in
 from fusiontree.core.spec import Count, Flag, invalid
@@ -84,12 +84,12 @@ class Logit(Module):
         units, inputs = spec.units(scope.width), spec.rank or scope.features
         self.bias = self.declare("bias", (units,), constant(0.0))
         reads = spec.reads_features
-        self.weight = self.declare("weight", (units, inputs), constant(0.0)) if reads else None
-        self.down = self.declare("down", (inputs, scope.features), fan_in()) if spec.rank else None
+        self.weight = self.declare("weight", (units, inputs), constant(0.0), decay=True) if reads else None
+        self.down = self.declare("down", (inputs, scope.features), fan_in(), decay=True) if spec.rank else None
 
     def forward(self, features: Features) -> Float[Tensor, "batch time units"] | Float[Tensor, "units"]:
         """The logits at every position, or for all positions at once."""
         if self.weight is None:
             return self.bias
-        inputs = features if self.down is None else F.linear(features, self.down)
-        return F.linear(inputs, self.weight, self.bias)
+        inputs = features if self.down is None else products.linear(features, self.down)
+        return products.linear(inputs, self.weight, self.bias)

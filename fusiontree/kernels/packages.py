@@ -4,22 +4,14 @@ What is asked while a model is compiled is a constant of what `torch.compile` ma
 """
 
 import re
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
 
 import torch
 
+from fusiontree.compiling import constant
+
 HALF = (torch.float16, torch.bfloat16)
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def constant(function: Function) -> Function:
-    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes a second."""
-    marked: Any = function
-    marked._dynamo_marked_constant = True
-    return function
 
 
 def release(text: str) -> tuple[int, ...]:

@@ -39,17 +39,21 @@ class Evidence(Spec):
     def from_observation(cls, observation: Observation, spec: ModelSpec, *, steps_seen: int) -> Self:
         """What `model.observe()` saw."""
         data: dict[str, Any] = {"steps_seen": steps_seen, "spec": spec.digest(), "gates": observation.data()}
-        return cls.model_validate(data)
+        return cls.parse(data)
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse evidence of another model.
 
         Raises:
-            PruneError: another digest, or gates that the spec does not have.
+            PruneError: another digest, or gates or branches that the spec does not have.
         """
         if self.spec != spec.digest():
             raise PruneError(f"gates: seen on the spec {self.spec}, this one is {spec.digest()}")
-        fusions = {f"{path}.gate" for path, node in spec.nodes()}
-        unknown = [path for path in self.gates if path not in fusions]
-        if unknown:
-            raise PruneError(f"{unknown[0]}: no gate is there{suggest(unknown[0], fusions)}")
+        gates = dict(spec.gates())
+        for path, branches in self.gates.items():
+            if path not in gates:
+                raise PruneError(f"{path}: no gate is there{suggest(path, gates)}")
+            known = gates[path].branches
+            for name in branches:
+                if name not in known:
+                    raise PruneError(f"{path}: no branch is called {name!r}{suggest(name, known)}")

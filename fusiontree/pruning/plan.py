@@ -50,13 +50,13 @@ def plan(spec: ModelSpec, evidence: Evidence, policy: PolicySpec) -> Plan:
     return made
 
 
-def plan_by_hand(spec: ModelSpec, drops: Iterable[str]) -> Plan:
-    """A plan of what somebody names.
+def plan_by_hand(spec: ModelSpec, drops: Iterable[str] | str) -> Plan:
+    """A plan of the paths, or the path, that somebody names.
 
     Raises:
         PruneError: one of the paths cannot be dropped.
     """
-    made = Plan(spec=spec.digest(), drops=tuple(drops))
+    made = Plan(spec=spec.digest(), drops=(drops,) if isinstance(drops, str) else tuple(drops))
     made.edit(spec)
     return made
 

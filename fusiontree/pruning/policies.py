@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fusiontree.core.contracts import branch_path
 from fusiontree.core.registry import Registry
 from fusiontree.core.spec import Count, Natural, Spec, invalid
 from fusiontree.pruning.evidence import Evidence, PruneError
@@ -45,7 +46,7 @@ def branches(evidence: Evidence) -> Iterator[tuple[str, str, float]]:
         if gate.startswith("shared."):
             continue
         fusion = gate.removesuffix(".gate")
-        yield from ((gate, f"{fusion}.branches.{name}", statistics.mean) for name, statistics in values.items())
+        yield from ((gate, branch_path(fusion, name), statistics.mean) for name, statistics in values.items())
 
 
 @policies.register

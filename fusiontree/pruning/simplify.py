@@ -3,7 +3,7 @@ is left is renumbered. Paths change; the map from old to new says how."""
 
 from typing import Any
 
-from fusiontree.core.contracts import FusionSpec, NodeSpec
+from fusiontree.core.contracts import FusionSpec, NodeSpec, branch_path
 from fusiontree.core.model import LanguageModel
 from fusiontree.core.model_spec import Lineage, ModelSpec
 from fusiontree.core.stack import LayerSpec
@@ -43,9 +43,9 @@ def _simple_layer(layer: LayerSpec, old: str, new: str, moved: PathMap) -> dict[
 def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any]:
     """A node's data without fusions that do nothing; notes where its parts have gone."""
     if isinstance(node, FusionSpec) and (sole := node.sole()) is not None:
-        inside = f"{old}.branches.{sole}"
+        inside = branch_path(old, sole)
         moved[inside] = new
-        return _simple(dict(node.children())[f"branches.{sole}"], inside, new, moved)
+        return _simple(node.branches[sole], inside, new, moved)
     data = node.data()
     if node.borrows is not None and node.lender_field is not None:
         data[node.lender_field] = new_path(node.borrows, moved)  # whose layer has been here before
@@ -60,9 +60,7 @@ def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any
 
 def still_needed(spec: ModelSpec) -> list[str]:
     """The fusions of a single branch that stay, since their norm, projection or rule changes what the branch gives."""
-    fusions = ((path, node) for path, node in spec.nodes() if isinstance(node, FusionSpec))
-    alone = ((path, node) for path, node in fusions if sum(s.startswith("branches.") for s, _ in node.children()) == 1)
-    return [path for path, node in alone if node.sole() is None]
+    return [path for path, fusion in spec.fusions() if len(fusion.branches) == 1 and fusion.sole() is None]
 
 
 def new_path(path: str, moved: PathMap) -> str:

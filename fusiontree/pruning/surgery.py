@@ -34,7 +34,7 @@ def drop_from_spec(spec: ModelSpec, drops: Iterable[str]) -> ModelSpec:
         _drop(data, path, spec)
     _drop_unnamed(data)
     data["lineage"].append(Lineage(parent=spec.digest(), edit=f"drop {', '.join(drops)}").data())
-    return ModelSpec.parse(data).fold()
+    return ModelSpec.parse(data).fold(like=spec)
 
 
 def _outermost(drops: Iterable[str]) -> list[str]:
@@ -52,11 +52,11 @@ def _check_loans(spec: ModelSpec, drops: list[str]) -> None:
 
 
 def _drop(data: dict[str, Any], path: str, spec: ModelSpec) -> None:
-    above, _, name = path.rpartition(".branches.")
-    known = droppable(spec)
+    known, branches = droppable(spec), dict(spec.branches())
     if path not in known:
         raise PruneError(f"{path}: nothing there can be dropped{suggest(path, known):.300}")
-    if above:
+    if path in branches:
+        above, name = branches[path]
         place = paths.split(above)
         fusion = nodes.parse(paths.get(data, place))
         assert isinstance(fusion, FusionSpec)
@@ -81,7 +81,8 @@ def _drop_sublayer(data: dict[str, Any], path: str) -> None:
 
 def droppable(spec: ModelSpec) -> list[str]:
     """Every path that a plan may drop: branches, sub-layers and layers."""
-    found = [path for path, *_ in spec.running() if path.split(".")[-2] == "branches" or path.count(".") == 2]
+    branches = dict(spec.branches())
+    found = [path for path, *_ in spec.running() if path in branches or path.count(".") == 2]
     layers = [f"layers.{index}" for index, layer in enumerate(spec.expanded_layers()) if layer.mixer or layer.ffn]
     return [*layers, *found]
 

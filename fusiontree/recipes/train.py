@@ -38,7 +38,9 @@ def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec
     if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):  # Path.is_file raises at long names
         return RunSpec.from_file(path, overrides)
     if str(name_or_path) not in recipes():
-        raise RunError(f"{name_or_path}: neither a run file nor a recipe{suggest(str(name_or_path), recipes())}")
+        hint = f"; did you mean {path / 'run.yaml'}?" if os.path.isfile(path / "run.yaml") else ""
+        known = hint or suggest(str(name_or_path), recipes())
+        raise RunError(f"{name_or_path}: neither a run file nor a recipe{known}")
     return RunSpec.from_file(_folder() / f"{name_or_path}.yaml", overrides)
 
 

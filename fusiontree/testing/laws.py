@@ -3,22 +3,25 @@
 Cases go from small to large, so that the first failure is a small one.
 """
 
+import pickle
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.core import axes
+from fusiontree.core import axes, paths, probes
 from fusiontree.core.contracts import Gate, NodeSpec
 from fusiontree.core.cost import costs
-from fusiontree.core.model import build
+from fusiontree.core.fields import is_open
+from fusiontree.core.model import LanguageModel, build
 from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.modules import Module
 from fusiontree.kernels import OPS, use_backend
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
-from fusiontree.testing.subject import Subject, far
+from fusiontree.testing.subject import Subject, far, randomised
 
 LENGTHS = (1, 2, 3, 7, 19)
 PADDING = -1
@@ -60,20 +63,9 @@ def round_trip(subject: Subject) -> str | None:
 def strict(subject: Subject) -> str | None:
     """A key that does not exist is refused wherever it stands."""
     data = subject.spec.expand().data()
-    return _first((path or "top", _accepts(data, path)) for path in _mappings(data))
-
-
-def _mappings(data: object, prefix: str = "") -> Iterator[str]:
-    if isinstance(data, dict):
-        if not prefix.endswith(
-            ("branches", "encodings", "values", "multipliers", "vary", "shared", "links", "norms", "adapters")
-        ):
-            yield prefix
-        for key, value in data.items():
-            yield from _mappings(value, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from _mappings(value, f"{prefix}.{index}")
+    places = [(), *(path for path, value in paths.walk(data) if isinstance(value, dict))]
+    closed = (".".join(path) for path in places if not is_open(ModelSpec, data, path))
+    return _first((path or "top", _accepts(data, path)) for path in closed)
 
 
 def _accepts(data: dict, path: str) -> str | None:
@@ -137,6 +129,21 @@ def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> st
     return None if own == said else f"axes give {said}, the parameters are {own}"
 
 
+def shrinking(subject: Subject) -> str | None:
+    """Weight decay shrinks every linear map, and no bias, no encoding and nothing of one dimension."""
+    modules = ((path, module) for path, module in subject.model.named_modules() if isinstance(module, Module))
+    return _first((path, _shrinking(path, module)) for path, module in modules)
+
+
+def _shrinking(path: str, module: Module) -> str | None:
+    if isinstance(module, nn.Linear) and "weight" not in module.decayed:
+        return "the weight of a linear map does not shrink"
+    for name in module.decayed:
+        if path.startswith("encodings.") or name.endswith("bias") or module.get_parameter(name).ndim < 2:
+            return f"{name} {list(module.get_parameter(name).shape)} shrinks"
+    return None
+
+
 def symmetric(subject: Subject) -> str | None:
     """Axes mean what they say: parts along any axis that is not rigid may change places (encodings make some rigid)."""
     if any(encoding.hooks & {"rotate", "bias"} for encoding in subject.spec.encodings.values()):
@@ -180,6 +187,33 @@ def seeded(subject: Subject) -> str | None:
     same = {name: t for name, t in first.items() if other[name].shape == t.shape}
     pairs = [*((n, t, again[n]) for n, t in first.items()), *((n, t, other[n]) for n, t in same.items())]
     return _first((name, None if torch.equal(a, b) else "differs") for name, a, b in pairs)
+
+
+@torch.no_grad()
+def pickled(subject: Subject) -> str | None:
+    """A model that was pickled (spawned workers, torch.save) or copied is the same function of its own parameters."""
+    return _first((way, _copied(subject, copy)) for way, copy in (("pickle", _through_pickle), ("deepcopy", deepcopy)))
+
+
+def _through_pickle(model: LanguageModel) -> LanguageModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _copied(subject: Subject, copy: Callable[[LanguageModel], LanguageModel]) -> str | None:
+    tokens, other = subject.tokens(2, 7), build(subject.spec, dtype=torch.float64).eval()
+    wanted = subject.model(tokens)
+    try:
+        model = copy(subject.model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = model(tokens)
+    other.load_state_dict(randomised(model, 1).state_dict())
+    problems = (
+        ("the copy", far(found, wanted, 0.0)),
+        ("the copy with other parameters", far(model(tokens), other(tokens), 0.0)),
+        ("the original then", far(subject.model(tokens), wanted, 0.0)),
+    )
+    return _first(iter(problems))
 
 
 def causal(subject: Subject) -> str | None:
@@ -372,8 +406,9 @@ def _gates(subject: Subject) -> Iterator[tuple[str, Gate]]:
 
 
 def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
-    fusion = subject.spec.node(path.removesuffix(".gate"))
-    spec, scope = fusion.gate_spec, fusion.gate_scope(subject.spec.scope)  # type: ignore[attr-defined]
+    fusion = dict(subject.spec.gates())[path]
+    spec, scope = fusion.gate_spec, fusion.gate_scope(subject.spec.scope)
+    assert spec is not None
     values = _gate_values(subject, gate)
     total = torch.stack(list(values.values())).sum(0)
     if problem := far(total, torch.ones_like(total)):
@@ -391,10 +426,8 @@ def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
 
 def _gate_values(subject: Subject, gate: Gate) -> dict[str, Tensor]:
     seen: list[dict[str, Tensor]] = []
-    handle = gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.no_grad():
+    with probes.watch({"": gate}, lambda path, weights, real: seen.append(weights)), torch.no_grad():
         subject.model(subject.tokens(2, 7))
-    handle.remove()
     return seen[0]
 
 
@@ -441,7 +474,9 @@ LAWS = tuple(
         round_trip,
         strict,
         counted,
+        shrinking,
         seeded,
+        pickled,
         causal,
         alone,
         split,

@@ -2,18 +2,17 @@
 
 from torch import nn
 
-_STATE = frozenset({"A_log", "D", "dt_bias"})
+from fusiontree.core.modules import Module
 
 
 def decayed(model: nn.Module) -> list[str]:
-    """The names of matrices that map features; all other parameters are left where the data puts them.
-
-    Not decayed are embeddings and encodings, one-dimensional parameters (gains, biases, the gates' included) and
-    the states' A, D and dt of Mamba, whatever their shape (arXiv 2312.00752, its reference code).
-    """
-    return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and not _spared(name)]
+    """The names of the parameters that were declared with `decay`, and the linear maps that a tool has added (LoRA)."""
+    return [name for name, _ in model.named_parameters() if _decays(model, name)]
 
 
-def _spared(name: str) -> bool:
-    steps = name.split(".")
-    return steps[0] in ("embedding", "encodings") or steps[-1] in _STATE
+def _decays(model: nn.Module, name: str) -> bool:
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, Module):
+        return own in module.decayed
+    return isinstance(module, nn.Linear) and own == "weight"

@@ -6,17 +6,17 @@ micro-batches and processes is the value of the whole step, whatever they are, a
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.compiling import eagerly
 from fusiontree.core.contracts import Gate, Weights
 from fusiontree.core.modules import wide
+from fusiontree.core.observation import Real
+from fusiontree.core.probes import watch
 from fusiontree.data import IGNORED
 from fusiontree.training.sections import LossesSpec
 
@@ -30,11 +30,11 @@ class GateValues:
 
     Attributes:
         values: by branch, [rows, time, units] or [units].
-        real: which positions are not padding; None: all of them.
+        real: which positions are tokens, and neither padding nor a prefix; None: all of them.
     """
 
     values: Weights
-    real: Bool[Tensor, "rows time"] | None
+    real: Real | None
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ def _stacked(gate: GateValues) -> Float[Tensor, "*places units branches"]:
 
 
 def _row_means(
-    values: Float[Tensor, "*places units branches"], real: Bool[Tensor, "rows time"] | None
+    values: Float[Tensor, "*places units branches"], real: Real | None
 ) -> Float[Tensor, "*rows units branches"]:
     """Means over the real positions of each row; a gate that reads no tokens has one value for all rows."""
     if values.ndim == 2:
         return values
     if real is None:
         return values.mean(1)
-    mask = real[..., None, None].to(values.dtype)
-    return (values * mask).sum(1) / mask.sum(1).clamp_min(1)
+    mask = real[..., None, None]
+    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp_min(1)
 
 
 @contextmanager
@@ -116,11 +116,8 @@ def captured(gates: Mapping[str, Gate]) -> Iterator[list[GateValues]]:
     """Collect what these gates give while a block runs, with its graph for gradients."""
     found: list[GateValues] = []
 
-    def take(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> None:
-        segments = inputs[1].segments
-        found.append(GateValues(dict(output), None if segments is None else segments >= 0))
+    def keep(path: str, weights: Weights, real: Real | None) -> None:
+        found.append(GateValues(dict(weights), real))
 
-    with eagerly() if gates else nullcontext(), ExitStack() as stack:
-        for gate in gates.values():
-            stack.callback(gate.register_forward_hook(take).remove)
+    with watch(gates, keep):
         yield found

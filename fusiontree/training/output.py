@@ -19,6 +19,7 @@ from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE, may_be_replaced
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
 from fusiontree.training.run import RunSpec
+from fusiontree.training.sections import ResolvedSpec
 
 RESULTS = ("metrics.jsonl", "gates.json", "checkpoints", "model")
 
@@ -65,6 +66,10 @@ class Output:
         difference = self.spec.difference(owner)
         if difference:
             raise RunError(f"{self.root}: belongs to another run ({difference}); choose another output")
+
+    def began(self) -> ResolvedSpec | None:
+        """What `auto` came to when the run of the directory began; None where none did."""
+        return RunSpec.from_file(self.run).resolved if self.run.exists() else None
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from fusiontree.core import paths, yaml
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.core.spec import Flag, Spec, invalid
+from fusiontree.core.weights import SPEC_FILE
 from fusiontree.data import ByteTokenizer, DataSpec
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
@@ -20,12 +22,13 @@ from fusiontree.training.sections import (
     LossesSpec,
     OptimizerSpec,
     ParallelismSpec,
+    ResolvedSpec,
     TrainingSpec,
     ValidationSpec,
 )
 from fusiontree.zoo.presets import load_spec
 
-_ASIDE = frozenset({"output", "log", "checkpoint", "tensorboard", "validation"})
+_ASIDE = frozenset({"output", "log", "checkpoint", "tensorboard", "validation", "resolved"})
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
@@ -35,7 +38,7 @@ class RunSpec(Spec):
 
     Attributes:
         model: a preset's name, the path of a spec (in a file: from the file's folder), or the spec itself,
-            which it always is once read.
+            which it always is once read. Not a saved model: weights are new.
         text: called `data` in files; relative paths there are taken from the file's folder.
         training, optimizer, losses, parallelism, checkpoint: see the sections.
         validation: null: never measure.
@@ -44,6 +47,7 @@ class RunSpec(Spec):
         tensorboard: whether to write metrics for TensorBoard too.
         seed: decides the starting weights, the order of the data and the noise of gates.
         output: the directory for all results, from the working directory; null: that of the run file.
+        resolved: written by a run that began; null in a run that did not.
     """
 
     format: Literal[1] = 1
@@ -60,25 +64,30 @@ class RunSpec(Spec):
     tensorboard: Flag = False
     seed: Seed = 0
     output: Annotated[str, Field(min_length=1)] | None = None
+    resolved: ResolvedSpec | None = None
 
     @field_validator("model", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return load_spec(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if os.path.isfile(Path(value) / SPEC_FILE):
+            raise invalid({(): _trained(Path(value))})
+        return load_spec(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         needed = ByteTokenizer.vocab_size
         if self.model.vocab_size < needed:
             raise invalid({("model", "vocab_size"): f"the data's tokens need {needed}, found {self.model.vocab_size}"})
-        gated = any(getattr(node, "gate_spec", None) for _, node in self.model.nodes())
+        gated = any(True for _ in self.model.gates())
         for name, weight in self.losses:
             if weight and not gated:
                 raise invalid({("losses", name): f"the model has no gate, found a weight of {weight}"})
         return self
 
     @classmethod
-    def from_file(cls, path: Path | str, overrides: Iterable[str] = ()) -> Self:
+    def from_file(cls, path: Path | str, overrides: Iterable[str] | str = ()) -> Self:
         """Read a run file and edit it by `path=value` texts.
 
         Raises:
@@ -92,7 +101,7 @@ class RunSpec(Spec):
         try:
             run = cls.parse(data).relative_to(folder)
         except SpecError as error:
-            raise SpecError(f"{path}: {error}") from None
+            raise error.within(path) from None
         return run.override(overrides).relative_to(folder)
 
     def relative_to(self, folder: Path) -> Self:
@@ -100,7 +109,7 @@ class RunSpec(Spec):
         output = str(folder) if self.output is None else self.output
         return self.model_copy(update={"text": self.text.relative_to(folder), "output": output})
 
-    def override(self, overrides: Iterable[str]) -> Self:
+    def override(self, overrides: Iterable[str] | str) -> Self:
         """The run with other values: `training.steps=20`, `model.layers.*.mixer.gate.granularity=token`.
 
         Values are YAML. Paths below `model` address the expanded spec (see `ModelSpec.replace`), all others the
@@ -114,11 +123,16 @@ class RunSpec(Spec):
         data = self.data()
         for path, value in edits.items():
             if not path.startswith("model."):
-                for place in paths.find(data, path):
+                for place in self._places(data, path):
                     paths.put(data, place, value)
         run = self.parse(data)
         run = run.model_copy(update={"text": run.text.relative_to(Path.cwd())})
         return self.parse(run.data() | {"model": _replaced(run.model, inside)}) if inside else run
+
+    def _places(self, data: Any, path: str) -> list[paths.Steps]:
+        if not paths.matches(data, path) and paths.matches(self.model.expand().data(), path):
+            raise SpecError(f"{path}: a run has none; its model has: model.{path}")
+        return paths.find(data, path)
 
     @property
     def directory(self) -> Path:
@@ -157,6 +171,14 @@ class RunSpec(Spec):
         return yaml.write(data | {"model": model})
 
 
+def _trained(directory: Path) -> str:
+    """Why the directory of a saved model is no model of a run, and what there is."""
+    found = f"{directory} is a saved model, and a run starts from new weights, never from those there"
+    again = directory.parent / "run.yaml"
+    resume = f"; to go on with the run that made it, train {again}" if again.is_file() else ""
+    return f"{found}; for its spec alone give {directory / SPEC_FILE}{resume}; to train its weights, load it in Python"
+
+
 def _said(value: Any) -> str:
     """A value as a run file has it."""
     return f"{json.dumps(value, ensure_ascii=False):.60}"
@@ -171,4 +193,4 @@ def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
     try:
         return model.replace(edits)
     except SpecError as error:
-        raise SpecError(f"model: {error}") from None
+        raise error.within("model") from None

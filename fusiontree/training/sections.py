@@ -22,20 +22,22 @@ class TrainingSpec(Spec):
         rows: rows of tokens in a step, over all processes.
         microbatch_rows: rows that a process runs at a time; null: all of its share. It changes memory and
             speed, not the result (but for rounding).
-        precision: what layers compute in; weights, gradients' sums and the optimiser stay float32.
+        precision: what layers compute in; weights, gradients' sums and the optimiser stay float32. auto: bfloat16
+            on GPUs and on processors that multiply it natively, otherwise float32.
         clip: the largest norm of the gradient; longer ones are shortened to it.
-        threads: of torch in each process; null: torch's choice.
+        threads: of torch in each process; null: torch's choice, and no more than the process's share of the cores.
         compile: `torch.compile` for the layers: from the second step on they are faster, the first takes a minute.
-            auto: where there is a compiler. Losses on gates, gate statistics and validation run uncompiled.
+            auto: on GPUs, and in long runs on processors with units for bfloat16, where there is a compiler. Losses
+            on gates, gate statistics and validation run uncompiled.
     """
 
     steps: Count
     rows: Count
     microbatch_rows: Count | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     clip: Positive = 1.0
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
-    compile: Literal[False, True, "auto"] = False
+    compile: Literal[False, True, "auto"] = "auto"
 
     @model_validator(mode="after")
     def _whole_microbatches(self) -> Self:
@@ -45,6 +47,16 @@ class TrainingSpec(Spec):
         return self
 
 
+class ResolvedSpec(Spec):
+    """What `auto` came to when the run began, which it keeps on any machine that goes on with it.
+
+    Attributes:
+        precision: what layers compute in.
+    """
+
+    precision: Literal["float32", "bfloat16"]
+
+
 class OptimizerSpec(Spec):
     """AdamW (arXiv 1711.05101) under a schedule of warmup, a flat part and linear decay (arXiv 2405.18392).
 
@@ -52,7 +64,8 @@ class OptimizerSpec(Spec):
         learning_rate: at the top of the schedule.
         betas: of the running means of gradients and of their squares.
         eps: added to the root of the second.
-        weight_decay: of matrices; embeddings, encodings, norms, biases and the states' A, D and dt have none.
+        weight_decay: of the maps that components declare with `decay`; embeddings, encodings, norms, biases, a
+            prefix and what states decay by have none.
         warmup: steps from 0 up to the top, cut to the length of the run.
         decay: the share of the steps at the end in which the rate falls.
         minimum: the share of the learning rate that it falls to.

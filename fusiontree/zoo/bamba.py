@@ -172,4 +172,4 @@ DEFAULTS = MAMBA_DEFAULTS | {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
-BAMBA = register(Family("bamba", "BambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+BAMBA = register(Family("bamba", "BambaForCausalLM", _spec, _config, _tensors, DEFAULTS))

@@ -1,18 +1,21 @@
 """Models on disk as transformers keeps them: `config.json` and safetensors, one file or several with an index.
 
 Only data is read: no pickle, no code (`auto_map` says where some would be and is passed over), nothing outside the
-directory. A tokenizer's files are carried along; bytes, which have none with us, get some on their way out.
+directory. A tokenizer's files are carried along; bytes, which have none with us, get some on their way out. What a
+config says beside the function goes into the lineage and comes back on export. Nothing in a file is left unread:
+what we compute ourselves, or have by another name, has to be the same there.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,29 +26,46 @@ from fusiontree.core.model_spec import Lineage, ModelSpec
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import tokenizer_files, write_byte_tokenizer
 from fusiontree.errors import FusionTreeError, WeightsError
-from fusiontree.zoo.family import Family, family_of
+from fusiontree.zoo.carried import carried, carried_by
+from fusiontree.zoo.family import HEAD, Config, Family, family_of
 
 CONFIG = "config.json"
+ADAPTERS = "adapter_config.json"
+OLD_TIES = ("tie_embedding",)
+"""What else than `tie_word_embeddings` configs call a head that is the embedding once more."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def import_model(source: Path | str, target: Path | str) -> ModelSpec:
+def import_model(source: Path | str, target: Path | str, *, ignore: Iterable[str] = ()) -> ModelSpec:
     """Read a public model and write ours, tensors in the type that they have.
+
+    A head in the files beside a config that ties it to the embedding is used where the two differ, as transformers 5
+    does; the lineage says so.
+
+    Args:
+        ignore: unknown keys of the config to pass over, which the lineage notes.
 
     Raises:
         FusionTreeError: no such model, an unknown family, an option that is not expressed, or tensors that are
-            missing, extra, or of another shape; nothing has been written.
+            missing, extra, of another shape, of a type that weights are not stored in, or not finite; nothing has
+            been written.
     """
-    source = Path(source)
+    source, ignore = Path(source), sorted(set(ignore))
     config = read_config(source)
-    family = family_of(config.get("model_type"))
-    spec = family.spec_of(config)
+    family = family_of(config.get("model_type")).in_files()
+    family.spec_of(config, ignore=ignore)  # what is wrong with the config is said before a large file is opened
+    _refuse_adapters(source)
     with Tensors(source) as theirs:
-        ours = family.in_files().weights_of(config, theirs)
+        stored, notes = _as_stored(family, config, theirs, ignore)
+        notes += [f"passing over the config's {key}" for key in ignore]
+        notes += [f"without {part}* ({len(names)} tensors)" for part, names in family.left_out(theirs).items()]
+        spec = family.spec_of(stored, ignore=ignore)
+        ours = family.weights_of(stored, theirs, ignore=ignore)
         wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
         weights.check_shapes(source, wanted, {name: tuple(tensor.shape) for name, tensor in ours.items()})
-        spec = spec.model_copy(update={"lineage": (_lineage(config, family),)})
+        _refuse_not_finite(source, ours)
+        spec = spec.model_copy(update={"lineage": (*spec.lineage, _lineage(config, family, notes))})
         beside = tokenizer_files(source)
         weights.save_weights(spec, ours, target, beside=beside)
     for file in tokenizer_files(Path(target)):
@@ -69,6 +89,7 @@ def export_model(source: Path | str, target: Path | str, family: Family) -> None
         config, {name: tensor.detach() for name, tensor in model.state_dict().items()}
     )
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    config |= carried_by(model.spec)
     with weights.complete_directory(target) as new:
         text = json.dumps(_finite({**config, "dtype": dtype}), indent=2, allow_nan=False) + "\n"
         (new / CONFIG).write_text(text, encoding="utf-8")
@@ -83,6 +104,41 @@ def _write_tokenizer(source: Path, spec: ModelSpec, new: Path) -> None:
         shutil.copyfile(file, new / file.name)
     if not found and spec.vocab_size == ByteTokenizer.vocab_size:
         write_byte_tokenizer(new)
+
+
+def left_behind(source: Path) -> list[str]:
+    """What stands in a directory of transformers and is not read, sorted."""
+    read = {CONFIG, SINGLE, INDEX, *(file.name for file in tokenizer_files(source))}
+    if not (source / SINGLE).is_file() and (source / INDEX).is_file():
+        read |= set(_json(source / INDEX, "").get("weight_map", {}).values())
+    return sorted(f"{file.name}/" if file.is_dir() else file.name for file in source.iterdir() if file.name not in read)
+
+
+def _refuse_adapters(source: Path) -> None:
+    """transformers adds them to the weights beside them without being asked."""
+    if (source / ADAPTERS).is_file():
+        text = "adapters beside the weights are not read; merge them (peft's merge_and_unload), or take them away"
+        raise FusionTreeError(f"{source / ADAPTERS}: {text}")
+
+
+def _as_stored(family: Family, config: Config, theirs: "Tensors", ignore: Iterable[str]) -> tuple[Config, list[str]]:
+    """The config without a tie that the files do not have, and what there is to say of that. A family that has no head
+    of its own is left to refuse one."""
+    embedding = family.all_copies(config).get(HEAD)
+    if embedding is None or not {HEAD, embedding} <= theirs.keys() or torch.equal(theirs[HEAD], theirs[embedding]):
+        return config, []
+    untied = {**config, **dict.fromkeys(("tie_word_embeddings", *(key for key in OLD_TIES if key in config)), False)}
+    with suppress(FusionTreeError):
+        family.spec_of(untied, ignore=ignore)
+        return untied, ["with the head of its files, which its config ties to another embedding"]
+    return config, []
+
+
+def _refuse_not_finite(source: Path, ours: Mapping[str, Tensor]) -> None:
+    """`load` would refuse the model."""
+    for name, tensor in ours.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{source}: tensor {name!r} holds a value that is not finite")
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -100,7 +156,19 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, source: Path) -> None:
         self._source, self._open = source, ExitStack()
         self._files = {name: self._opened(source / name) for name in sorted(set(self._place().values()))}
-        self._of = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118
+        self._of: dict[str, Any] = {}
+        for name, file in self._files.items():
+            for key in file.keys():  # noqa: SIM118
+                self._add(name, key, file)
+
+    def _add(self, place: str, name: str, file: Any) -> None:
+        kind = file.get_slice(name).get_dtype()
+        if name in self._of:
+            raise WeightsError(f"{self._source / place}: tensor {name!r} stands in another file too")
+        if kind not in weights.DTYPES:
+            text = f"allowed are {', '.join(weights.DTYPES)}; quantised weights have to be dequantised first"
+            raise WeightsError(f"{self._source / place}: tensor {name!r} holds {kind}, {text}")
+        self._of[name] = file
 
     def __getitem__(self, name: str) -> Tensor:
         return self._of[name].get_tensor(name)
@@ -169,6 +237,7 @@ def _json(path: Path, absent: str) -> dict[str, Any]:
     return found
 
 
-def _lineage(config: Mapping[str, Any], family: Family) -> Lineage:
-    text = json.dumps(config, sort_keys=True)
-    return Lineage(parent=hashlib.sha256(text.encode()).hexdigest()[:12], edit=f"imported from {family.name}")
+def _lineage(config: Config, family: Family, notes: list[str]) -> Lineage:
+    text, edit = json.dumps(config, sort_keys=True), ", ".join([f"imported from {family.name}", *notes])
+    parent = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Lineage.parse({"parent": parent, "edit": edit, "config": carried(config)})

@@ -16,7 +16,8 @@ PACKED = ("z", "x", "B", "C", "dt")
 
 def _spec(options: Options) -> dict[str, Any]:
     options.only("hidden_act", "silu")
-    for key in ("mamba_expand", "mamba_chunk_size"):
+    options.only("mamba_use_mlp", True)
+    for key in ("mamba_expand", "mlp_expansion_factor", "mamba_chunk_size"):
         options.get(key, None)  # said by other fields, or of no consequence for the function
     gate, down = options.get("mlp_multipliers", (1.0, 1.0))
     out = {"mamba": options["ssm_out_multiplier"], "attention": options["attention_out_multiplier"]}
@@ -173,4 +174,4 @@ DEFAULTS = {
     **{f"{name}_multiplier": 1.0 for name in ("lm_head", "embedding", "key", "attention_in", "attention_out")},
     **{f"{name}_multiplier": 1.0 for name in ("ssm_in", "ssm_out")},
 }
-FALCON_H1 = register(Family("falcon_h1", "FalconH1ForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+FALCON_H1 = register(Family("falcon_h1", "FalconH1ForCausalLM", _spec, _config, _tensors, DEFAULTS))

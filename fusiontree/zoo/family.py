@@ -1,6 +1,6 @@
 """What the zoo knows of a public model family: its config as a spec, its tensors as ours, and both ways back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,12 +9,15 @@ from torch import Tensor
 from fusiontree.core.contracts import NodeSpec
 from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.zoo.computed import FREQUENCIES, check_computed, check_frequencies
 from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import Once, Part, to_ours, to_theirs
 
 Config = Mapping[str, Any]
 """What stands in a config.json."""
 Data = dict[str, Any]
+HEAD = "lm_head.weight"
+"""What all families call the head's weight."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class Family:
             `config_of` compares what comes back.
         tensors: which of their tensors are which of ours.
         defaults: options of the family's class that published configs leave out.
-        ignored: tensors that may be there and say nothing.
+        computed: tensors that may be there and say what we compute from the config, with their values. (A head that
+            is tied and frequencies of rotations are looked at for all families.)
         files: the same of the tensors in files, where transformers reads them into modules of other names.
+        unused: how names begin of tensors that transformers does not read either: of parts that only help another
+            way to decode. The lineage notes them.
         newest: a config in the form of today, where transformers still reads an older one.
         copies: tensors of shared modules under further names, each with the name under which it is known. They may
             be there, with the same values, and are not written.
@@ -42,22 +48,27 @@ class Family:
     config: Callable[["Reader"], Data]
     tensors: Callable[[Options], Iterator[Part]]
     defaults: Config = field(default_factory=dict)
-    ignored: Callable[[Options], set[str]] = lambda options: set()
+    computed: Callable[[Options], Mapping[str, Callable[[], Tensor]]] = lambda options: {}
     files: Callable[[Options], Iterator[Part]] | None = None
+    unused: tuple[str, ...] = ()
     newest: Callable[[Config], Config] = lambda config: config
     copies: Callable[[Options], Mapping[str, str]] = lambda options: {}
 
-    def options(self, config: Config) -> Options:
+    def options(self, config: Config, ignore: Iterable[str] = ()) -> Options:
         """A config with the family's defaults."""
-        return Options(self.name, self.newest(config), self.defaults)
+        return Options(self.name, self.newest(config), self.defaults, ignore)
 
-    def spec_of(self, config: Config) -> ModelSpec:
+    def spec_of(self, config: Config, *, ignore: Iterable[str] = ()) -> ModelSpec:
         """The spec of a config.
 
+        Args:
+            ignore: unknown keys to pass over; `rope_parameters.KEY` for those inside.
+
         Raises:
-            FusionTreeError: it has an option that is missing, unknown, or not expressed; names the key.
+            FusionTreeError: it has an option that is missing, unknown, or not expressed, or a key to be ignored is
+                known or not there; names the key.
         """
-        options = self.options(config)
+        options = self.options(config, ignore)
         try:
             data = self.spec(options)
         except FusionTreeError:
@@ -82,15 +93,34 @@ class Family:
             raise FusionTreeError(f"{path}: {self.name} has {_brief(possible)} there, found {_brief(wanted)}")
         return found
 
-    def weights_of(self, config: Config, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of the spec's model.
+    def weights_of(
+        self, config: Config, theirs: Mapping[str, Tensor], *, ignore: Iterable[str] = ()
+    ) -> dict[str, Tensor]:
+        """The state dict of the spec's model; `ignore` as in `spec_of`.
 
         Raises:
-            WeightsError: a tensor is missing, extra, has other rows than the config says, or other values than one
-                that is the same by another name.
+            WeightsError: a tensor is missing, extra, has other rows than the config says, other values than one
+                that is the same by another name, or others than those that we compute.
         """
         options = self.options(config)
-        return to_ours(self.tensors(options), Once(theirs, self.copies(options)), ignored=self.ignored(options))
+        parts, copies = [*self.tensors(options)], self.all_copies(config)
+        computed = check_computed(theirs, self.computed(options))
+        if any(name.endswith(FREQUENCIES) for name in theirs):
+            computed |= check_frequencies(theirs, self.spec_of(config, ignore=ignore), parts, copies)
+        unused = [name for names in self.left_out(theirs).values() for name in names]
+        return to_ours(parts, Once(theirs, copies), ignored=[*computed, *unused])
+
+    def left_out(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Those of these tensors that are `unused`, by how they begin."""
+        found = {part: [name for name in names if name.startswith(part)] for part in self.unused}
+        return {part: inside for part, inside in found.items() if inside}
+
+    def all_copies(self, config: Config) -> dict[str, str]:
+        """`copies`, and a head beside a config that ties it."""
+        options = self.options(config)
+        places = {ours: part.names()[0] for part in self.tensors(options) for ours in part.places()}
+        tied = {} if HEAD in places.values() else {HEAD: places["embedding.weight"]}
+        return tied | dict(self.copies(options))
 
     def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The family's state dict."""
@@ -148,9 +178,11 @@ def family_of(name: object) -> Family:
     Raises:
         FusionTreeError: there is none.
     """
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), FAMILIES)}")
-    return FAMILIES[name]
+    from fusiontree.zoo import FAMILIES as known  # there every family's file is imported
+
+    if not isinstance(name, str) or name not in known:
+        raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), known)}")
+    return known[name]
 
 
 def _brief(value: Any) -> str:

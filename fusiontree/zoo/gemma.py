@@ -34,6 +34,8 @@ def _spec2(options: Options) -> dict[str, Any]:
 
 def _spec3(options: Options) -> dict[str, Any]:
     every = options.get("sliding_window_pattern", 6)
+    if options.get("layer_types", None) is not None:
+        options.get("_sliding_window_pattern", None)  # from which they were made
     types = parts.layer_types(options, TYPES, lambda index: LOCAL if (index + 1) % every else GLOBAL)
     qk_norm = {"qk_norm": _norm(options)}
     data = _spec(options, [(_attention(options, each) | qk_norm, ROPE[each]) for each in types])
@@ -71,6 +73,7 @@ def _norm(options: Options) -> dict[str, Any]:
 def _attention(options: Options, kind: str) -> dict[str, Any]:
     head_dim, scalar = options["head_dim"], options["query_pre_attn_scalar"]
     bias, window = options["attention_bias"], options["sliding_window"]
+    options.only("sliding_window_size", window)  # which published configs say beside it, and transformers does not read
     return {
         "kind": "attention",
         "heads": options.count("num_attention_heads"),
@@ -147,5 +150,5 @@ DEFAULTS = {
     "final_logit_softcapping": None,
 }
 CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
-GEMMA2 = register(Family("gemma2", "Gemma2ForCausalLM", _spec2, _config2, _tensors, DEFAULTS | CAPS, parts.tied_head))
-GEMMA3 = register(Family("gemma3_text", "Gemma3ForCausalLM", _spec3, _config3, _tensors3, DEFAULTS, parts.tied_head))
+GEMMA2 = register(Family("gemma2", "Gemma2ForCausalLM", _spec2, _config2, _tensors, DEFAULTS | CAPS))
+GEMMA3 = register(Family("gemma3_text", "Gemma3ForCausalLM", _spec3, _config3, _tensors3, DEFAULTS))

@@ -197,7 +197,6 @@ GRANITE_MOE_HYBRID = register(
         _config,
         _tensors,
         DEFAULTS,
-        parts.tied_head,
-        _files,
+        files=_files,
     )
 )

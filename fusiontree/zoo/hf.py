@@ -10,29 +10,35 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fusiontree.core import weights
-from fusiontree.core.cache import Cache
-from fusiontree.core.initialise import initialise
+from fusiontree.core.cross_entropy import NO_LABEL
+from fusiontree.core.initialise import own, start
 from fusiontree.core.layer import Layer
 from fusiontree.core.model import LanguageModel
 from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.modules import Module
+from fusiontree.data.file_tokenizer import FileTokenizer
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import byte_tokenizer, tokenizer_files
 from fusiontree.errors import FusionTreeError
+from fusiontree.zoo.carried import GENERATION, carried_by, end_tokens
+from fusiontree.zoo.hf_cache import FusionTreeCache
+from fusiontree.zoo.hf_inputs import FLATTENED, LOSS, check_options, counted_labels, documents_of
 
 
 class FusionTreeConfig(PreTrainedConfig):
@@ -58,24 +64,6 @@ class FusionTreeConfig(PreTrainedConfig):
         super().__init__(**options)
 
 
-class FusionTreeCache(TransformersCache):
-    """Our cache behind the little that `generate` asks of one."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.cache: Cache | None = None
-        self.columns = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many columns the model has seen, padding included."""
-        return self.columns
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let each row continue another one."""
-        if self.cache is not None:
-            self.cache.select(beam_idx)
-
-
 class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     """A `LanguageModel` as transformers wants one; parameters are below `model.` under their own paths."""
 
@@ -91,9 +79,9 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.spec is None:
             raise FusionTreeError("spec: the config holds none")
-        self.model = LanguageModel(ModelSpec.from_yaml(config.spec))
-        if next(self.model.parameters()).device.type != "meta":
-            initialise(self.model, config.seed)
+        spec = ModelSpec.from_yaml(config.spec)
+        _check_overrides(config, spec)
+        self.model = LanguageModel(spec)
         self.post_init()
 
     @classmethod
@@ -101,29 +89,93 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         """The model in a directory of ours; `options` are those of `fusiontree.load`.
 
         Raises:
-            FusionTreeError: see `fusiontree.load`.
+            FusionTreeError: see `fusiontree.load`; or a `generation_config.json` there cannot be read.
         """
         loaded = weights.load(directory, **options)
         with torch.device("meta"):
-            model = cls(FusionTreeConfig(loaded.spec, dtype=loaded.embedding.weight.dtype))
+            config = FusionTreeConfig(loaded.spec, dtype=loaded.embedding.weight.dtype, **carried_by(loaded.spec))
+            model = cls(config)
         model.model = loaded
+        model.generation_config = _generation(Path(directory), model)
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.model.embedding
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding of the same size in its place."""
+        if value is self.model.embedding:
+            return
+        plain = isinstance(value, nn.Embedding) and value.max_norm is None and not value.scale_grad_by_freq
+        if not plain or value.weight.shape != self.model.embedding.weight.shape:
+            size = list(self.model.embedding.weight.shape)
+            raise FusionTreeError(f"set_input_embeddings: a plain nn.Embedding {size} is needed, found {value}")
+        self.model.embedding = value  # pyright: ignore[reportAttributeAccessIssue]
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, where it has a weight of its own."""
         return self.model.head if self.model.head.weight is not None else None
 
-    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """Keep the inputs of layers alone."""
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Let the head, which has a weight of its own, have that of a linear map."""
+        head, weight = self.model.head, getattr(new_embeddings, "weight", None)
+        bias = getattr(new_embeddings, "bias", None)
+        if new_embeddings is head:
+            return
+        if head.weight is None or weight is None or (bias is None) != (head.bias is None):
+            have = "a tied head has no weight of its own" if head.weight is None else f"the head is {head.spec}"
+            raise FusionTreeError(f"set_output_embeddings: {have}, found {new_embeddings}")
+        if weight.shape != self.model.embedding.weight.shape:
+            found = f"{list(weight.shape)}, the embedding is {list(self.model.embedding.weight.shape)}"
+            raise FusionTreeError(f"set_output_embeddings: found {found}; `resize_token_embeddings` changes both")
+        head.weight, head.bias = weight, bias
+
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
+        """As transformers' own, in the spec as well: rows of new tokens are drawn around the mean of the others."""
+        found = super().resize_token_embeddings(*args, **options)
+        count, head = len(self.model.embedding.weight), self.model.head
+        if count != self.model.spec.vocab_size:
+            spec = self.model.spec.replace({"vocab_size": count})
+            self.model.spec, self.config.spec = spec, spec.to_yaml()
+        if head.bias is not None and len(head.bias) != count:  # a tied head's: new tokens have none
+            kept = head.bias.data[:count]
+            head.bias = nn.Parameter(F.pad(kept, (0, count - len(kept))), requires_grad=head.bias.requires_grad)
+        return found
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args: Any, **options: Any) -> nn.Linear:
+        """Our head's weight and bias, resized as those of a linear map."""
+        vocab_size, width = self.model.head.weight.shape  # pyright: ignore[reportOptionalMemberAccess]
+        linear = nn.Linear(width, vocab_size, bias=False, device="meta")
+        linear.weight, linear.bias = old_lm_head.weight, old_lm_head.bias  # pyright: ignore
+        return super()._get_resized_lm_head(linear, *args, **options)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Keep the inputs of layers alone. `use_reentrant` may be given; there is one way here.
+
+        Raises:
+            FusionTreeError: another option.
+        """
+        given = {**(gradient_checkpointing_kwargs or {}), "every_n_layers": every_n_layers, "offload": offload}
+        allowed = {"use_reentrant": (True, False), "every_n_layers": (1,), "offload": (False,)}
+        for name, value in given.items():
+            if value not in allowed.get(name, (None,)):
+                raise FusionTreeError(f"gradient checkpointing: {name}={value!r} cannot be: every layer runs again")
         self.model.checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything."""
         self.model.checkpointing = False
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers run again for their gradients."""
+        return self.model.checkpointing
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -139,37 +191,85 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and with `labels` (which are shifted here) the mean cross entropy.
 
         Args:
             input_ids: [batch, time].
-            attention_mask: [batch, columns], those that the cache has seen included; 0 is padding, anywhere.
-            position_ids: where there is neither mask nor cache, a new document begins at each 0.
+            attention_mask: [batch, columns], those that the cache has seen included; 0 is padding, anywhere, and
+                1, 2, 3, ... number the samples of a packed row.
+            position_ids: where there is no cache, a new document begins at each 0.
             past_key_values: from the call before; an empty one is made where there is none and `use_cache`.
+            labels: [batch, time]; those of padding and of a document's first token count nothing.
             logits_to_keep: only of the last positions; 0 is all.
+            output_hidden_states: what each layer reads, and last what the head reads.
+            return_dict: False gives a tuple of what there is.
+            options: those of the loss, and what collators that lay samples end to end give beside `position_ids`.
 
         Raises:
-            FusionTreeError: `inputs_embeds`, or another cache than ours.
+            FusionTreeError: `inputs_embeds`, attention weights, another cache than ours, or an option that nothing
+                here would read.
         """
         if input_ids is None or options.get("inputs_embeds") is not None:
             raise FusionTreeError("inputs_embeds: models of FusionTree read input_ids")
+        if self._wanted(output_attentions, "output_attentions"):
+            raise FusionTreeError("output_attentions: attention weights are never made here")
         memory = self._memory(past_key_values, use_cache, len(input_ids))
-        documents = _documents(input_ids, attention_mask, position_ids if memory is None else None)
-        positions = position_ids if documents is None or attention_mask is not None else None
+        check_options(options, 0 if memory is None else memory.columns)
+        documents, positions = self._placed(input_ids, attention_mask, position_ids, memory, options)
+        states: list[Tensor] | None = [] if self._wanted(output_hidden_states, "output_hidden_states") else None
         features = self.model.features(
-            input_ids, positions=positions, documents=documents, cache=None if memory is None else memory.cache
+            input_ids,
+            positions=positions,
+            documents=documents,
+            cache=None if memory is None else memory.cache,
+            states=states,
         )
         if memory is not None:
             memory.columns += input_ids.shape[1]
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(features[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=memory)  # pyright: ignore
+        loss = self._loss(logits, labels, documents, options)
+        found = CausalLMOutputWithPast(loss, logits, memory, None if states is None else tuple(states))  # pyright: ignore
+        as_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
+        return found.to_tuple() if as_tuple else found
+
+    def _wanted(self, given: bool | None, name: str) -> bool:
+        """An argument, or what the config says where it is not given."""
+        return bool(getattr(self.config, name, False) if given is None else given)
+
+    @staticmethod
+    def _placed(
+        tokens: Tensor, mask: Tensor | None, positions: Tensor | None, memory: Any, options: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Documents and positions as our models take them."""
+        samples = options.get("seq_idx")
+        if mask is None and positions is None and samples is None:
+            found = next((name for name in FLATTENED if options.get(name) is not None), None)
+            if found is not None:
+                raise FusionTreeError(f"{found}: give `position_ids` that begin at 0 in each sample beside it")
+            return None, None
+        if positions is not None and positions.shape[:1] == (1,):
+            positions = positions.expand(len(tokens), -1)
+        documents = documents_of(tokens, mask, positions, samples, cached=memory is not None)
+        return documents, positions
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor | None, documents: Tensor | None, options: dict[str, Any]
+    ) -> Tensor | None:
+        options = {name: options[name] for name in LOSS if options.get(name) is not None}
+        if labels is None and "shift_labels" not in options:
+            return None
+        given = options.get("shift_labels", labels)
+        if given.shape != logits.shape[:2]:
+            found = f"{list(given.shape)}, the logits are {list(logits.shape[:2])}"
+            raise FusionTreeError(f"labels: found {found}; `logits_to_keep` is for no loss")
+        labels = None if labels is None else counted_labels(labels, documents, options.get("ignore_index", NO_LABEL))
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
 
     def _memory(self, given: Any, wanted: bool | None, rows: int) -> FusionTreeCache | None:
         """The cache to use, made for its first call."""
@@ -188,22 +288,51 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        kind = generation_config.cache_implementation
+        if kind is not None:
+            raise FusionTreeError(f"cache_implementation: found {kind!r}, our models have a cache of their own")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = FusionTreeCache()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: values are drawn from (seed, path) as the model is made."""
+        """Draw from (seed, path), as `build` does, what no checkpoint has given to a module; transformers asks for
+        each, and for the rows that `resize_token_embeddings` adds."""
+        if not isinstance(module, Module):
+            super()._init_weights(module)
+            return
+        path = next(path for path, each in self.model.named_modules() if each is module)
+        given = {name for name, tensor in own(module) if getattr(tensor, "_is_hf_initialized", False)}
+        start(module, path, self.config.seed, but=given)
 
 
-def _documents(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-    """Our document ids: -1 at padding; where there is no mask, a document for each position 0."""
-    if mask is not None:
-        real = mask[:, -tokens.shape[1] :].bool()
-        return None if bool(real.all()) else real.long() - 1
-    if positions is None:
-        return None
-    begins = positions.expand_as(tokens) == 0
-    return None if int(begins.sum()) <= len(tokens) else begins.long().cumsum(1)
+def _check_overrides(config: FusionTreeConfig, spec: ModelSpec) -> None:
+    """Refuse a config whose copies of what the spec says were changed, which would change nothing."""
+    wanted = {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(spec.expanded_layers()),
+        "tie_word_embeddings": spec.head.tied,
+    }
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            found = f"found {getattr(config, name)}, the spec says {value}"
+            raise FusionTreeError(f"{name}: {found}; edit the spec (`ModelSpec.replace`), it is what is built")
+
+
+def _generation(directory: Path, model: FusionTreeForCausalLM) -> GenerationConfig:
+    """How a model in a directory of ours generates: what a file there says, else its config, else the end of bytes."""
+    if (directory / GENERATION).is_file():
+        ends = end_tokens(directory, model.model.spec)
+        try:
+            found = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # whatever it is, the file says it
+            raise FusionTreeError(f"{directory / GENERATION}: cannot be read: {error}") from None
+        if found.eos_token_id is None and ends:
+            found.eos_token_id = ends
+        return found
+    if model.config.vocab_size == ByteTokenizer.vocab_size and not tokenizer_files(directory):
+        return GenerationConfig(**byte_tokenizer()[GENERATION])
+    return model.generation_config
 
 
 def tokenizer_of(directory: Path | str, spec: ModelSpec) -> PreTrainedTokenizerFast:
@@ -238,10 +367,19 @@ def _tokenizer(directory: Path) -> Any:
         if "tokenizer_config.json" in names:
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         if "tokenizer.json" in names:
-            return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+            return _with_special(FileTokenizer(directory))
+    except FusionTreeError:
+        raise
     except Exception as error:  # whatever it is, one of these files says it
         raise FusionTreeError(f"{directory}: its tokenizer cannot be read: {error}") from None
     return None
+
+
+def _with_special(read: FileTokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows which tokens begin and end a text."""
+    ids = {"bos_token": read.start, "eos_token": next(iter(read.ends), None)}
+    names = {name: read.tokenizer.id_to_token(token) for name, token in ids.items() if token is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=read.tokenizer, **names)
 
 
 AutoConfig.register(FusionTreeConfig.model_type, FusionTreeConfig)

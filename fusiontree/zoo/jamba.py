@@ -183,4 +183,4 @@ DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-JAMBA = register(Family("jamba", "JambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head, _files))
+JAMBA = register(Family("jamba", "JambaForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))

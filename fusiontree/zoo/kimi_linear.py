@@ -90,7 +90,7 @@ def _read_idle(options: Options) -> None:
     options.only("moe_layer_freq", 1)
     options.only("num_nextn_predict_layers", 0)
     options.only("num_key_value_heads", options.count("num_attention_heads"))
-    for key in ("head_dim", "qk_head_dim", "rope_theta", "rope_scaling", "model_max_length"):
+    for key in ("head_dim", "qk_head_dim", "rope_theta", "rope_scaling", "rope_parameters", "model_max_length"):
         options.get(key, None)
 
 

@@ -134,10 +134,6 @@ def _attention_tensors() -> Iterator[Same]:
     yield from linear("out_proj", "out")
 
 
-def _tied_head(options: Options) -> set[str]:
-    return {"lm_head.weight"} if _tied(options) else set()
-
-
 DEFAULTS = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -150,4 +146,4 @@ DEFAULTS = {
     "block_ffn_dim_multiplier": 1.0,
     "block_auto_adjust_ff_dim": True,
 }
-LFM2 = register(Family("lfm2", "Lfm2ForCausalLM", _spec, _config, _tensors, DEFAULTS, _tied_head))
+LFM2 = register(Family("lfm2", "Lfm2ForCausalLM", _spec, _config, _tensors, DEFAULTS))

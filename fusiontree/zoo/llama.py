@@ -66,7 +66,7 @@ def _tensors(options: Options) -> Iterator[Same]:
 
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
-LLAMA = register(Family("llama", "LlamaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+LLAMA = register(Family("llama", "LlamaForCausalLM", _spec, _config, _tensors, DEFAULTS))
 MISTRAL = register(
     Family(
         "mistral",
@@ -75,6 +75,5 @@ MISTRAL = register(
         _config,
         _tensors,
         DEFAULTS | {"num_key_value_heads": 8},
-        parts.tied_head,
     )
 )

@@ -95,7 +95,7 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
-MAMBA = register(Family("mamba", "MambaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+MAMBA = register(Family("mamba", "MambaForCausalLM", _spec, _config, _tensors, DEFAULTS))
 FALCON_MAMBA = register(
     Family(
         FALCON,
@@ -104,6 +104,5 @@ FALCON_MAMBA = register(
         _config,
         _tensors,
         DEFAULTS | {"mixer_rms_eps": 1e-6},
-        parts.tied_head,
     )
 )

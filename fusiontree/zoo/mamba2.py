@@ -11,8 +11,11 @@ from fusiontree.zoo.tensors import Same, below
 
 def _spec(options: Options) -> dict[str, Any]:
     options.only("hidden_act", "silu", "swish")
-    for key in ("expand", "chunk_size", "residual_in_fp32", "time_step_rank", *_OF_INITIALISATION):
-        options.get(key, None)  # said by other fields, or of no consequence for the function
+    options.only("rms_norm", True)
+    for key in _IDLE:
+        options.get(key, None)
+    inner = options.count("num_heads") * options.count("head_dim")
+    options.only("intermediate_size", inner)  # which transformers takes from the others
     norm = parts.rms(options, "layer_norm_epsilon")
     mixer = {
         "kind": "mamba2",
@@ -36,7 +39,11 @@ def _spec(options: Options) -> dict[str, Any]:
     }
 
 
-_OF_INITIALISATION = ("time_step_min", "time_step_max", "time_step_floor")
+_IDLE = (
+    *("expand", "chunk_size", "residual_in_fp32", "time_step_rank"),  # said by other fields, or of no consequence
+    *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme"),
+    "norm_before_gate",  # transformers' norm is behind the gate whatever a config says
+)
 
 
 def _config(reader: Reader) -> dict[str, Any]:
@@ -76,4 +83,4 @@ def _tensors(options: Options) -> Iterator[Same]:
 
 
 DEFAULTS = {"use_bias": False, "tie_word_embeddings": False, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
-MAMBA2 = register(Family("mamba2", "Mamba2ForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head))
+MAMBA2 = register(Family("mamba2", "Mamba2ForCausalLM", _spec, _config, _tensors, DEFAULTS))

@@ -5,7 +5,11 @@ of sub-layer; so each is a layer of ours.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fusiontree.branches import Lightning
 from fusiontree.core.stack import LayerSpec, Residual
@@ -18,8 +22,6 @@ from fusiontree.zoo.tensors import Part, Same, Stacked, below, interleaved, line
 THETA = 1_000_000.0
 IDLE = ("block_size", "router_jitter_noise", "router_aux_loss_coef", "shared_moe_mode")
 """How lightning attention is cut, what is only of training, and of a shared expert that there is not."""
-COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-"""Tensors of lightning attention that follow from the config."""
 FACTORS = {"linear_attn": "lightning", "full_attn": "attention", "mlp": "moe"}
 """Their prefixes, and our kinds."""
 
@@ -178,10 +180,49 @@ def _lightning_tensors(options: Options) -> Iterator[Same]:
     yield from linear("out_proj", "out")
 
 
-def _ignored(options: Options) -> set[str]:
+def _computed(options: Options) -> dict[str, Callable[[], Tensor]]:
+    """What transformers saves of lightning attention beside its weights: decays, which follow from the config."""
     layers = [index for index, full in enumerate(_attends(options)) if not full]
-    computed = {f"model.layers.{index}.self_attn.{name}" for index in layers for name in COMPUTED}
-    return parts.tied_head(options) | computed
+    return {
+        f"model.layers.{index}.self_attn.{name}": partial(decays, options, index)
+        for index in layers
+        for name, decays in COMPUTED.items()
+    }
+
+
+def _slope_rate(options: Options, layer: int) -> Tensor:
+    """[heads, 1, 1]"""
+    rates = slopes(options.count("num_attention_heads"), layer, options.count("num_hidden_layers"))
+    return torch.tensor(rates, dtype=torch.float64)[:, None, None]
+
+
+def _block(options: Options) -> Tensor:
+    """How far each position of a block is into it, [block, 1]."""
+    return torch.arange(1, options.count("block_size") + 1, dtype=torch.float64)[:, None]
+
+
+def _query_decay(options: Options, layer: int) -> Tensor:
+    """[heads, block, 1]"""
+    return torch.exp(-_slope_rate(options, layer) * _block(options))
+
+
+def _key_decay(options: Options, layer: int) -> Tensor:
+    """[heads, block, 1]"""
+    return torch.exp(-_slope_rate(options, layer) * (options.count("block_size") - _block(options)))
+
+
+def _diagonal_decay(options: Options, layer: int) -> Tensor:
+    """[1, heads, block, block]"""
+    into = _block(options)
+    return torch.exp(-_slope_rate(options, layer) * (into - into.T)).tril()[None]
+
+
+COMPUTED = {
+    "slope_rate": _slope_rate,
+    "query_decay": _query_decay,
+    "key_decay": _key_decay,
+    "diagonal_decay": _diagonal_decay,
+}
 
 
 DEFAULTS = {
@@ -191,6 +232,7 @@ DEFAULTS = {
     "num_experts_per_tok": 2,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+    "block_size": 256,
     **{f"{name}_{factor}_factor": 1.0 for name in FACTORS for factor in ("alpha", "beta")},
 }
-MINIMAX = register(Family("minimax", "MiniMaxForCausalLM", _spec, _config, _tensors, DEFAULTS, _ignored, _files))
+MINIMAX = register(Family("minimax", "MiniMaxForCausalLM", _spec, _config, _tensors, DEFAULTS, _computed, _files))

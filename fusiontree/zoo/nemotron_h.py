@@ -40,6 +40,8 @@ def _read_idle(options: Options) -> None:
     options.only("attention_bias", False)
     options.only("mamba_proj_bias", False)
     options.only("num_nextn_predict_layers", 0)
+    for key, same in _SAID_TWICE.items():
+        options.only(key, options[same])
     for key in _IDLE:
         options.get(key, None)
 
@@ -50,7 +52,14 @@ _IDLE = (
     *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob"),
     *("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),  # read where experts are
     *("moe_shared_expert_overlap", "n_group", "topk_group"),
+    *("partial_rotary_factor", "rope_theta", "rope_scaling", "rope_parameters"),  # nothing rotates
 )
+_SAID_TWICE = {
+    "norm_eps": "layer_norm_epsilon",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "attention_head_dim": "head_dim",
+}
+"""Keys of published configs that transformers does not read, and those that they have to agree with."""
 
 
 def _kinds(options: Options) -> list[str]:

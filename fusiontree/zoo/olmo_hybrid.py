@@ -132,6 +132,4 @@ DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-OLMO_HYBRID = register(
-    Family("olmo_hybrid", "OlmoHybridForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head, _files)
-)
+OLMO_HYBRID = register(Family("olmo_hybrid", "OlmoHybridForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fusiontree.encodings.rope import Rope
@@ -11,6 +11,9 @@ from fusiontree.errors import FusionTreeError, suggest
 
 ABOUT_OTHER_THINGS = frozenset(
     [
+        *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+        *("_commit_hash", "_flash_attn_2_enabled", "_experts_implementation", "_experts_implementation_internal"),
+        "is_llama_config",  # which of its own classes nanotron takes
         *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "name_or_path"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "use_cache", "pretraining_tp"),
         *("initializer_range", "rescale_prenorm_residual", "attn_implementation", "num_logits_to_keep"),
@@ -21,19 +24,24 @@ ABOUT_OTHER_THINGS = frozenset(
     ]
 )
 """Keys that do not change the function in evaluation."""
+HINTS = {"quantization_config": "; quantised weights are not read, dequantise them first; if none are"}
+"""What to say of an unknown key instead of which one may have been meant."""
 
 
 class Options:
     """The fields of a config, with what the family's class has for those that are left out.
 
-    What a family reads is remembered; `finish` refuses a config that says something more. `last` is what was read
-    last: the likely cause where reading fails.
+    What a family reads is remembered; `finish` refuses a config that says something more, but for the keys that are
+    to be ignored. `last` is what was read last: the likely cause where reading fails.
     """
 
-    def __init__(self, family: str, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, family: str, data: Mapping[str, Any], defaults: Mapping[str, Any], ignore: Iterable[str] = ()
+    ) -> None:
         self.family, self._defaults = family, defaults
         self._data = {**defaults, **data}
         self._read: set[str] = set()
+        self._ignore, self._passed = frozenset(ignore), set[str]()
         self.last = ""
 
     def __getitem__(self, key: str) -> Any:
@@ -109,13 +117,33 @@ class Options:
             known = " or ".join(repr(value) for value in allowed)
             raise FusionTreeError(f"config.json: {key}: found {found!r}, {self.family} is known with {known}")
 
+    def unknown(self, key: str, value: Any, known: Iterable[str], when: str = "") -> None:
+        """Refuse a key that nobody reads, unless it is one to be ignored.
+
+        Args:
+            known: keys of which one may have been meant.
+            when: what has to be so for the key to be unknown.
+
+        Raises:
+            FusionTreeError: it is not; says how to pass over it.
+        """
+        if key in self._ignore:
+            self._passed.add(key)
+            return
+        text = f"config.json: {key}: {self.family} is not known to have it{when}, found {value!r:.60}"
+        near = HINTS.get(key) or f"{suggest(key, known)}; if it changes nothing"
+        raise FusionTreeError(f"{text}{near}, pass over it with --ignore {key} (ignore=[{key!r}] in Python)")
+
     def finish(self) -> None:
-        """Refuse what was not read and is not off."""
+        """Refuse what was not read and is not off, and to ignore what is read or is not there."""
         for key, value in self._data.items():
             silent = value is None or value is False or value == [] or value == {}
-            if key not in self._read | ABOUT_OTHER_THINGS and not silent and not key.startswith("_"):
-                text = f"config.json: {key}: {self.family} is not known to have it, found {value!r:.60}"
-                raise FusionTreeError(text + suggest(key, self._read))
+            if key not in self._read | ABOUT_OTHER_THINGS and not silent:
+                self.unknown(key, value, self._read)
+        for key in sorted(self._ignore - self._passed - ABOUT_OTHER_THINGS):
+            if key.partition(".")[0] not in self._data:
+                raise FusionTreeError(f"--ignore {key}: config.json has no such key{suggest(key, self._data)}")
+            raise FusionTreeError(f"--ignore {key}: {self.family} knows it; only unknown keys can be ignored")
 
 
 def rope_theta(options: Options, default: float = 10000.0) -> dict[str, Any]:
@@ -135,10 +163,8 @@ def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[
         del given[PART]
     if kind != "default":
         return encoding | {"scaling": {"kind": kind, **_scaling(options, kind, given)}}
-    if given:
-        key, value = next(iter(given.items()))
-        text = f"{options.family} is not known to have it without a scaling, found {value!r:.60}"
-        raise FusionTreeError(f"config.json: rope_parameters.{key}: {text}")
+    for key, value in given.items():
+        options.unknown(f"rope_parameters.{key}", value, (), " without a scaling")
     return encoding
 
 
@@ -169,7 +195,10 @@ def _scaling(options: Options, kind: str, given: dict[str, Any]) -> dict[str, An
     if "original_length" in scalings.get(kind).model_fields:
         length = given.pop(ORIGINAL_LENGTH, None) or options["max_position_embeddings"]
         given = given | {"original_length": length}
-    return given
+    fields = scalings.get(kind).model_fields.keys()
+    for key in given.keys() - fields:
+        options.unknown(f"rope_parameters.{key}", given[key], fields, f" with {kind!r}")
+    return {key: value for key, value in given.items() if key in fields}
 
 
 def _without_mscale(given: dict[str, Any]) -> dict[str, Any]:

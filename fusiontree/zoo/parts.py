@@ -37,11 +37,6 @@ def whole(options: Options, final_norm: str) -> Iterator[Same]:
         yield Same("lm_head.weight", ("head.weight",))
 
 
-def tied_head(options: Options) -> set[str]:
-    """A head that is the embedding once more."""
-    return {"lm_head.weight"} if options["tie_word_embeddings"] else set()
-
-
 def attention(bias: bool, out_bias: bool) -> Iterator[Same]:
     """The maps of `self_attn`."""
     for name in ("q", "k", "v"):

@@ -30,5 +30,8 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
     if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):
         return ModelSpec.from_file(path)
     if str(name_or_path) not in presets():
-        raise SpecError(f"{name_or_path}: neither a file nor a preset{suggest(str(name_or_path), presets())}")
+        inside = path / "model"
+        hint = f"; did you mean {inside}?" if os.path.isfile(inside / "spec.yaml") else ""
+        known = hint or suggest(str(name_or_path), presets())
+        raise SpecError(f"{name_or_path}: neither a file nor a preset{known}")
     return ModelSpec.parse(yaml.read_file(_directory() / f"{name_or_path}.yaml"))

@@ -192,7 +192,7 @@ QWEN3_NEXT = register(
         _config,
         _tensors,
         DEFAULTS,
-        parts.tied_head,
-        _files,
+        files=_files,
+        unused=("mtp.",),
     )
 )

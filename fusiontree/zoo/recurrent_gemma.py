@@ -41,6 +41,7 @@ def _spec(options: Options) -> dict[str, Any]:
 def _kinds(options: Options) -> list[str]:
     """The pattern, again and again; one layer more than a spec may have is enough for it to be refused."""
     pattern = options.words("block_types", {kind: kind for kind in TYPES})
+    options.only("_block_types", options["block_types"])  # in first conversions; transformers 5 passes over it
     if not pattern:
         raise FusionTreeError("config.json: block_types: found an empty list")
     return [pattern[index % len(pattern)] for index in range(min(options.count("num_hidden_layers"), MAX_LAYERS + 1))]
@@ -155,6 +156,4 @@ DEFAULTS = {
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
-RECURRENT_GEMMA = register(
-    Family("recurrent_gemma", "RecurrentGemmaForCausalLM", _spec, _config, _tensors, DEFAULTS, parts.tied_head)
-)
+RECURRENT_GEMMA = register(Family("recurrent_gemma", "RecurrentGemmaForCausalLM", _spec, _config, _tensors, DEFAULTS))

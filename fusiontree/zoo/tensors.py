@@ -50,6 +50,10 @@ class Part(Protocol):
         """Those of theirs."""
         ...
 
+    def places(self) -> tuple[str, ...]:
+        """The names of ours."""
+        ...
+
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Ours."""
         ...
@@ -82,6 +86,10 @@ class Same(NamedTuple):
         """The one."""
         return (self.theirs,)
 
+    def places(self) -> tuple[str, ...]:
+        """Ours that stand in it."""
+        return self.ours
+
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Ours."""
         whole = self.view.read(theirs[self.theirs])
@@ -113,6 +121,10 @@ class Stacked(NamedTuple):
         """All of them."""
         return self.theirs
 
+    def places(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.ours,)
+
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Ours."""
         parts = [theirs[name] for name in self.theirs]
@@ -141,6 +153,10 @@ class Joined(NamedTuple):
         """All of them."""
         return self.theirs
 
+    def places(self) -> tuple[str, ...]:
+        """Ours that stand in the whole."""
+        return self.whole.places()
+
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Ours, wherever theirs are cut."""
         yield from self.whole.read({self.whole.theirs: torch.cat([theirs[name] for name in self.theirs])})
@@ -165,6 +181,10 @@ class Either(NamedTuple):
     def names(self) -> tuple[str, ...]:
         """The first one."""
         return self.first.names()
+
+    def places(self) -> tuple[str, ...]:
+        """Ours that stand in it."""
+        return self.first.places()
 
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Ours."""

@@ -8,6 +8,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi
 import fusiontree as ft
 from fusiontree.encodings.alibi import paper_slopes
 from fusiontree.errors import FusionTreeError
+from fusiontree.kernels.constants import kept
 from fusiontree.zoo.tensors import interleaved
 
 TIME, WIDTH = 40, 24
@@ -93,3 +94,17 @@ def test_where_it_does_not_fit_it_says_so(mixer, encodings, line):
     with pytest.raises(FusionTreeError) as caught:
         ft.ModelSpec.parse({"vocab_size": 11, "width": WIDTH, "encodings": known, "layers": layers})
     assert line in str(caught.value)
+
+
+def test_slopes_reach_a_device_once_and_serve_training_after_inference(monkeypatch):
+    made = []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda values, **options: made.append(values) or tensor(values, **options))
+    kept.cache_clear()
+    net, tokens = model(), torch.arange(8).reshape(1, 8)
+    with torch.inference_mode():
+        net(tokens)
+    once = len(made)
+    net(tokens).sum().backward()
+    assert net.embedding.weight.grad is not None
+    assert len(made) == once > 0

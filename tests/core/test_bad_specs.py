@@ -5,7 +5,11 @@ from typing import Any
 import pytest
 from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 
-from fusiontree import ModelSpec, build
+from fusiontree import LayerSpec, ModelSpec, Norm, Repeat, build
+from fusiontree.branches import Attention, Mamba1, Mlp
+from fusiontree.core.spec import OrderedMap, Spec
+from fusiontree.errors import SpecError
+from fusiontree.fusions import Gated
 
 BRANCH = "layers.0.mixer.branches.attention"
 GATE = "layers.0.mixer.gate"
@@ -168,3 +172,52 @@ def test_bad_repeat_is_named(edits: dict[str, Any], parts: list[str]) -> None:
 def test_many_repeats_do_not_add_up_to_a_bomb() -> None:
     entry = {"repeat": 5000, "layers": [{}, {}]}
     complaint(lambda: ModelSpec.parse(data(layers=[entry] * 3)), "layers: ", "30000", "10000")
+
+
+WRONG: list[tuple[type[Spec], dict[str, Any]]] = [
+    (ModelSpec, data(width=0)),
+    (ModelSpec, data(layerz=[])),
+    (ModelSpec, {"width": 8}),
+    (ModelSpec, data(layers=[{"mixer": {"kind": "attention", "heads": 0, "kv_heads": 1, "head_dim": 2}}])),
+    (ModelSpec, data(layers=[{"mixer": {"kind": "atention"}}])),
+    (ModelSpec, edited("layers.0.mixer.branches.mamba.groups", 3)),
+    (LayerSpec, {"placement": "prr"}),
+    (Repeat, {"repeat": 2, "layers": [{}], "vary": {"0.ffn": [1]}}),
+    (Attention, {"heads": 4, "kv_heads": 3, "head_dim": 2}),
+    (Norm, {"kind": "rmss"}),
+    (Gated, {"branches": {"a": {"kind": "mlp", "hidden": True}}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), WRONG)
+def test_constructors_answer_with_the_line_that_files_get(kind: type[Spec], fields: dict[str, Any]) -> None:
+    assert complaint(lambda: kind(**fields)) == complaint(lambda: kind.parse(fields))
+
+
+def test_specs_inside_a_spec_keep_their_path() -> None:
+    """Whether they were written as data or built in Python."""
+    parts = {"mixer": {"kind": "mlp", "hidden": 0}}
+    for layer in (parts, {"mixer": OrderedMap(kind="mlp", hidden=0)}):
+        complaint(lambda layer=layer: ModelSpec(vocab_size=5, width=8, layers=(layer,)), "layers.0.mixer.hidden: ")
+    complaint(
+        lambda: ModelSpec(vocab_size=5, width=8, layers=(LayerSpec(mixer=Mlp(hidden=4, encodings=("no",))),)),
+        "layers.0.mixer.encodings: ",
+        "'no'",
+    )
+
+
+def test_a_missing_field_is_said_by_what_it_is() -> None:
+    whole = edited(BRANCH, {"kind": "mamba1", "inner": 8, "state": 4})
+    text = complaint(lambda: ModelSpec.parse(whole), f"{BRANCH}.rank: ", "the rank of the map that makes dt is needed")
+    assert text.endswith("found nothing")
+    assert "makes dt" in str(Mamba1.model_json_schema()["properties"]["rank"])
+
+
+def test_all_problems_are_kept_beside_the_first() -> None:
+    whole = data() | {"widht": 3, "vocab_size": "x"}
+    whole["layers"] = [{"repeat": 2, "layers": [{"mixer": {"kind": "mlp", "hiden": 8}, "fn": None}]}]
+    with pytest.raises(SpecError) as caught:
+        ModelSpec.parse(whole)
+    starts = [problem.split(": ")[0] for problem in caught.value.problems]
+    assert starts == ["widht", "vocab_size", "layers.0.fn", "layers.0.mixer.hiden", "layers.0.mixer.hidden"]
+    assert str(caught.value) == f"{caught.value.problems[0]} (and 4 more)"

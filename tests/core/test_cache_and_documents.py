@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import VOCABULARY, complaint, model, tokens
+from core_cases import VOCABULARY, complaint, data, model, tokens
 from torch import Tensor
 
 from fusiontree import LanguageModel, ModelSpec, build
 from fusiontree.branches import attention as branch
+from fusiontree.core.contracts import branches
 from fusiontree.kernels.attn import attention
+from fusiontree.testing.check import models
 
 LEARNED: dict[str, Any] = {"encodings": {"time": {"kind": "srte_learned", "max_length": 8}}}
 
@@ -94,6 +96,49 @@ def test_a_full_cache_says_so(built: LanguageModel) -> None:
     complaint(lambda: built(tokens(1, 2), cache=cache), "cache: ", "4 tokens and 2 more", "5")
 
 
+@pytest.mark.parametrize("capacity", [None, 10])
+@pytest.mark.parametrize(
+    "bad",
+    [{"tokens": tokens(1, 5)}, {"tokens": ids([1, 2]), "positions": ids([7, 8])}],
+    ids=["too long for an encoding", "a position beyond it"],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_refused_call_does_not_count(
+    built: LanguageModel, bad: dict[str, Tensor], capacity: int | None, documents: bool
+) -> None:
+    """Neither as tokens nor as the bound by which rings grow."""
+    cache = built.new_cache(1, capacity)
+    built(tokens(1, 4), cache=cache)
+    before = (cache.most, cache.nbytes, cache.seen.tolist(), cache.positions.tolist())
+    more = {"documents": torch.zeros_like(bad["tokens"])} if documents else {}
+    complaint(lambda: built(**bad, **more, cache=cache), "encodings.time: ")
+    assert (cache.most, cache.nbytes, cache.seen.tolist(), cache.positions.tolist()) == before
+    assert cache.most == 4
+
+
+@pytest.mark.parametrize("prefix", [None, {"tokens": 2}])
+def test_a_device_is_asked_nothing(prefix: dict[str, int] | None) -> None:
+    """On the meta device no value can be read: whoever tries fails."""
+    net = build(ModelSpec.parse(data(**LEARNED, prefix=prefix)), device="meta")
+    like = torch.zeros(2, 6, dtype=torch.long, device="meta")
+    packed = {} if prefix else {"documents": like}  # how long packed rows are with prefixes is in the documents
+    net.cross_entropy(like, like, positions=like, **packed).backward()
+    assert net.embedding.weight.grad is not None
+    cache = net.new_cache(2, 8)
+    with torch.no_grad():
+        assert net(like, cache=cache, **packed).shape == (2, 6, VOCABULARY)
+        net(like[:, :1], cache=cache)
+        net(like[:, :1], cache=cache, **{name: ids[:, :1] for name, ids in packed.items()})
+
+
+def test_bad_labels_cost_no_forward_pass(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "stack", None)
+    complaint(lambda: built.cross_entropy(tokens(1, 3), ids([1, 2, VOCABULARY])), "labels: ", f"found {VOCABULARY}")
+    complaint(lambda: built.cross_entropy(tokens(1, 3), ids([1, 2])), "labels: ", "[1, 3]")
+    complaint(lambda: built.cross_entropy(ids([1, -1]), ids([1, 2])), "tokens: ", "found -1")
+    complaint(lambda: built.cross_entropy([[1, 2]], ids([1, 2])), "tokens: ", "list")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bad", [ids([VOCABULARY]), tokens(1, 5), tokens(1, 7)], ids=["token", "position", "room"])
 def test_a_refusal_leaves_the_cache_as_it_was(built: LanguageModel, bad: Tensor) -> None:
     whole = tokens(1, 6)
@@ -146,9 +191,51 @@ def test_tokens_may_be_any_integers(built: LanguageModel, dtype: torch.dtype) ->
     assert torch.equal(built(given.to(dtype), documents=documents), built(given, documents=documents))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [None, 8])
+def test_a_cache_of_inference_mode_goes_on_outside_and_back(length: int | None) -> None:
+    built, whole = model(), tokens(2, 8)
+    with torch.inference_mode():
+        cache = built.new_cache(2, length)
+        built(whole[:, :5], cache=cache)
+    parts = [built(whole[:, 5:6], cache=cache)]
+    with torch.enable_grad():  # a cache is written without gradients, whoever computes some
+        parts.append(built(whole[:, 6:7], cache=cache).detach())
+    with torch.inference_mode():
+        parts.append(built(whole[:, 7:], cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), built(whole)[:, 5:], rtol=0, atol=1e-9)
+    cache.select(torch.tensor([1]))
+    assert cache.batch == 1
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_may_become_more_or_fewer(built: LanguageModel) -> None:
+    whole = tokens(2, 8)
+    for rows in ([0, 0, 1], [1], [1, 0]):
+        cache = built.new_cache(2, 8)
+        built(whole[:, :5], cache=cache)
+        cache.select(torch.tensor(rows))
+        found = built(whole[rows, 5:], cache=cache)
+        torch.testing.assert_close(found, built(whole)[rows, 5:], rtol=0, atol=1e-9)
+
+
 def test_a_cache_s_bytes_are_those_of_its_states(built: LanguageModel) -> None:
     cache = built.new_cache(2, 8)
     states = [tensor for state in cache.states.values() for tensor in state.values()]
     assert cache.nbytes == sum(t.numel() * t.element_size() for t in states) > 0
     formula = sum(node.cache_bytes(built.spec.scope, 8, torch.float64) for _, node in built.spec.nodes())
     assert cache.nbytes == 2 * formula
+
+
+@pytest.mark.parametrize("kind", branches.names())
+def test_what_is_no_number_stays_in_its_document(kind: str) -> None:
+    """Where documents begin with a block of attention and a chunk of a scan; within one, a factor of 0 lets it pass."""
+    net = build(next(models(branches.get(kind))), dtype=torch.float64).eval().requires_grad_(False)
+    ids = tokens(1, 256).remainder(10) + 1
+    ids[0, 5] = 0
+    documents = torch.arange(2).repeat_interleave(128)[None]
+    alone = net(ids[:, 128:])
+    net.embedding.weight[0] = torch.nan  # and so each token's logit of token 0, since the head is tied
+    found = net(ids, documents=documents)
+    assert not found[0, 5].isfinite().any()
+    torch.testing.assert_close(found[:, 128:, 1:], alone[..., 1:], rtol=0, atol=1e-9)

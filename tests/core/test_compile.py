@@ -55,6 +55,8 @@ FALLING = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "windo
 LENDER = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "encodings": ["rope"]}
 BORROWER = LENDER | {"keys_from": "layers.0.mixer"}
 SHARING = DELTAS | {"prefix": {"tokens": 3}, "layers": [{"mixer": mixer} for mixer in (LENDER, BORROWER, BORROWER)]}
+EXPORTED = CHANNELS | {"layers": [{"mixer": LENDER, "ffn": {"kind": "swiglu", "hidden": 48}}]}
+EXPORTED |= {"encodings": {"rope": {"kind": "rope"}, "time": {"kind": "srte_learned", "max_length": 64}}}
 DOCUMENTS = torch.tensor([[0] * 50 + [1] * 100, [0] * 141 + [-1] * 9])
 TOKENS = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(0))
 
@@ -166,6 +168,19 @@ def test_compiled_decode_steps():
 def test_mamba1_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, CHANNELS)
     assert_same_steps("aot_eager", CHANNELS)
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS[:, 40:60]], ids=["one document", "packed"])
+def test_an_exported_program_serves_other_values(documents):
+    model = ft.build(ft.ModelSpec.model_validate(EXPORTED)).eval()
+    first, other = TOKENS[:, :20], TOKENS[:, 20:40]
+    given = {} if documents is None else {"documents": documents}
+    program = torch.export.export(model, (first,), given).module()
+    torch.testing.assert_close(program(first, **given), model(first, **given))
+    if documents is not None:
+        given = {"documents": torch.tensor([[-1] * 5 + [0] * 15, [0] * 7 + [-1] + [1] * 12])}
+    real = given.get("documents", other) >= 0
+    torch.testing.assert_close(program(other, **given)[real], model(other, **given)[real])
 
 
 def test_gated_delta_in_training_and_in_decode():

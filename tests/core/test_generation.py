@@ -226,3 +226,41 @@ def test_generating_leaves_the_mode_as_it_was() -> None:
 
 def test_a_stop_that_is_no_list() -> None:
     complaint(lambda: model().generate([[1]], max_new_tokens=2, stop=3), "stop: ", "found 3")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_say_nothing_are_named(temperature: float, value: float) -> None:
+    """At the row and the step where they come: here once the row has seen token 5."""
+    net = model(head={"tied": False})
+    logits, calls = net.logits, []
+
+    def broken(features: Tensor) -> Tensor:
+        calls.append(features)
+        found = logits(features)
+        return found.index_fill(0, torch.tensor([1]), value) if len(calls) == 3 else found
+
+    net.logits = broken  # type: ignore[method-assign]
+    job = lambda: net.generate([[1, 2], [3]], max_new_tokens=5, temperature=temperature)  # noqa: E731
+    complaint(job, "generate: row 1, new token 3: ", "not finite in float64")
+
+
+def test_a_model_that_overflows_says_so() -> None:
+    net = model().half()
+    with torch.no_grad():
+        net.embedding.weight.mul_(6e4)
+    complaint(lambda: net.generate([[1, 2, 3]], max_new_tokens=2), "new token 1: ", "float16")
+
+
+def test_a_row_that_has_ended_may_say_nothing() -> None:
+    net = model()
+    first = net.generate([[1, 2]], max_new_tokens=1)[0][-1]
+    logits, calls = net.logits, []
+
+    def broken(features: Tensor) -> Tensor:
+        calls.append(features)
+        return logits(features).index_fill(0, torch.tensor([0] if len(calls) > 1 else []).long(), torch.nan)
+
+    net.logits = broken  # type: ignore[method-assign]
+    found = net.generate([[1, 2], [3, 4]], max_new_tokens=3, stop=[first])
+    assert len(found[0]) == 3

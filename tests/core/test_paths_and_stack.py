@@ -15,6 +15,8 @@ from fusiontree.core.stack import expand, fold
 TREE = {"a": [{"x": 1, "y": {}}, {"x": 2}], "b": "text"}
 LAYERS = {letter: LayerSpec.parse({"ffn": MLP | {"hidden": 8 + index}}) for index, letter in enumerate("ABC")}
 LAYERS["."] = LayerSpec()
+MAPS = {"branches", "encodings", "shared", "multipliers", "values"}
+"""Fields that hold parts or values by name, and are none themselves."""
 
 
 def layers(word: str) -> list[LayerSpec]:
@@ -39,10 +41,28 @@ class TestPaths:
     def test_nothing_found(self, pattern: str) -> None:
         complaint(lambda: paths.find(TREE, pattern), pattern, "matches nothing")
 
-    @pytest.mark.parametrize("pattern", ["c.0.z", "a.9.x", "a.0.y.z", "*.*.z", "b.0", "A.1.X"])
+    @pytest.mark.parametrize(
+        "pattern", ["widht", "layer.0.mixr.gate", "layers.*.mixer.brnches.*.widow", "norms.kind", "layers.0.*.branch"]
+    )
     def test_the_nearest_is_a_path_that_there_is(self, pattern: str) -> None:
-        text = complaint(lambda: paths.find(TREE, pattern), "the nearest is ")
-        assert paths.find(TREE, text.rsplit("'", 2)[1])
+        whole = spec().expand().data()
+        text = complaint(lambda: paths.find(whole, pattern), "the nearest is ")
+        assert paths.find(whole, text.rsplit("'", 2)[1])
+
+    @pytest.mark.parametrize(
+        ("pattern", "known"),
+        [
+            ("tokenizer", "known here: a, b"),
+            ("c.0.z", "known here: a, b"),
+            ("a.9.x", "known in 'a': 0 to 1"),
+            ("a.0.t", "known in 'a.0': x, y"),
+            ("a.0.y.z", "a.0.y is "),
+            ("*.*.z", "known in '*.*': x, y"),
+            ("b.0", "b is null, which holds nothing further; give it as a whole"),
+        ],
+    )
+    def test_where_nothing_is_near_what_is_known_is_listed(self, pattern: str, known: str) -> None:
+        assert "nearest" not in complaint(lambda: paths.find({**TREE, "b": None}, pattern), known)
 
     def test_every_place_is_found_by_its_own_path(self) -> None:
         whole = spec().expand().data()
@@ -127,6 +147,22 @@ class TestOnePath:
 
     def test_a_node_that_is_not_there(self) -> None:
         complaint(lambda: spec().node("layers.0.mixer.branches.mambo"), "mambo", "'layers.0.mixer.branches.mamba'")
+
+    def test_every_part_is_at_its_path(self) -> None:
+        """Gates, norms, encodings, layers and shared nodes too: whatever has fields of its own."""
+        written = spec(layers=[{"repeat": 2, "layers": [{"mixer": MIXER}, {"ffn": MLP}]}], shared={"part": MLP})
+        found = {".".join(path): value for path, value in paths.walk(written.canonical()) if isinstance(value, dict)}
+        found = {path: value for path, value in found.items() if path.split(".")[-1] not in MAPS}
+        assert {"layers.2.mixer.gate", "layers.3", "layers.3.ffn", "norm", "encodings.rope", "shared.part"} <= {*found}
+        for path, value in found.items():
+            assert written.node(path).data() == value
+
+    @pytest.mark.parametrize(
+        ("path", "found"),
+        [("layers.0.ffn", "None"), ("width", "16"), ("encodings", "{"), ("layers.*.mixer", "several"), ("", "''")],
+    )
+    def test_what_is_no_part(self, path: str, found: str) -> None:
+        complaint(lambda: spec().node(path), path, found)
 
     def test_an_empty_layer_is_the_identity(self) -> None:
         assert spec(layers=[{}, *data()["layers"]]).expanded_layers()[0] == LayerSpec()

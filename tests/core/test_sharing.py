@@ -52,10 +52,10 @@ def test_statistics_and_maps_of_gates_are_those_of_the_text():
         model(TOKENS, documents=torch.tensor([[0] * 7 + [1] * 8, [0] * 9 + [-1] * 6]))
     assert seen["layers.1.mixer.gate"]["a"].count == 24
     (found,) = gate_maps(model, TOKENS[0])
-    assert found.values.shape == (15, 1)
+    assert found.values["a"].shape == (15, 1)
     with model.observe() as again:
         model(TOKENS[:1])
-    assert float(found.values.mean()) == pytest.approx(again["layers.1.mixer.gate"]["a"].mean, abs=1e-6)
+    assert float(found.values["a"].mean()) == pytest.approx(again["layers.1.mixer.gate"]["a"].mean, abs=1e-6)
 
 
 def test_a_gate_that_is_used_twice_has_no_map():

@@ -1,6 +1,7 @@
 """A spec is data: round trips, equality, digests, edits, differences, and a JSON Schema."""
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -9,6 +10,8 @@ from core_cases import ATTENTION, ENCODINGS, MAMBA, MIXER, MLP, complaint, data,
 
 from fusiontree import ModelSpec, load_spec, presets
 from fusiontree.branches import SwiGLU
+from fusiontree.core import yaml
+from fusiontree.core.stack import Repeat
 
 VARIED = {
     "repeat": 3,
@@ -113,6 +116,9 @@ def test_specs_are_frozen() -> None:
         spec().encodings["more"] = None  # type: ignore[index]
 
 
+PYRAMID = {"repeat": 3, "layers": [{"mixer": MIXER}, {"ffn": MLP}], "vary": {"0.mixer.branches.*.heads": [2, 4, 8]}}
+
+
 class TestReplace:
     def test_one_value(self) -> None:
         changed = spec().replace({"layers.0.mixer.gate.rank": 2})
@@ -145,6 +151,60 @@ class TestReplace:
         changed = spec().replace({"encodings.far": {"kind": "rope", "theta": 1e6}, "encodings.turn": None})
         assert list(changed.encodings) == ["time", "rope", "far"]
 
+    def test_every_mapping_of_any_names_is_open_and_no_other(self) -> None:
+        """By the type of its field, and not by the name: links and norms of a chain, adapters, multipliers of a sum."""
+        chain = {"kind": "chain", "links": {"a": MLP}, "norms": {"a": {}}}
+        use = {"kind": "use", "of": "block", "adapters": {"r": {"maps": ["up"], "rank": 2}}}
+        both = {"kind": "sum", "branches": {"a": MLP, "b": MLP}, "multipliers": {"a": 2.0}}
+        whole = spec(shared={"block": MLP}, layers=[{"mixer": chain, "ffn": use}, {"mixer": both}])
+        edits = {
+            "layers.0.mixer.links.b": SwiGLU(hidden=8),
+            "layers.0.mixer.norms.b": {"gain": "none"},
+            "layers.0.ffn.adapters.more": {"maps": ["down"], "rank": 1},
+            "layers.1.mixer.multipliers.b": 0.5,
+            "layers.1.mixer.multipliers.a": None,
+            "shared.other": MLP,
+        }
+        changed = whole.replace(edits)
+        first, second = (layer.data() for layer in changed.expanded_layers())
+        assert list(first["mixer"]["links"]) == list(first["mixer"]["norms"]) == ["a", "b"]
+        assert list(first["ffn"]["adapters"]) == ["r", "more"]
+        assert second["mixer"]["multipliers"] == {"b": 0.5}
+        assert list(changed.shared) == ["block", "other"]
+        complaint(lambda: whole.replace({"layers.0.mixer.residual": {}}), "matches nothing")
+        complaint(lambda: whole.replace({"layers.0.residual.more": 1.0}), "matches nothing")
+
+    def test_what_came_with_the_same_edits_is_open(self) -> None:
+        both = {"kind": "sum", "branches": {"a": MLP}}
+        changed = spec().replace({"layers.0.mixer": both, "layers.0.mixer.branches.b": MLP})
+        assert list(changed.node("layers.0.mixer").data()["branches"]) == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("edits", "vary"),
+        [
+            ({"encodings.far": {"kind": "rope"}}, {"0.mixer.branches.*.heads": (2, 4, 8)}),
+            ({"layers.*.ffn.hidden": 4}, {"0.mixer.branches.*.heads": (2, 4, 8)}),
+            ({"layers.1.mixer.branches.*.heads": 16}, {"0.mixer.branches.*.heads": (16, 4, 8)}),
+            ({"layers.*.mixer.branches.*.heads": 4}, {}),
+            ({"layers.*.mixer": None}, {}),
+        ],
+    )
+    def test_repeats_stay_with_what_they_vary(self, edits: dict[str, Any], vary: dict[str, Any]) -> None:
+        whole = spec(layers=[{"ffn": MLP}, PYRAMID, {"ffn": MLP}])
+        changed = whole.replace(edits)
+        _, repeat, _ = changed.layers
+        assert isinstance(repeat, Repeat)
+        assert (repeat.repeat, len(repeat.layers), dict(repeat.vary)) == (3, 2, vary)
+        assert ModelSpec.from_yaml(changed.to_yaml()) == changed == whole.expand().replace(edits)
+
+    def test_a_repeat_goes_where_its_times_differ_elsewhere(self) -> None:
+        whole = spec(layers=[PYRAMID, {"repeat": 2, "layers": [{"ffn": MLP}]}])
+        changed = whole.replace({"layers.1.ffn.hidden": 4})
+        assert len(changed.layers) == 7
+        assert changed == whole.expand().replace({"layers.1.ffn.hidden": 4})
+        assert isinstance(changed.layers[-1], Repeat)
+        assert whole.replace({}).layers == whole.layers
+
     def test_one_of_a_branch_s_encodings(self) -> None:
         changed = spec().replace({"layers.0.mixer.branches.attention.encodings.0": "rope"})
         assert changed.node("layers.0.mixer.branches.attention").data()["encodings"] == ["rope"]
@@ -159,17 +219,37 @@ class TestReplace:
         [
             ("layers.0.mixer.gate.granularty", "token", "'layers.0.mixer.gate.granularity'"),
             ("layer.0.mixr.gate.kind", "softmax", "'layers.0.mixer.gate.kind'"),
-            ("layers.9.ffn", None, "'layers.0.ffn'"),
+            ("layers.9.ffn", None, "known in 'layers': 0 to 1"),
             ("layers.*.mixer.branches.mamba2.heads", 4, "'layers.*.mixer.branches.mamba.heads'"),
             ("layers.0.mixer.branches.mambo", None, "'layers.0.mixer.branches.mamba'"),
             ("encodings.tiem", None, "'encodings.time'"),
-            ("width.more", 3, "'width'"),
-            ("layers.0.mixer.branches.attention.encodings.7", "rope", "encodings.0'"),
+            ("width.more", 3, "width is 16, which holds nothing further"),
+            ("layers.0.mixer.branches.attention.encodings.7", "rope", "attention.encodings': 0"),
             ("", 3, "''"),
         ],
     )
     def test_a_path_that_matches_nothing(self, path: str, value: Any, nearest: str) -> None:
         complaint(lambda: spec().replace({path: value}), path, "matches nothing", nearest)
+
+    def test_fields_of_an_old_kind_stay_and_the_edit_that_works_is_said(self) -> None:
+        text = complaint(
+            lambda: spec().replace({"layers.0.mixer.kind": "mean"}),
+            "layers.0.mixer.kind: the fields of the old kind stay, and 'mean' has no gate; ",
+            "(layers.0.mixer={kind: mean, ...})",
+        )
+        removal = re.search(r"same call \((.*?)\)", text)
+        assert removal is not None
+        edits = {"layers.0.mixer.kind": "mean"} | yaml.assignments(removal[1].split())
+        mean = {key: value for key, value in spec().canonical()["layers"][0]["mixer"].items() if key != "gate"}
+        assert spec().replace(edits) == spec().replace({"layers.0.mixer": mean | {"kind": "mean"}})
+
+    def test_where_a_new_kind_has_other_fields_the_whole_part_is_asked_for(self) -> None:
+        edits = {"layers.0.mixer.branches.mamba.kind": "attention"}
+        text = complaint(lambda: spec().replace(edits), "has no state, groups, ", "replace the whole part")
+        assert "more)" not in text and "null" not in text
+
+    def test_null_takes_nothing_away_where_the_kind_stays(self) -> None:
+        complaint(lambda: spec().replace({"layers.0.mixer.gate": None}), "layers.0.mixer.gate: ", "sigmoid")
 
     def test_what_results_is_validated(self) -> None:
         complaint(lambda: spec().replace({"layers.0.mixer.branches.mamba": None}), "layers.0.mixer.gate", "single")

@@ -1,21 +1,26 @@
 """Weights: how they start, and models on disk, read strictly and written all or nothing."""
 
+import io
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from core_cases import MIXER, MLP, complaint, data, edited, model, spec, tokens
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from fusiontree import ModelSpec, build, load, save
-from fusiontree.core import memory, weights
+from fusiontree import ModelSpec, build, load, machine, save
+from fusiontree.branches import Mlp
+from fusiontree.core import weights
 from fusiontree.core.initialise import generator, initialise
 
 WEIGHT = "layers.0.mixer.branches.attention.q.weight"
@@ -73,6 +78,45 @@ class TestInitial:
             built(tokens(2, 5))
         statistics = seen["layers.0.mixer.gate"]
         assert [statistics[name].mean for name in ("mamba", "attention")] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("activation", sorted(get_args(Mlp.model_fields["activation"].annotation)))
+def test_a_model_with_any_activation_is_pickled(activation: str) -> None:
+    written = io.BytesIO()
+    built = build(ModelSpec.parse(data(layers=[{"ffn": {"kind": "mlp", "hidden": 8, "activation": activation}}])))
+    torch.save(built, written)
+    written.seek(0)
+    assert torch.equal(torch.load(written, weights_only=False)(tokens(2, 5)), built(tokens(2, 5)))
+
+
+class TestBeside:
+    def test_files_are_copied_whether_named_by_text_or_path(self, tmp_path: Path) -> None:
+        for name in ("a.json", "b.json"):
+            (tmp_path / name).write_text(name)
+        save(model(), tmp_path / "out", beside=[str(tmp_path / "a.json"), tmp_path / "b.json"])
+        assert {"a.json", "b.json", "spec.yaml", "model.safetensors"} == {*files(tmp_path / "out")}
+
+    @pytest.mark.parametrize(
+        ("beside", "found"),
+        [
+            ("a.json", "a list of files is needed, found 'a.json'"),
+            (None, "a list of files is needed, found None"),
+            (["absent.json"], "the path of a file is needed, found 'absent.json'"),
+            ([3], "the path of a file is needed, found 3"),
+            (["."], "the path of a file is needed, found '.'"),
+            (["below/spec.yaml"], "below/spec.yaml: a file called spec.yaml is written already"),
+            (["a.json", "below/a.json"], "below/a.json: a file called a.json is written already"),
+        ],
+    )
+    def test_all_else_is_refused_before_anything_is_written(
+        self, beside: Any, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "below").mkdir()
+        for name in ("a.json", "below/a.json", "below/spec.yaml"):
+            (tmp_path / name).write_text(name)
+        complaint(lambda: save(model(), tmp_path / "out", beside=beside), f"beside: {found}")
+        assert not (tmp_path / "out").exists()
 
 
 class TestRoundTrip:
@@ -177,13 +221,13 @@ def test_a_device_that_is_not_there_is_one_line(saved: Path, device: str) -> Non
 class TestRoom:
     def test_building_is_refused_before_anything_is_allocated(self, monkeypatch: pytest.MonkeyPatch) -> None:
         needed = 4 * sum(p.numel() for p in build(spec(), device="meta").parameters())
-        monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: needed - 1)
         monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("allocated"))
         complaint(lambda: build(spec()), "weights: ", f"{needed} bytes", "cpu", f"{needed - 1} ")
 
     def test_just_enough_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
         needed = 2 * sum(p.numel() for p in build(spec(), device="meta").parameters())
-        monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: needed)
         assert build(spec(), dtype=torch.bfloat16)
         complaint(lambda: build(spec()), "weights: ", f"{2 * needed} bytes")
 
@@ -192,16 +236,16 @@ class TestRoom:
         self, saved: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, times: int
     ) -> None:
         needed = times * sum(p.numel() for p in model().parameters())
-        monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: needed - 1)
         monkeypatch.setattr(weights, "_checked", lambda *_: pytest.fail("read"))
         complaint(lambda: load(saved, dtype=dtype), "weights: ", f"{needed} bytes", f"{needed - 1} ")
 
     def test_a_machine_that_does_not_tell_is_trusted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: None)
         assert build(spec())
 
     def test_this_machine_has_some(self) -> None:
-        free = memory.free_bytes(torch.device("cpu"))
+        free = machine.free_bytes(torch.device("cpu"))
         assert free is None or free > 2**20
 
     def test_a_terabyte_of_weights_is_refused_here(self) -> None:
@@ -210,6 +254,28 @@ class TestRoom:
 
 
 class TestSaving:
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("layers.0.mixer.gate.logit.bias", "layers.1.mixer.gate.logit.bias"),
+            ("layers.0.mixer.gate.logit.weight", "layers.1.mixer.gate.logit.weight"),
+            ("embedding.weight", "head.weight"),
+        ],
+    )
+    def test_parameters_tied_by_hand_are_named(self, tmp_path: Path, one: str, other: str) -> None:
+        net = model(layers=[{"mixer": MIXER}, {"mixer": MIXER}], head={"tied": False})
+        module, _, name = other.rpartition(".")
+        setattr(net.get_submodule(module), name, net.get_parameter(one))
+        net(tokens(1, 3))
+        complaint(lambda: save(net, tmp_path / "new"), repr(one), repr(other), "share memory", "a shared node")
+        assert not list(tmp_path.iterdir())
+
+    def test_parts_of_one_tensor_share_nothing(self, tmp_path: Path) -> None:
+        net = build(spec())
+        whole = {name: torch.stack([t, t], -1)[..., 0] for name, t in net.state_dict().items()}
+        weights.save_weights(net.spec, whole, tmp_path / "new")
+        assert torch.equal(load(tmp_path / "new").embedding.weight, net.embedding.weight)
+
     @pytest.mark.parametrize("content", [["a.txt"], ["spec.yaml"], ["model.safetensors", "config.json"]])
     def test_a_foreign_directory_is_refused_and_kept(self, tmp_path: Path, content: list[str]) -> None:
         foreign = tmp_path / "foreign"
@@ -269,6 +335,82 @@ class TestSaving:
         assert "cannot be written" in done.stdout
         assert len(done.stdout.splitlines()) == 1
         assert files(tmp_path) == before
+
+
+def tied_by_hand() -> nn.Module:
+    found = build(spec(layers=[{"ffn": MLP}] * 2))
+    found.layers[1].ffn.up.weight = found.layers[0].ffn.up.weight
+    return found
+
+
+def poisoned() -> nn.Module:
+    found = model()
+    torch.nn.init.constant_(found.norm.weight, float("nan"))
+    return found
+
+
+def parametrised() -> nn.Module:
+    found = model()
+    nn.utils.parametrizations.weight_norm(found.layers[0].mixer.branches["attention"].q)
+    return found
+
+
+def sharded() -> nn.Module:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return fully_shard(model(), mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
+
+
+class Holder(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.model = inner
+
+
+class TestWhatIsSavedCanBeRead:
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda inner: torch.compile(inner, backend="eager"),
+            nn.DataParallel,
+            torch.optim.swa_utils.AveragedModel,
+            lambda inner: nn.DataParallel(torch.compile(inner, backend="eager")),
+        ],
+        ids=["compiled", "parallel", "averaged", "both"],
+    )
+    def test_the_model_inside_a_wrapper_is_saved(self, saved: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        inner = build(spec(), seed=7)
+        save(wrap(inner), saved)
+        assert all(torch.equal(t, inner.state_dict()[name]) for name, t in load(saved).state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("make", "parts"),
+        [
+            (lambda: nn.Linear(2, 2), ["a LanguageModel is needed, found Linear"]),
+            (lambda: Holder(model()), ["a LanguageModel is needed, found Holder; save its `model`"]),
+            (lambda: build(spec(), device="meta"), ["'embedding.weight' has no values here"]),
+            (poisoned, ["'norm.weight' holds a value that is not finite; it was not saved"]),
+            (parametrised, [f"'{WEIGHT}' is missing; it was not saved"]),
+            (tied_by_hand, ["'layers.0.ffn.up.weight' and 'layers.1.ffn.up.weight' share memory"]),
+            (sharded, ["'embedding.weight' is spread over processes"]),
+        ],
+        ids=["another module", "around one", "meta", "nan", "parametrised", "tied", "sharded"],
+    )
+    def test_what_could_not_be_loaded_does_not_replace_a_model(
+        self, saved: Path, make: Callable[[], nn.Module], parts: list[str]
+    ) -> None:
+        before = files(saved.parent)
+        complaint(lambda: save(make(), saved), *parts)
+        assert files(saved.parent) == before
+
+    def test_parameters_that_are_parts_of_one_piece_of_memory(self, tmp_path: Path) -> None:
+        written = model()
+        flat = torch.nn.utils.parameters_to_vector(written.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(flat, written.parameters())
+        save(written, tmp_path / "m")
+        assert all(torch.equal(t, written.state_dict()[name]) for name, t in load(tmp_path / "m").state_dict().items())
 
 
 def break_writing(patch: pytest.MonkeyPatch, broken: str) -> None:

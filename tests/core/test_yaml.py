@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from core_cases import complaint, spec
+from ruamel.yaml.scanner import Scanner
 
 from fusiontree import ModelSpec, load_spec
 from fusiontree.core import yaml
@@ -79,7 +80,11 @@ def laughs(rows: int, start: str, row: str) -> str:
 BOMBS = {
     "characters": ("a: " + "x" * yaml.MAX_BYTES, [str(yaml.MAX_BYTES)]),
     "levels": ("[" * 100 + "]" * 100, [str(yaml.MAX_DEPTH)]),
-    "a great many levels": ("[" * 500_000, []),
+    "a great many levels": ("[" * 500_000, [str(yaml.MAX_DEPTH)]),
+    "levels of mappings": ("{a: " * 200_000, [str(yaml.MAX_DEPTH)]),
+    "levels of blocks": ("- " * 400_000, [str(yaml.MAX_DEPTH)]),
+    "levels of keys": ("? " * 400_000, [str(yaml.MAX_DEPTH)]),
+    "levels behind quotes and comments": ('a: "]]]" # [\nb: ' + "[" * 400_000, [str(yaml.MAX_DEPTH)]),
     "an alias inside itself": ("a: &a [1, *a]", [str(yaml.MAX_DEPTH)]),
     "the whole inside itself": ("&a {b: {c: *a}}", [str(yaml.MAX_DEPTH)]),
     "levels by aliases": (
@@ -95,11 +100,36 @@ BOMBS = {
 }
 
 
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """An entry for each time that the scanner has looked for more."""
+    found: list[object] = []
+    fetch = Scanner.fetch_more_tokens
+    monkeypatch.setattr(Scanner, "fetch_more_tokens", lambda scanner: (found.append(1), fetch(scanner))[1])
+    return found
+
+
 @pytest.mark.parametrize("name", BOMBS)
-@pytest.mark.timeout(20)
-def test_bombs_are_refused(name: str) -> None:
+def test_bombs_are_refused_before_much_of_them_is_read(name: str, fetched: list[object]) -> None:
+    """Of a deep document no more than what one key may be long beyond the deepest level."""
     text, parts = BOMBS[name]
     complaint(lambda: yaml.read(text), "YAML: ", *parts)
+    assert len(fetched) < 5_000
+
+
+def test_of_a_long_document_no_more_is_read_than_allowed(
+    monkeypatch: pytest.MonkeyPatch, fetched: list[object]
+) -> None:
+    monkeypatch.setattr(yaml, "MAX_NODES", 100)
+    complaint(lambda: yaml.read("[" + "a," * 100_000), "YAML: more than 100 nodes")
+    assert len(fetched) < 5_000
+
+
+def test_brackets_that_open_nothing_are_no_levels() -> None:
+    brackets = "[" * 200
+    text = f"# {brackets}\na: '{brackets}'\nb: \"{brackets}\\n\"\nc: |\n  {brackets}\nd: x{brackets} # {brackets}\n"
+    found = yaml.read(text)
+    assert found == {"a": brackets, "b": f"{brackets}\n", "c": f"{brackets}\n", "d": f"x{brackets}"}
 
 
 def test_what_is_as_deep_and_as_shared_as_allowed_is_read() -> None:
@@ -185,3 +215,4 @@ class TestAssignments:
     )
     def test_errors_name_the_path(self, text: str, parts: list[str]) -> None:
         complaint(lambda: yaml.assignments([text]), *parts)
+        complaint(lambda: yaml.assignments(text), *parts)

@@ -1,6 +1,8 @@
 """Sources: which documents they give, to which split, and what they say of bad input."""
 
+import gzip
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusiontree.data import ByteTokenizer, DataError, DataSpec, JsonLines, StandardLibrary, sources, split_of
+from fusiontree.data.contents import Contents
 from fusiontree.errors import SpecError
 
 
@@ -132,6 +135,106 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, problem: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"{path}:2: ") and problem in message
     assert "\n" not in message and len(message) < 300 + len(str(path))
+
+
+def texts(path: Path) -> list[bytes]:
+    return [document.text for document in JsonLines(train=str(path), held_out_share=0.0).documents("train")]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+    assert texts(path) == [b"a"]
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf\n" + b'{"text": "a"}\n'))
+    assert texts(path) == [b"a"]
+
+
+def test_compressing_a_file_changes_nothing(lines: Path) -> None:
+    compressed = lines.with_name(f"{lines.name}.gz")
+    half = len(lines.read_bytes()) // 2
+    parts = lines.read_bytes()[:half], lines.read_bytes()[half:]
+    compressed.write_bytes(b"".join(map(gzip.compress, parts)))  # gzip's files may be put one after another
+    for split in ("train", "held_out"):
+        plain, packed = (
+            [(d.name, d.text) for d in JsonLines(train=str(f)).documents(split)] for f in (lines, compressed)
+        )
+        assert plain == packed
+
+
+@pytest.mark.parametrize("form", ["one", "frames", "a frame to skip"])
+def test_zstd_is_read_to_its_end(lines: Path, form: str) -> None:
+    """Several frames one after another too, as pzstd and `cat` make them: a reader of one would drop the others."""
+    compress = pytest.importorskip("zstandard").ZstdCompressor().compress
+    whole, path = lines.read_bytes(), lines.with_name("text.jsonl.zst")
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path.write_bytes(
+        {
+            "one": compress(whole),
+            "frames": compress(whole[:1000]) + compress(whole[1000:]),
+            "a frame to skip": skipped + compress(whole) + skipped,
+        }[form]
+    )
+    assert texts(path) == texts(lines)
+    path.write_bytes(compress(whole)[:-5])
+    with pytest.raises(DataError, match="damaged or cut"):
+        texts(path)
+
+
+def test_zstd_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = tmp_path / "text.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd and more")
+    with pytest.raises(DataError, match=r"text\.jsonl\.zst: is compressed by zstd.*fusiontree\[data\]"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (gzip.compress(b'{"text": "a"}\n' * 9)[:-3], "damaged or cut"),
+        (gzip.compress(b'{"text": "a"}\n') + b"more", "damaged or cut"),
+        (gzip.compress(b'{"text": "a"}\n')[:10] + b"\xff" * 9, "damaged or cut"),
+        (b"BZh91AY&SY", "compressed by bzip2 or xz; gzip and zstd are read"),
+        (b"\xfd7zXZ\x00", "compressed by bzip2 or xz; gzip and zstd are read"),
+    ],
+    ids=["cut", "something behind it", "damaged", "bzip2", "xz"],
+)
+def test_what_cannot_be_decompressed_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "text.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        texts(path)
+    assert str(caught.value).startswith(f"{path}: ") and problem in str(caught.value)
+
+
+def test_contents_tell_the_file_that_changed(tmp_path: Path) -> None:
+    """What does not reach the model changes nothing: blank lines, other keys, what is beyond the limit."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text('{"text": "first"}\n{"text": "second"}\n')
+    two.write_text('{"text": "third", "id": 3}\n{"text": "fourth"}\n')
+
+    def contents(folder: Path = tmp_path, limit: int | None = None) -> Contents:
+        source = JsonLines(train=(str(folder / "one.jsonl"), str(folder / "two.jsonl")), held_out_share=0.0)
+        return DataSpec(source=source, length=8, bytes=limit).corpus("train").contents
+
+    before, limited = (json.loads(json.dumps(contents(limit=limit).data())) for limit in (None, 13))
+    assert [(part["name"], part["documents"], part["bytes"]) for part in before] == [
+        ("one.jsonl", 2, 11),
+        ("two.jsonl", 2, 11),
+    ]
+    two.write_text('{"text": "third"}\n\n{"text": "fourth"}\n')
+    assert contents().difference(before) is None
+    two.write_text('{"text": "third"}\n{"text": "FOURTH"}\n')
+    assert str(contents().difference(before)).startswith(f"{two}: was read as 2 documents of 11 bytes")
+    assert contents(limit=13).difference(limited) is None
+    two.write_text('{"text": "thir"}\n{"text": "dfourth"}\n')
+    assert contents().difference(before), "the same bytes, cut elsewhere"
+    two.write_text("\n")
+    assert contents().difference(before) == f"two.jsonl: was read as {_part(before[1])}, is now nothing"
+
+
+def _part(part: dict[str, object]) -> str:
+    return f"2 documents of 11 bytes (sha256 {str(part['sha256'])[:12]})"
 
 
 def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:

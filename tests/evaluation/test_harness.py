@@ -116,7 +116,7 @@ def test_perplexity_is_that_of_the_model(folder):
     model = ft.load("ours")
     texts = [json.loads(line)["text"].encode() for line in Path("text.jsonl").read_text().splitlines()]
     expected = sum(log_probability(model, [256], text) for text in texts) / sum(map(len, texts))
-    found = numbers(evaluate("ours", ["tasks/text.yaml"], max_length=10_000))
+    found = numbers(evaluate("ours", "tasks/text.yaml", max_length=10_000))
     assert found["text.bits_per_byte,none"] == pytest.approx(-expected / math.log(2), rel=1e-5)
 
 
@@ -161,6 +161,7 @@ def test_the_command_line_prints_the_same(folder):
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "git" not in done.stderr  # nor does lm-eval look for a repository
     data = json.loads(done.stdout)
     assert numbers(data) == pytest.approx(numbers(evaluate("ours", ["tasks"])), rel=1e-5)
     assert data["model"]["digest"] == ft.load_spec("ours").digest()
@@ -206,3 +207,11 @@ def test_a_bad_task_is_one_line_that_names_its_file(folder, tmp_path, text, line
 def test_places_without_tasks_are_one_line(folder, task, line):
     with pytest.raises(FusionTreeError, match=line):
         evaluate("ours", [task])
+
+
+@pytest.mark.parametrize("task", ["choice.yaml", "continue.yaml"])
+def test_logits_that_say_nothing_are_not_scored(folder, monkeypatch, task):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ft.LanguageModel, "logits", lambda self, x: torch.full((*x.shape[:-1], 257), torch.nan))
+    with pytest.raises(FusionTreeError, match=r"lm-eval: the largest logit of a token is not finite in float32"):
+        evaluate("ours", [f"tasks/{task}"], limit=1)

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import Draw, assert_close, at_real
 from torch import Tensor
 
-from fusiontree import compiling
+from fusiontree import compiling, machine
 from fusiontree.kernels import ATTENTION, AttentionInputs, UnsupportedError, attention
 from fusiontree.kernels.attn import flex
 from fusiontree.kernels.attn.op import sight
@@ -67,7 +67,7 @@ def compare(
 def test_masks_are_the_reference(window: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled FlexAttention looks at the mask alone."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiling, "refusal", lambda device: None)
+    monkeypatch.setattr(machine, "compile_refusal", lambda device: None)
     monkeypatch.setattr(compiling, "piece", lambda function, compiled: function)
     compare(window, packed)
     compare(window, packed, softcap=1.5)
@@ -97,14 +97,14 @@ def test_other_documents_need_no_other_code() -> None:
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "refusal", lambda device: "no g++")
+    monkeypatch.setattr(machine, "compile_refusal", lambda device: "no g++")
     q = torch.ones(1, 4, 2, 16)
     with pytest.raises(UnsupportedError, match=r"'flex_cpu' cannot serve this call: nothing can be compiled: no g\+\+"):
         attention(q, q, q, scale=1.0, backend="flex_cpu")
 
 
 def test_nobody_asks_for_a_compiler_when_auto_picks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "refusal", lambda device: pytest.fail("took seconds"))
+    monkeypatch.setattr(machine, "compile_refusal", lambda device: pytest.fail("took seconds"))
     q = torch.ones(1, 4, 2, 16)
     request = AttentionInputs(q, q, q, None, 1.0, None, None).request
     assert {choice.backend: choice.picked for choice in ATTENTION.explain(request)}["flex_cpu"] is False

@@ -1,5 +1,7 @@
 """The suite can fail: each planted defect is caught, by the law that it breaks."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from fusiontree.branches import (
     Mla,
     Mlp,
     RgLru,
+    Use,
     attention,
     gated_delta,
     lightning,
@@ -21,8 +24,10 @@ from fusiontree.branches import (
     recurrent,
     rglru,
 )
+from fusiontree.branches.use import UseBranch
 from fusiontree.core import initialise as initialising
 from fusiontree.core.cache import Rows
+from fusiontree.core.modules import Module
 from fusiontree.encodings import Alibi
 from fusiontree.encodings.rope import Rotary
 from fusiontree.encodings.srte import SincosTime, SrteSincos
@@ -200,6 +205,20 @@ def test_axis_table_forgets_a_parameter(monkeypatch):
     assert broken_laws(Attention) == "counted"
 
 
+def test_biases_shrink(monkeypatch):
+    declare = Module.declare
+    monkeypatch.setattr(
+        rglru.HeadGate, "declare", lambda self, *args, **options: declare(self, *args, **options | {"decay": True})
+    )
+    assert broken_laws(RgLru) == "shrinking"
+
+
+def test_a_linear_map_does_not_shrink(monkeypatch):
+    declare = Module.declare
+    monkeypatch.setattr(Module, "declare", lambda self, *args, **options: declare(self, *args))
+    assert broken_laws(Mlp) == "shrinking"
+
+
 def test_cache_formula_lies(monkeypatch):
     cache_bytes = Attention.cache_bytes
     monkeypatch.setattr(Attention, "cache_bytes", lambda self, *args: cache_bytes(self, *args) + 4)
@@ -215,6 +234,24 @@ def test_start_depends_on_the_global_generator(monkeypatch):
     fill = initialising._fill
     monkeypatch.setattr(initialising, "_fill", lambda p, value: fill(p, value + torch.rand(()) * 0.01))
     assert broken_laws(Mlp) == "seeded"
+
+
+def test_start_cannot_be_pickled(monkeypatch):
+    monkeypatch.setattr(mamba2, "constant", lambda value: lambda tensor, generator: tensor.fill_(value))
+    assert broken_laws(Mamba2) == "pickled"
+
+
+def test_a_copy_of_a_shared_node_keeps_the_old_parameters(monkeypatch):
+    monkeypatch.setattr(UseBranch, "__deepcopy__", with_a_twin_of_its_own, raising=False)
+    assert broken_laws(Use) == "pickled"
+
+
+def with_a_twin_of_its_own(node, memo):
+    copied = object.__new__(UseBranch)
+    memo[id(node)] = copied
+    for name, value in node.__dict__.items():
+        copied.__dict__[name] = deepcopy(value, {} if name == "twin" else memo)
+    return copied
 
 
 def test_batch_neighbours_meet(monkeypatch):

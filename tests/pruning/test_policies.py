@@ -102,6 +102,48 @@ def test_evidence_of_another_model_is_refused(spec):
         plan(other, evidence(spec, MEANS), Threshold())
 
 
+SWIGLU = {"kind": "swiglu", "hidden": 8}
+"""Whose map `gate` is no gate."""
+
+
+def test_evidence_of_what_is_no_gate_is_refused():
+    parts = {"a": SWIGLU, "b": {"kind": "mlp", "hidden": 8}}
+    layer = {"mixer": {"kind": "gated", "branches": parts, "gate": {"kind": "sigmoid"}}, "ffn": SWIGLU}
+    plain = ft.ModelSpec.parse(
+        {"vocab_size": 5, "width": 8, "layers": [layer, {"mixer": {"kind": "sum", "branches": parts}}]}
+    )
+    assert [path for path, _ in plain.gates()] == ["layers.0.mixer.gate"]
+    for path in ("layers.0.ffn.gate", "layers.0.mixer.branches.a.gate", "layers.1.mixer.gate"):
+        with pytest.raises(PruneError, match=rf"{path}: no gate is there, did you mean 'layers.0.mixer.gate'"):
+            plan(plain, evidence(plain, {path: {"a": 0.1, "b": 0.9}}), Threshold())
+
+
+def test_evidence_of_an_unknown_branch_is_refused(spec):
+    with pytest.raises(PruneError, match=r"layers\.0\.mixer\.gate: no branch is called 'z' \(known: a, b\)"):
+        plan(spec, evidence(spec, {"layers.0.mixer.gate": {"a": 0.1, "z": 0.9}}), Threshold())
+
+
+def test_a_link_that_is_called_branches_is_none():
+    """A path is not taken apart by the words in it."""
+    inner = {"kind": "sum", "branches": {"a": {"kind": "mlp", "hidden": 8}, "b": {"kind": "mlp", "hidden": 8}}}
+    chain = {"kind": "chain", "links": {"branches": inner | {"mlp": {"kind": "mlp", "hidden": 8}}}}
+    spec = ft.ModelSpec.parse({"vocab_size": 5, "width": 8, "layers": [{"mixer": chain}]})
+    here = "layers.0.mixer.links.branches"
+    assert droppable(spec) == ["layers.0", "layers.0.mixer", f"{here}.branches.a", f"{here}.branches.b"]
+    with pytest.raises(PruneError, match="nothing there can be dropped"):
+        plan_by_hand(spec, [f"{here}.mlp"])
+
+
+def test_a_pyramid_stays_one_as_a_branch_leaves_every_layer():
+    period = [layer(a=BRANCH, b=BRANCH)]
+    pyramid = {"repeat": 3, "layers": period, "vary": {"0.mixer.branches.a.hidden": [4, 8, 16]}}
+    spec = ft.ModelSpec.parse({"vocab_size": 5, "width": 8, "layers": [pyramid]})
+    left = plan_by_hand(spec, [f"layers.{n}.mixer.branches.b" for n in range(3)]).edit(spec)
+    (repeat,) = left.layers
+    assert dict(repeat.vary) == {"0.mixer.branches.a.hidden": (4, 8, 16)}
+    assert left == ft.ModelSpec.parse(left.expand().data())
+
+
 def test_evidence_of_an_unknown_gate_is_refused(spec):
     with pytest.raises(PruneError, match=r"layers\.9\.mixer\.gate: no gate is there"):
         plan(spec, evidence(spec, {"layers.9.mixer.gate": {"a": 1.0}}), Threshold())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fusiontree import ModelSpec, build
 from fusiontree.core import probes
 from fusiontree.data import IGNORED
+from fusiontree.testing.subject import randomised
 from fusiontree.training import LossesSpec
 from fusiontree.training.losses import GateValues, balance, captured, entropy, terms
 
@@ -104,16 +105,38 @@ def test_a_positive_weight_lowers_its_term():
         assert seen[-1] < seen[0]
 
 
-def test_captured_values_are_those_of_the_forward_pass(data):
-    model = build(ModelSpec.parse(data["model"]))
+@pytest.mark.parametrize("more", [{}, {"prefix": {"tokens": 3}}])
+def test_captured_values_are_those_of_the_forward_pass(data, more):
+    model = randomised(build(ModelSpec.parse(data["model"] | more)), 0)
     tokens, documents = torch.randint(0, 257, (2, 6)), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]])
     with captured(probes.gates(model)) as gates, model.observe() as observation:
         model(tokens, documents=documents)
     assert len(gates) == 2
     first, seen = gates[0], observation["layers.0.mixer.gate"]
     assert first.real is not None
+    assert int(first.real.sum()) == 10
     for branch, values in first.values.items():
         assert float(values[first.real].detach().mean()) == pytest.approx(seen[branch].mean)
         assert values.requires_grad
     model(tokens, documents=documents)
     assert len(gates) == 2, "the hooks are still there"
+
+
+def test_losses_see_neither_padding_nor_the_prefix(data):
+    """Whatever stands there: the terms are those of the gates' values at tokens."""
+    model = randomised(build(ModelSpec.parse(data["model"] | {"prefix": {"tokens": 3}}), dtype=torch.float64), 0)
+    tokens, documents = torch.arange(12).reshape(2, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]])
+    labels = torch.where(documents >= 0, tokens, IGNORED)
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    with (
+        captured(probes.gates(model)) as gates,
+        probes.watch(probes.gates(model), lambda p, w, real: seen.update({p: w})),
+    ):
+        model(tokens, documents=documents)
+    found = terms(torch.tensor(0.0, dtype=torch.float64), labels, 10, gates[:1])
+    # row 0: prefix, 3 tokens, prefix, 3 tokens; row 1: prefix, 4 tokens, padding
+    real = [[False] * 3 + [True] * 3 + [False] * 3 + [True] * 3, [False] * 3 + [True] * 4 + [False] * 5]
+    values = torch.stack(list(seen["layers.0.mixer.gate"].values()), -1)
+    rows = [row[torch.tensor(mask)].mean((0, 1)) for row, mask in zip(values, real, strict=True)]
+    wanted = sum(share * balance(row) for share, row in zip((0.6, 0.4), rows, strict=True))
+    assert float(found.balance.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)

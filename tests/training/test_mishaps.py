@@ -11,9 +11,11 @@ import training_runs as runs
 
 from fusiontree import load
 from fusiontree.core import files, memory
+from fusiontree.data.contents import Contents
 from fusiontree.recipes.train import main, run
 from fusiontree.training import RunError, TrainingFailed, checkpoint
 from fusiontree.training.console import Console
+from fusiontree.training.titan.data import refuse_changed
 
 FIRST = "step-00000016"
 
@@ -64,6 +66,33 @@ def test_a_broken_checkpoint(unfinished, capsys, name, content, parts):
     assert all(part in said for part in parts), said
     assert "Traceback" not in said
     path.unlink(missing_ok=True)
+
+
+def test_data_that_changed_since_the_checkpoint_is_named(data, tmp_path, capsys):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "held_out")}
+    for file in files.values():
+        runs.write_corpus(file)
+    source = {"kind": "jsonl"} | {name: str(file) for name, file in files.items()}
+    short = {"training": data["training"] | {"steps": 2}, "checkpoint": {"every": 1}, "validation": {"every": 2}}
+    changed = data | short | {"data": data["data"] | {"source": source}, "output": str(tmp_path / "out")}
+    run_file = runs.write_run(tmp_path / "run.json", changed)
+    assert main([str(run_file)]) == 0
+    whole = {path: path.read_bytes() for path in (tmp_path / "out" / "checkpoints" / "step-00000001").iterdir()}
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000002")
+    shutil.rmtree(tmp_path / "out" / "model")
+    for file in files.values():
+        before = file.read_bytes()
+        file.write_bytes(before + b'{"text": "more"}\n')
+        said = refused(run_file, capsys)
+        assert f"{file}: was read as 80 documents" in said and "is now 81 documents" in said, said
+        file.write_bytes(before)
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert main([str(run_file), "validation.bytes=100"]) == 0, "to measure on less is no other data"
+
+
+def test_a_checkpoint_of_before_data_was_recorded_is_taken(caplog):
+    refuse_changed(Contents(), None)
+    assert "does not say what the data was" in caplog.text
 
 
 @pytest.mark.parametrize("line", [b"garbage\n", b"[1]\n", b"\xff\n"])

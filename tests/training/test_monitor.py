@@ -8,17 +8,14 @@ import training_runs as runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.core.context import Context
 from fusiontree.core.observation import Observation
 from fusiontree.training.monitor import WINDOW, GateMonitor, pooled
-
-CONTEXT = Context(torch.zeros(1, 1, dtype=torch.long))
 
 
 def observed(*values: torch.Tensor) -> Observation:
     observation = Observation()
     for value in values:
-        observation.add("layers.0.mixer.gate", {"a": value, "b": 1 - value}, CONTEXT)
+        observation.add("layers.0.mixer.gate", {"a": value, "b": 1 - value}, None)
     return observation
 
 

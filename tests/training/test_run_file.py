@@ -7,7 +7,7 @@ import training_runs as runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree import load_spec
+from fusiontree import build, load_spec, save
 from fusiontree.errors import FusionTreeError, SpecError
 from fusiontree.recipes.train import load_run, recipes
 from fusiontree.training import RunSpec
@@ -104,6 +104,9 @@ def test_every_edit_is_another_run(edit):
         ("losses.ballance=1", "losses.ballance: matches nothing; the nearest is 'losses.balance'"),
         ("parallelism.shard=0", "parallelism.shard"),
         ("format=2", "format: Input should be 1, found 2"),
+        ("tokenizer=3", "tokenizer: matches nothing; known here: format, model, data, training"),
+        ("width=3", "width: a run has none; its model has: model.width"),
+        ("validation.every=3", "validation.every: matches nothing; validation is null"),
     ],
 )
 def test_a_bad_edit_is_one_line_with_its_path(edit, message):
@@ -111,6 +114,26 @@ def test_a_bad_edit_is_one_line_with_its_path(edit, message):
         minimal().override([edit])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_is_no_model_of_a_run_and_its_spec_is(tmp_path, monkeypatch):
+    """Its weights would be passed over in silence."""
+    monkeypatch.chdir(tmp_path)
+    small = load_spec("quickstart").replace({"layers": []})
+    save(build(small), "a/model")
+    runs.write_run(tmp_path / "a" / "run.yaml", MINIMAL)
+    line = r"model: a/model is a saved model.*never from those there.*give a/model/spec.yaml.*train a/run.yaml.*Python"
+    with pytest.raises(SpecError, match=line):
+        load_run("quickstart", ["model=a/model"])
+    with pytest.raises(SpecError, match=r"run.yaml: model: .*a/model is a saved model"):
+        load_run(runs.write_run(tmp_path / "run.yaml", MINIMAL | {"model": "a/model"}))
+    assert load_run("quickstart", ["model=a/model/spec.yaml"]).model == small
+
+
+def test_the_directory_of_a_run_names_its_file(tmp_path):
+    runs.write_run(tmp_path / "run.yaml", MINIMAL)
+    with pytest.raises(FusionTreeError, match=r"neither a run file nor a recipe; did you mean .*run.yaml\?"):
+        load_run(tmp_path)
 
 
 def test_unknown_keys_name_the_file_and_the_nearest(tmp_path):

@@ -1,18 +1,21 @@
 """Small parts of training: who decays, how work is dealt out, what listens to signals, what progress looks like."""
 
-import importlib
+import copy
 import os
 import signal
 
 import pytest
+import torch
 import training_runs as runs
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from fusiontree import ModelSpec, build, load_spec
+from fusiontree import ModelSpec, build, load, load_spec, save
 from fusiontree.training import Console, RunError
 from fusiontree.training.decay import decayed
-from fusiontree.training.parallel import copies, rows_at_a_time
+from fusiontree.training.parallel import copies, rows_at_a_time, shard, world
 from fusiontree.training.stop import Stop
 
 
@@ -33,6 +36,53 @@ def test_only_matrices_that_map_features_decay():
     assert expected_not <= every
     assert not expected_not & names
     assert {"layers.0.mixer.gate.logit.weight", "layers.0.mixer.branches.mamba.x.weight"} <= names
+
+
+RGLRU = {"kind": "rglru", "heads": 2, "head_dim": 4, "bias": True}
+"""Whose gates have biases of two dimensions."""
+
+
+def decays(layer: dict, **more) -> tuple[nn.Module, set[str]]:
+    spec = {"vocab_size": 11, "width": 16, "layers": [layer], "head": {"tied": False, "bias": True}} | more
+    model = build(ModelSpec.parse(spec))
+    return model, set(decayed(model))
+
+
+def test_biases_of_two_dimensions_and_the_prefix_do_not_decay():
+    model, names = decays({"mixer": RGLRU}, prefix={"tokens": 3})
+    every = {name for name, _ in model.named_parameters()}
+    assert names == {
+        f"layers.0.mixer.{part}.weight" for part in (*"xz", "conv", "input_gate", "recurrence_gate", "out")
+    } | {"head.weight"}
+    assert {"prefix.weight", "layers.0.mixer.input_gate.bias", "layers.0.mixer.recurrence_gate.bias"} <= every - names
+
+
+def test_experts_decay_without_their_correction():
+    moe = {"kind": "moe", "experts": 3, "hidden": 4, "top_k": 2, "router": {"correction": True}}
+    _, names = decays({"ffn": moe})
+    assert names == {
+        f"layers.0.ffn.{part}" for part in ("router.weight", "experts.gate", "experts.up", "experts.down")
+    } | {"head.weight"}
+
+
+def test_what_decays_survives_copies_loading_shared_nodes_and_shards(tmp_path):
+    use = {"kind": "use", "of": "block", "adapters": {"a": {"maps": ["x"], "rank": 2}}}
+    model, names = decays({"mixer": use}, shared={"block": RGLRU})
+    assert "shared.block.input_gate.weight" in names
+    assert "layers.0.mixer.adapters.a.up.0.weight" in names
+    save(model, tmp_path / "model")
+    sharded = copy.deepcopy(model)
+    with world():
+        shard(sharded, init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)), precision="float32")
+    for other in (copy.deepcopy(model), load(tmp_path / "model"), model.to(torch.float64), sharded):
+        assert set(decayed(other)) == names
+
+
+def test_maps_that_a_tool_adds_decay():
+    model, names = decays({"mixer": RGLRU})
+    added = nn.Sequential(nn.Linear(16, 2), nn.LayerNorm(2))
+    model.layers[0].mixer.x.adapter = added
+    assert set(decayed(model)) - names == {"layers.0.mixer.x.adapter.0.weight"}
 
 
 def test_the_optimizer_has_every_parameter_once(data, tmp_path):
@@ -80,7 +130,7 @@ def test_micro_batches_of_all_processes_make_up_a_step(data, tmp_path):
             rows = [next(iterator) for _ in range(rounds) for iterator in iterators]
             assert torch.equal(torch.cat([inputs["input"] for inputs, _ in rows]), whole.batch(step)["tokens"])
             assert torch.equal(torch.cat([labels for _, labels in rows]), whole.batch(step)["labels"])
-            assert all(loader.state_dict() == {"step": step + 1} for loader in loaders)
+            assert all(loader.state_dict()["step"] == step + 1 for loader in loaders)
 
 
 @pytest.fixture
@@ -100,19 +150,6 @@ def test_the_first_signal_is_noted_and_the_second_counts():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("asked", [False, "auto", True])
-def test_without_a_compiler_only_auto_goes_on(asked, data, tmp_path, monkeypatch, capsys):
-    train = importlib.import_module("fusiontree.training.titan.train")
-    run = runs.spec(data, tmp_path, f"training.compile={str(asked).lower()}")
-    monkeypatch.setattr(train, "refusal", lambda device: "no C++ compiler")
-    if asked is True:
-        with pytest.raises(RunError, match=r"training\.compile: found true, nothing can be compiled here \(no C"):
-            train._compiles(run, Console())
-        return
-    assert train._compiles(run, Console()) is False
-    assert ("not compiled: no C++ compiler" in "".join(capsys.readouterr())) == (asked == "auto")
 
 
 def test_progress_is_one_line_a_record(capsys):

@@ -225,6 +225,17 @@ def test_a_loss_that_is_no_number_fails_the_job_and_is_not_saved(data, tmp_path,
     assert main([str(file), f"output={tmp_path / 'out'}", "checkpoint.every=1", "validation=null"]) == 0
 
 
+def test_a_held_out_loss_that_is_no_number_fails_the_job(data, tmp_path, capsys, monkeypatch):
+    from fusiontree.training.titan import trainer
+    from fusiontree.training.validation import Score
+
+    monkeypatch.setattr(trainer, "measure", lambda *args, **options: Score(math.nan, 1))
+    file = runs.write_run(tmp_path / "run.json", data)
+    overrides = ("training.steps=2", "validation.every=1", "checkpoint.every=5")
+    assert main([str(file), f"output={tmp_path / 'out'}", *overrides]) == 1
+    assert capsys.readouterr().err == "error: step 1: the held-out loss is nan\n"
+
+
 def test_rows_that_cannot_be_dealt_out_are_one_line(data, tmp_path, capsys):
     file = runs.write_run(tmp_path / "run.json", data)
     assert main([str(file), "training.microbatch_rows=3", f"output={tmp_path / 'out'}"]) == 2

@@ -48,7 +48,7 @@ def run_data(corpus: Path) -> dict[str, Any]:
     return {
         "model": hybrid({"kind": "sigmoid", "granularity": "channel", "rank": 4}),
         "data": {"source": {"kind": "jsonl", "train": str(corpus), "held_out_share": 0.2}, "length": 32},
-        "training": {"steps": STEPS, "rows": 4, "threads": 1},
+        "training": {"steps": STEPS, "rows": 4, "threads": 1, "precision": "float32", "compile": False},
         "optimizer": {"learning_rate": 0.01, "warmup": 3},
         "losses": {"balance": 0.1, "entropy": 0.05},
         "validation": {"every": 10, "rows": 3},

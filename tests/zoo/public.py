@@ -361,7 +361,7 @@ def pair(name: str) -> Pair:
     saved = theirs.state_dict()
     family = family_of(config.model_type)
     data = config.to_dict()
-    computed = family.ignored(family.options(data))
+    computed = family.computed(family.options(data))
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -58,7 +58,7 @@ def test_gradients(both, tokens):
     found = both.family.weights_to(both.config, here)
     for module in (both.ours, both.theirs):
         module.zero_grad()
-    saved = set(both.theirs.state_dict()) - both.family.ignored(both.family.options(both.config))
+    saved = set(both.theirs.state_dict()) - set(both.family.computed(both.family.options(both.config)))
     assert set(found) == set(theirs) | {name for name, _ in both.theirs.named_buffers() if name in saved}
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name, gradient in theirs.items():
@@ -95,7 +95,7 @@ def test_round_trips_are_bitwise(both):
     config = both.family.config_of(both.ours.spec)
     back = both.family.weights_to(config, both.ours.state_dict())
     options = both.family.options(config)
-    assert set(back) == set(theirs) - both.family.ignored(options) - set(both.family.copies(options))
+    assert set(back) == set(theirs) - set(both.family.computed(options)) - set(both.family.all_copies(both.config))
     assert all(torch.equal(back[name], theirs[name]) for name in back)
     again = both.family.weights_of(config, back)
     assert all(torch.equal(again[name], tensor) for name, tensor in both.ours.state_dict().items())
@@ -104,7 +104,7 @@ def test_round_trips_are_bitwise(both):
 def test_transformers_reads_our_config(both):
     config = type(both.theirs.config)(**both.family.config_of(both.ours.spec))
     again = type(both.theirs)(config)
-    computed = both.family.ignored(both.family.options(both.config))
+    computed = both.family.computed(both.family.options(both.config))
 
     def shapes(model):
         return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in computed}

@@ -17,6 +17,7 @@ import fusiontree as ft
 from fusiontree import pruning
 from fusiontree.cli.prune import prune_apply, prune_simplify
 from fusiontree.data import ByteTokenizer
+from fusiontree.data.file_tokenizer import tokenizer_in
 from fusiontree.data.tokenizer_files import tokenizer_files
 from fusiontree.errors import FusionTreeError
 from fusiontree.evaluation.harness import FusionTreeLM
@@ -158,6 +159,36 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(theirs, tmp_path):
         with pytest.raises(FusionTreeError, match=line) as caught:
             tokenizer_of(tmp_path / name, small)
         assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def bare(theirs, tmp_path_factory):
+    """A model of ours with a tokenizer.json alone beside it."""
+    folder = tmp_path_factory.mktemp("bare")
+    import_model(theirs, folder / "ours")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / "ours" / name).unlink()
+    return folder / "ours"
+
+
+def test_a_tokenizer_json_alone_says_where_texts_begin_and_end(bare, theirs):
+    requests = [SimpleNamespace(args=pair, task_name="pairs") for pair in [("the cat", " sat"), ("", "the door")]]
+    wanted, found = HFLM(str(theirs), device="cpu"), FusionTreeLM(str(bare), batch_size=2)
+    assert (found.tokenizer.bos_token, found.tokenizer.eos_token) == ("<s>", "</s>")
+    assert [v for v, _ in found.loglikelihood(requests)] == pytest.approx(
+        [v for v, _ in wanted.loglikelihood(requests)], rel=1e-5
+    )
+
+
+def test_a_tokenizer_without_an_end_is_one_line_and_the_file_it_names_helps(bare, tmp_path):
+    ours = shutil.copytree(bare, tmp_path / "ours")
+    text = (ours / "tokenizer.json").read_text()
+    (ours / "tokenizer.json").write_text(text.replace("<s>", "<a>").replace("</s>", "<b>"))
+    with pytest.raises(FusionTreeError, match=r"no token is known to end a text; name one in generation_config.json"):
+        FusionTreeLM(str(ours))
+    (ours / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert FusionTreeLM(str(ours)).tokenizer.eos_token == "<b>"
+    assert tokenizer_in(ours, VOCABULARY).ends == (2, 0)
 
 
 def test_code_that_a_tokenizer_s_config_names_is_not_run(theirs, tmp_path):

@@ -17,6 +17,8 @@ from torch import Tensor
 from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, Folding, Sight, sight
 from fusiontree.kernels.documents import silence_padding, wide
+from fusiontree.kernels.opaque import opaque
+from fusiontree.products import operand_dtype
 
 QUERIES = 128
 LARGEST_BAND = 2**19
@@ -85,7 +87,7 @@ class Span(NamedTuple):
 
 class Blocks:
     """The queries of a call in blocks, each with the keys that it sees; all tensors with heads before time, queries
-    folded into rows of their kv head."""
+    folded into rows of their kv head. Blocks have the dtype that is multiplied in (see `products`)."""
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], segments: Tensor | None, age: Tensor | None) -> None:
         q, k, v = tensors
@@ -93,6 +95,7 @@ class Blocks:
         self.share = q.shape[2] // self.kv_heads
         self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k), _leading(v)
         self.segments, self.age = segments, age
+        self.dtype = operand_dtype(q)
 
     def over(self, options: Options) -> Iterator[tuple[slice, Span, Block]]:
         """The rows of some queries, the keys that they see, and both with their bias."""
@@ -100,12 +103,14 @@ class Blocks:
         for queries, keys, plain in seen.blocks(QUERIES):
             rows = slice(queries.start * self.share, queries.stop * self.share)
             span, bias = Span(keys, seen.before(queries, keys)), self._bias(seen, (queries, keys), options, plain)
-            yield rows, span, Block(self.q[:, :, rows], span.of(self.k), span.of(self.v), bias, *options[2:4])
+            operands = (self.q[:, :, rows], span.of(self.k), span.of(self.v))
+            q, k, v = (operand.to(self.dtype) for operand in operands)
+            yield rows, span, Block(q, k, v, bias, options.scale, options.softcap)
 
     def _bias(self, seen: Sight, block: tuple[slice, slice], options: Options, plain: bool) -> Tensor:
         queries, keys = block
         sizes, prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
-        falls, folding = options.slopes is not None, Folding(self.share, self.q.dtype, options.slopes)
+        falls, folding = options.slopes is not None, Folding(self.share, self.dtype, options.slopes)
         cut = self.segments is not None or 0 < keys.start < prefix  # a prefix that is not wholly on one side
         elements = sizes[0] * sizes[1] * self.share * (self.kv_heads if falls else 1)
         if not plain or (prefix and (cut or falls)) or elements > LARGEST_BAND:
@@ -115,7 +120,7 @@ class Blocks:
         return F.pad(band, (before, 0)) if before else band
 
 
-@torch.library.custom_op("fusiontree::attention_blocked", mutates_args=())
+@opaque("attention_blocked")
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -169,7 +174,7 @@ def _attend_backward(
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
     for rows, span, block in blocks.over(options):
-        saved = Saved(y[:, :, rows], lse[..., rows], grad[:, :, rows])
+        saved = Saved(y[:, :, rows].to(blocks.dtype), lse[..., rows], grad[:, :, rows].to(blocks.dtype))
         for total, part, at in zip(
             grads, KERNELS[kernel].backward(block, saved), (Span(rows, None), span, span), strict=True
         ):

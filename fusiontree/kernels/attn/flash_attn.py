@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
 from fusiontree.kernels.attn.packing import Limits, Tokens, over_documents
+from fusiontree.kernels.constants import constants
 from fusiontree.kernels.documents import Packed
 from fusiontree.kernels.packages import refusal
 
@@ -45,7 +46,7 @@ def load(module: str) -> Callable[..., Any]:
 
 def _slopes(slopes: tuple[float, ...], device: torch.device) -> Float[Tensor, "heads"]:
     """As the library wants them, whatever the queries are."""
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return constants(slopes, torch.float32, device)
 
 
 def _run(inputs: AttentionInputs, library: Library) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree import compiling
+from fusiontree import compiling, machine
+from fusiontree.compiling import constant
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
+from fusiontree.kernels.constants import constants
 from fusiontree.kernels.documents import silence_padding
-from fusiontree.kernels.packages import constant
 from fusiontree.kernels.registry import UnsupportedError
 
 BLOCK = 128
@@ -65,7 +66,7 @@ def _mask(first: Int[Tensor, "batch time"]) -> Any:
 
 def _scoring(inputs: AttentionInputs) -> Callable[..., Tensor] | None:
     softcap = inputs.softcap
-    slopes = None if inputs.slopes is None else torch.tensor(inputs.slopes, device=inputs.q.device)
+    slopes = None if inputs.slopes is None else constants(inputs.slopes, torch.float32, inputs.q.device)
     if softcap is None and slopes is None:
         return None
 
@@ -89,7 +90,7 @@ def _run(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]
 
 @constant
 def compiler() -> str | None:
-    """A C compiler, which Triton needs; trying one out, as `compiling.refusal` does, would take seconds."""
+    """A C compiler, which Triton needs; trying one out, as `machine.compile_refusal` does, would take seconds."""
     return os.environ.get("CC") or which("cc") or which("gcc") or which("clang")
 
 
@@ -127,7 +128,7 @@ def flex(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]
 @untraced
 def flex_cpu(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
     """Without gradients, and never picked by itself: it takes seconds to find out whether there is a compiler."""
-    found = compiling.refusal("cpu")
+    found = machine.compile_refusal("cpu")
     if found is not None:
         raise UnsupportedError(f"attention backend 'flex_cpu' cannot serve this call: nothing can be compiled: {found}")
     return _run(inputs)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fusiontree.errors import FusionTreeError
+from fusiontree.kernels.constants import constants
 from fusiontree.kernels.documents import previous, wide
 from fusiontree.kernels.registry import Op
 from fusiontree.kernels.shapes import Shapes
@@ -57,7 +58,8 @@ class Folding(NamedTuple):
 
     def fall(self, distance: Int[Tensor, "#batch queries keys"]) -> Float[Tensor, "#batch kv_heads rows keys"]:
         """-slope * distance, in float32 or better."""
-        slopes = torch.tensor(self.slopes, dtype=wide(self.dtype), device=distance.device)
+        assert self.slopes is not None
+        slopes = constants(self.slopes, wide(self.dtype), distance.device)
         by_row = slopes.view(-1, self.share).repeat(1, distance.shape[1])
         return distance.repeat_interleave(self.share, 1)[:, None] * -by_row[..., None]
 

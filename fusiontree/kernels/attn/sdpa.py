@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest
+from fusiontree.products import widens
 
 
 def _refusal(request: AttentionRequest) -> str | None:
@@ -15,6 +16,7 @@ def _refusal(request: AttentionRequest) -> str | None:
         "slopes": request.slopes,
         "cached keys": request.past,
         "value_dim unlike head_dim (quadratic memory)": not request.equal_widths,
+        "half precision without units for it (slow)": widens(request.device, request.dtype),
     }
     found = [what for what, asked in unserved.items() if asked]
     return f"not served: {', '.join(found)}" if found else None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.kernels.attn.blocks import capped, flash_refusal
 from fusiontree.kernels.attn.op import Folding, per_head
+from fusiontree.kernels.constants import constants
 from fusiontree.kernels.documents import wide
 from fusiontree.kernels.registry import Op
 from fusiontree.kernels.shapes import Shapes
@@ -151,7 +152,7 @@ def reference(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
         if inputs.softcap is not None:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
         if inputs.falling is not None:
-            slopes = scores.new_tensor(inputs.falling.slopes).view(-1, share, 1)
+            slopes = constants(inputs.falling.slopes, dtype, scores.device).view(-1, share, 1)
             scores = scores - slopes * inputs.falling.distance[row, :filled]
         outputs.append((scores.softmax(-1) @ values).flatten(0, 1))
     return torch.stack(outputs).to(inputs.q.dtype)

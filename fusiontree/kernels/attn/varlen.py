@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusiontree.compiling import constant
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
 from fusiontree.kernels.attn.packing import Limits, Tokens, over_documents, per_query_head
 from fusiontree.kernels.documents import Packed
-from fusiontree.kernels.packages import constant
 
 LIMITS = Limits()
 

@@ -13,19 +13,23 @@ from torch import Tensor
 
 from fusiontree.compiling import piece
 from fusiontree.kernels.documents import padding_joined, silence_padding
+from fusiontree.kernels.opaque import opaque
 from fusiontree.kernels.scan import step as steps
 from fusiontree.kernels.scan.chunks import Documents, spans
 from fusiontree.kernels.scan.op import SSD, SSDInputs
 from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.step import State, Step
+from fusiontree.products import operand_dtype
 
 
 def _cut(tokens: list[Tensor], segments: Tensor | None, span: slice, chunk: int) -> Step:
+    """The tokens of a step, in the dtype that is multiplied in."""
     x, dt, B, C = (tensor[:, span] for tensor in tokens)
-    return Step(x, dt, B, C, Documents.of(segments, span, chunk))
+    dtype = operand_dtype(x)
+    return Step(x.to(dtype), dt, B.to(dtype), C.to(dtype), Documents.of(segments, span, chunk))
 
 
-@torch.library.custom_op("fusiontree::ssd_chunked", mutates_args=())
+@opaque("ssd_chunked")
 def _scan(
     x: Tensor,
     dt: Tensor,
@@ -74,7 +78,8 @@ def _scan_backward(
     for index in reversed(range(len(steps_taken))):
         span, chunk = steps_taken[index]
         step = _cut(tokens, segments, span, chunk)
-        grads = backward(step, A, states[index], (grad_y[:, span], grad_state), chunk)
+        arriving = (grad_y[:, span].to(step.x.dtype), grad_state)
+        grads = backward(step, A, states[index], arriving, chunk)
         grad_A, grad_state = grad_A + grads.A, grads.state
         x[:, span], dt[:, span], B[:, span], C[:, span] = grads.x, grads.dt, grads.B, grads.C
     return grad_A, grad_state, x, dt, B, C

@@ -42,6 +42,19 @@ class Documents(NamedTuple):
         first = segments[:, span.start - 1, None] if span.start else torch.zeros_like(segments[:, :1])
         return cls(own, torch.cat([first, own[:, :-1, -1]], dim=1)[..., None])
 
+    @property
+    def begins(self) -> Bool[Tensor, "batch chunks"]:
+        """Which chunks begin with another document than that of the state before them."""
+        return self.own[..., 0] != self.entering[..., 0]
+
+
+def forgotten(state: Tensor, documents: Documents | None, chunk: int) -> Tensor:
+    """The state before a chunk, zeros where a document begins with the chunk: a factor of 0 would keep what is no
+    number."""
+    if documents is None:
+        return state
+    return state.masked_fill(documents.begins[:, chunk].view(-1, *(1 for _ in state.shape[1:])), 0.0)
+
 
 class Decays(NamedTuple):
     """Factors in [0, 1], all per group and head of the group (`r`), zero across documents."""

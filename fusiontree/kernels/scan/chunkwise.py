@@ -21,11 +21,13 @@ def recur(values: Sequence[States], decays: Sequence[States], before: States) ->
 
 
 def entering(inflow: Sequence[States], decays: Sequence[States], state: State) -> States:
-    """The state before each chunk; `state` is the one before the first."""
-    if inflow[0].shape[0] == 1:
-        return state[None]
-    ends, kept = _ends(inflow, decays[1:])
-    return _between(ends, kept * decays[0], state)
+    """The state before each chunk; `state` is the one before the first. Zeros where the first decay is 0, as where a
+    document begins: a factor of 0 would keep what is no number."""
+    states = state[None]
+    if inflow[0].shape[0] > 1:
+        ends, kept = _ends(inflow, decays[1:])
+        states = _between(ends, kept * decays[0], state)
+    return states.masked_fill(decays[0] == 0, 0.0)
 
 
 def leaving(wanted: Sequence[States], decays: Sequence[States], grad_state: State) -> States:
@@ -49,5 +51,5 @@ def _between(ends: States, kept: States, first: State) -> States:
     """The state before each chunk, from what each adds to it and keeps of it."""
     states = [first]
     for end, share in zip(ends[:-1], kept[:-1], strict=True):
-        states.append(torch.addcmul(end, share, states[-1]))
+        states.append(torch.addcmul(end, share, states[-1].masked_fill(share == 0, 0.0)))
     return torch.stack(states)

@@ -12,7 +12,7 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.scan.chunks import Decays, Documents, by_chunk, by_token
+from fusiontree.kernels.scan.chunks import Decays, Documents, by_chunk, by_token, forgotten
 
 State = Float[Tensor, "batch groups state r*head_dim"]
 
@@ -35,6 +35,7 @@ class Chunks(NamedTuple):
     B: Float[Tensor, "b c g chunk n"]
     C: Float[Tensor, "b c g chunk n"]
     decays: Decays
+    documents: Documents | None
 
     @property
     def similarity(self) -> Float[Tensor, "b c g 1 chunk chunk"]:
@@ -76,7 +77,7 @@ def _chunks(step: Step, A: Float[Tensor, "heads"], chunk: int) -> Chunks:
     B, C = (rearrange(values, "b (c q) g n -> b c g q n", q=chunk) for values in (step.B, step.C))
     dt = by_chunk(step.dt, chunk, groups)
     decays = Decays.of(dt * rearrange(A, "(g r) -> g r 1", g=groups), step.documents)
-    return Chunks(by_chunk(step.x, chunk, groups), dt, B, C, decays)
+    return Chunks(by_chunk(step.x, chunk, groups), dt, B, C, decays, step.documents)
 
 
 def _states(chunks: Chunks, state: State) -> tuple[Float[Tensor, "b c g n r*p"], Float[Tensor, "b c g 1 r*p"], State]:
@@ -85,6 +86,7 @@ def _states(chunks: Chunks, state: State) -> tuple[Float[Tensor, "b c g n r*p"],
     kept = repeat(chunks.decays.across, "b c g r 1 -> b c g 1 (r p)", p=chunks.x.shape[-1])
     before = []
     for c in range(added.shape[1]):
+        state = forgotten(state, chunks.documents, c)
         before.append(state)
         state = torch.addcmul(added[:, c], state, kept[:, c])
     return torch.stack(before, dim=1), kept, state

@@ -98,13 +98,14 @@ def _model(run: RunSpec) -> TitanModelSpec:
 
 def _training(run: RunSpec, processes: int) -> TrainingConfig:
     training = run.training
+    assert run.resolved is not None
     return TrainingConfig(
         local_batch_size=rows_at_a_time(training.rows, training.microbatch_rows, processes),
         global_batch_size=training.rows,
         seq_len=run.text.length,
         max_norm=training.clip,
         steps=training.steps,
-        mixed_precision_param=training.precision,
+        mixed_precision_param=run.resolved.precision,
         disable_cuda_graphs=True,
     )
 

@@ -1,6 +1,7 @@
 """Our batches as torchtitan's loader, and the tokeniser that it wants to have and never uses."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,10 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from fusiontree.data import Batches, ByteTokenizer, DataSpec
+from fusiontree.data.contents import Contents
+from fusiontree.training.errors import RunError
 
+logger = logging.getLogger(__name__)
 Example = tuple[dict[str, Tensor], Tensor]
 
 
@@ -40,13 +44,30 @@ class TitanLoader(BaseDataLoader):
                 places = {"positions": batch["positions"], "documents": batch["documents"]}
                 yield {"input": batch["tokens"], **places}, batch["labels"]
 
-    def state_dict(self) -> dict[str, int]:
-        """The step after the one that is being read; rows are a function of the seed and the step, so that is all."""
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """The step after the one that is being read, as rows are a function of the seed and the step, and of what."""
+        return {"step": self.step, "contents": self.batches.corpus.contents.data()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on at a step."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at a step.
+
+        Raises:
+            RunError: the data has changed.
+        """
+        refuse_changed(self.batches.corpus.contents, state_dict.get("contents"))
         self.step = state_dict["step"]
+
+
+def refuse_changed(contents: Contents, before: Sequence[Mapping[str, Any]] | None) -> None:
+    """Refuse data that is not what a checkpoint says it was; checkpoints of former versions do not say it.
+
+    Raises:
+        RunError: it has changed; names the file.
+    """
+    if before is None:
+        logger.warning("the checkpoint does not say what the data was; from the next one on it is kept")
+    elif difference := contents.difference(before):
+        raise RunError(f"{difference}: the data has changed since the checkpoint; restore it or choose another output")
 
 
 class TitanTokenizer(BaseTokenizer):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fusiontree.compiling import refusal
+from fusiontree import machine
 from fusiontree.core import memory
 from fusiontree.core.model import build
 from fusiontree.core.weights import save_weights
@@ -21,6 +21,7 @@ from fusiontree.training.errors import RunError
 from fusiontree.training.metrics import Listener
 from fusiontree.training.output import Output
 from fusiontree.training.parallel import copies, rows_at_a_time, world
+from fusiontree.training.resolve import compiles, resolved
 from fusiontree.training.result import TrainResult
 from fusiontree.training.run import RunSpec
 from fusiontree.training.stop import Stop
@@ -46,10 +47,12 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
     output.check()
     with Stop().listening() as stop, world() as (rank, processes):
         told = (listener or Console()) if rank == 0 else Silent()
-        config = configuration(run, processes)
+        run, precision = resolved(run, output.began())
+        config, compiled = configuration(run, processes), compiles(run)
         _check_room(run, processes)
-        config.compile.enable = _compiles(run, told)
-        with _claimed(output, rank), _logged(output.log, rank), _threads(run.training.threads):
+        config.compile.enable = compiled.value is True
+        with _claimed(output, rank), _logged(output.log, rank), _threads(run.training.threads or machine.threads()):
+            told.message(f"precision {precision}, compile {compiled}, threads {torch.get_num_threads()}")
             return _train(config, told, stop)
 
 
@@ -76,29 +79,13 @@ def _check_room(run: RunSpec, processes: int) -> None:
     Raises:
         WeightsError: with the bytes needed and free.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(machine.device_type())
     parameters = sum(p.numel() for p in build(run.model, device="meta").parameters())
     _, shards = copies(processes, run.parallelism.shard)
     memory.check_room(16 * parameters // shards, device, what="model: training it")
     rows = rows_at_a_time(run.training.rows, run.training.microbatch_rows, processes)
     kept = run.model.width * len(run.model.expanded_layers()) + run.model.vocab_size
     memory.check_room(4 * rows * run.text.length * kept, device, what=f"training: {rows} x {run.text.length} tokens")
-
-
-def _compiles(run: RunSpec, listener: Listener) -> bool:
-    """Whether layers are to be compiled.
-
-    Raises:
-        RunError: they are, and nothing can be compiled here.
-    """
-    asked = run.training.compile
-    if asked is False:
-        return False
-    reason = refusal("cuda" if torch.cuda.is_available() else "cpu")
-    if reason is not None and asked is True:
-        raise RunError(f"training.compile: found true, nothing can be compiled here ({reason}); use auto or false")
-    listener.message("layers are compiled in the first step" if reason is None else f"not compiled: {reason}")
-    return reason is None
 
 
 def _train(config: FusionTrainer.Config, listener: Listener, stop: Stop) -> TrainResult:
@@ -160,9 +147,9 @@ def _logged(path: Path, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def _threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

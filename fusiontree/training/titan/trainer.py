@@ -23,6 +23,7 @@ from fusiontree.training.monitor import GateMonitor
 from fusiontree.training.output import Output
 from fusiontree.training.run import RunSpec
 from fusiontree.training.stop import Stop
+from fusiontree.training.titan.data import refuse_changed
 from fusiontree.training.validation import measure
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -42,8 +43,9 @@ class FusionTrainer(Trainer):
         self.output = Output(self.run)
         self.metrics = Metrics(self.output.root, tensorboard=self.run.tensorboard)
         self.monitor = GateMonitor(self.run.monitor.every, self.run.training.steps)
-        self.sums = torch.zeros(3, dtype=torch.float64)
         super().__init__(config)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.means = [0.0, 0.0, 0.0]
         model = self.model_parts[0]
         assert isinstance(model, LanguageModel)
         self.model = model
@@ -52,11 +54,19 @@ class FusionTrainer(Trainer):
         self.held_out = self._held_out()
 
     def _held_out(self) -> HeldOut | None:
-        validation = self.run.validation
-        if validation is None:
+        if self.run.validation is None:
             return None
-        limits = [limit for limit in (self.run.text.bytes, validation.bytes) if limit is not None]
-        return self.run.text.model_copy(update={"bytes": min(limits, default=None)}).held_out()
+        return self.run.text.model_copy(update={"bytes": self._held_out_limit()}).held_out()
+
+    def _held_out_limit(self) -> int | None:
+        validation = self.run.validation
+        limits = [self.run.text.bytes, None if validation is None else validation.bytes]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _held_out_contents(self) -> dict[str, Any] | None:
+        if self.held_out is None:
+            return None
+        return {"limit": self._held_out_limit(), "contents": self.held_out.corpus.contents.data()}
 
     @property
     def first(self) -> bool:
@@ -100,16 +110,22 @@ class FusionTrainer(Trainer):
             nats = self.model.cross_entropy(inputs, labels, **places)
             parts = terms(nats, labels, global_valid_tokens, gates)
             parts.total(self.run.losses).backward()
-        found = torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
-        self.sums += found.to("cpu", torch.float64)
+        self.sums += torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
         return parts.cross_entropy.detach().nan_to_num()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
-        return {"step": self.step, "monitor": self.monitor.state_dict()}
+        return {"step": self.step, "monitor": self.monitor.state_dict(), "held_out": self._held_out_contents()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            RunError: the held-out data has changed, and not because a run asks for more or less of it.
+        """
+        before, now = state_dict.get("held_out"), self._held_out_contents()
+        if self.held_out and before and now and before["limit"] == now["limit"]:
+            refuse_changed(self.held_out.corpus.contents, before["contents"])
         self.step = state_dict["step"]
         self.ntokens_seen = self._tokens() // dist.get_world_size()
         self.monitor.load_state_dict(state_dict["monitor"])
@@ -131,16 +147,17 @@ class FusionTrainer(Trainer):
     def _check_loss(self) -> None:
         """Every process learns the whole step's terms, and stops if there is no number among them."""
         dist.all_reduce(self.sums)
-        if not bool(torch.isfinite(self.sums).all()):
-            raise TrainingFailed(f"step {self.step}: the loss is {float(self.sums[0])}")
+        self.means = self.sums.tolist()
+        if not all(math.isfinite(mean) for mean in self.means):
+            raise TrainingFailed(f"step {self.step}: the loss is {self.means[0]}")
 
     def _training_record(self, found: Record) -> Record:
         if not found:
             return {}
         weights = self.run.losses
-        extra = {"balance": (weights.balance, self.sums[1]), "entropy": (weights.entropy, self.sums[2])}
-        asked = {name: float(value) for name, (weight, value) in extra.items() if weight}
-        loss = float(self.sums[0])
+        loss, balance, entropy = self.means
+        extra = {"balance": (weights.balance, balance), "entropy": (weights.entropy, entropy)}
+        asked = {name: value for name, (weight, value) in extra.items() if weight}
         return {"loss": loss, "bits_per_byte": loss / math.log(2), **asked, "tokens": self._tokens()} | found
 
     def _gate_record(self, observation: Observation | None) -> Record:
@@ -158,6 +175,8 @@ class FusionTrainer(Trainer):
         if validation is None or self.held_out is None or not (last or self.step % validation.every == 0):
             return {}
         score = measure(self.model, self.held_out, rows=validation.rows, device=self.device)
+        if not math.isfinite(score.loss):
+            raise TrainingFailed(f"step {self.step}: the held-out loss is {score.loss}")
         return {"validation_loss": score.loss, "validation_bits_per_byte": score.bits_per_byte}
 
     def _write(self, record: Record) -> None:

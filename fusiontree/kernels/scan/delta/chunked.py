@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fusiontree.kernels.documents import padding_joined, silence_padding
+from fusiontree.kernels.opaque import opaque
 from fusiontree.kernels.scan.chunks import Documents, spans
 from fusiontree.kernels.scan.delta import step as steps
 from fusiontree.kernels.scan.delta.op import GATED_DELTA, GatedDeltaInputs
@@ -25,7 +26,7 @@ def _cut(tokens: list[Tensor], span: slice) -> Step:
     return Step(*(tensor[:, span] for tensor in tokens))
 
 
-@torch.library.custom_op("fusiontree::gated_delta_chunked", mutates_args=())
+@opaque("gated_delta_chunked")
 def _scan(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segments: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

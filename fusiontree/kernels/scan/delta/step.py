@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.scan.chunks import Documents, by_chunk, by_token
+from fusiontree.kernels.scan.chunks import Documents, by_chunk, by_token, forgotten
 from fusiontree.kernels.scan.delta.channels import PerChannel
 from fusiontree.kernels.scan.delta.decays import Decays, Keys, Logs, PerHead, Scores
 
@@ -39,6 +39,7 @@ class Chunks(NamedTuple):
     v: Values
     beta: Float[Tensor, "b c g r chunk 1"]
     decays: Decays
+    documents: Documents | None
 
     @classmethod
     def of(cls, step: Step, documents: Documents | None, chunk: int) -> "Chunks":
@@ -46,7 +47,7 @@ class Chunks(NamedTuple):
         groups, dtype = step.k.shape[2], step.g.dtype
         q, k, v, g, beta = (by_chunk(values.to(dtype), chunk, groups) for values in step)
         form = PerHead if g.shape[-1] == 1 else PerChannel
-        return cls(q, k, v, beta[..., None], form.of(g, documents))
+        return cls(q, k, v, beta[..., None], form.of(g, documents), documents)
 
 
 class _Solved(NamedTuple):
@@ -59,7 +60,7 @@ class _Solved(NamedTuple):
 
 
 def _solved(chunks: Chunks) -> _Solved:
-    _, k, v, beta, decays = chunks
+    _, k, v, beta, decays, _ = chunks
     similar = decays.product(k, k)
     identity = torch.eye(similar.shape[-1], dtype=similar.dtype, device=similar.device)
     # Only what is below the diagonal is read.
@@ -75,6 +76,7 @@ def _states(chunks: Chunks, solved: _Solved, state: State) -> tuple[States, Stat
     """The state before each chunk, and after the last."""
     kept, across, before = (chunks.decays.exit * chunks.k).mT, chunks.decays.across, []
     for c in range(kept.shape[1]):
+        state = forgotten(state, chunks.documents, c)
         before.append(state)
         written = solved.U[:, c] - solved.R[:, c] @ state
         state = across[:, c] * state + kept[:, c] @ written
@@ -120,7 +122,7 @@ class _Share(NamedTuple):
 
 def _inside(chunks: Chunks, similar: Scores, grad_scores: Scores, grad_system: Scores) -> _Share:
     """From the gradients of queries with keys, and of L, below the diagonal."""
-    q, k, _, beta, decays = chunks
+    q, k, _, beta, decays, _ = chunks
     asked, met = decays.backward(grad_scores, q, k), decays.backward(beta * grad_system, k, k)
     return _Share(
         q=asked.a,
@@ -143,7 +145,7 @@ class _Outside(NamedTuple):
 
 def _outside(chunks: Chunks, outside: _Outside) -> _Share:
     """From the states, and from what was written."""
-    q, k, v, beta, decays = chunks
+    q, k, v, beta, decays, _ = chunks
     before, after, written, right, grad = outside
     met = (right * -beta) @ before.mT * decays.entry
     asked = grad @ before.mT * decays.entry

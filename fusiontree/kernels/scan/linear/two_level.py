@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.kernels.documents import silence_padding
+from fusiontree.kernels.opaque import opaque
 from fusiontree.kernels.scan.chunkwise import States, entering, leaving, recur
 from fusiontree.kernels.scan.linear.op import LINEAR_RECURRENCE, LinearRecurrenceInputs
 from fusiontree.kernels.scan.tiling import Tiling
@@ -21,7 +22,7 @@ def _by_place(values: Float[Tensor, "rows tokens channels"], chunk: int) -> tupl
     return values.unflatten(1, (-1, chunk)).permute(2, 1, 0, 3).unbind()
 
 
-@torch.library.custom_op("fusiontree::linear_recurrence_two_level", mutates_args=())
+@opaque("linear_recurrence_two_level")
 def _recurrence(x: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state after each token, and once more the one after the last."""
     y, end = x.clone(memory_format=torch.contiguous_format), torch.empty_like(state)

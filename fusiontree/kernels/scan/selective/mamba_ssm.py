@@ -14,7 +14,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from fusiontree.kernels.packages import constant, refusal
+from fusiontree.compiling import constant
+from fusiontree.kernels.packages import refusal
 from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.selective.op import SELECTIVE_SCAN, SelectiveScanInputs, SelectiveScanRequest, untraced
 

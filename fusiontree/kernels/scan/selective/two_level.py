@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusiontree.kernels.documents import silence_padding
+from fusiontree.kernels.opaque import opaque
 from fusiontree.kernels.scan.prepared import prepared
 from fusiontree.kernels.scan.selective import block as blocks
 from fusiontree.kernels.scan.selective.block import Block, Channels, Entries, Room
@@ -59,7 +60,7 @@ def _entries_by_token(values: Entries) -> Float[Tensor, "rows tokens groups stat
     return rearrange(values, "q c b g n 1 -> b (c q) g n")
 
 
-@torch.library.custom_op("fusiontree::selective_scan_two_level", mutates_args=())
+@opaque("selective_scan_two_level")
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,56 @@
+"""What the fields of specs say about a place in plain data."""
+
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from fusiontree.core.paths import Steps
+from fusiontree.core.registry import Family
+from fusiontree.core.spec import NamedMap, Spec
+from fusiontree.errors import SpecError
+
+
+def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
+    """Whether the place in the data of a spec is a mapping that may hold any names, by the types of the fields on the
+    way there; data that a kind of nobody describes is not."""
+    kinds: list[Any] = [spec]
+    for step in path:
+        kinds = [inner for kind in kinds for outer in _plain(kind, data) for inner in _inside(outer, step)]
+        data = data[int(step)] if isinstance(data, list) else data[step]
+    return isinstance(data, Mapping) and any(_is_map(each) for kind in kinds for each in _plain(kind, data))
+
+
+def _plain(kind: Any, data: Any) -> Iterator[Any]:
+    """The types that data of a field's type may have: choices one by one, a family as the kind that is named."""
+    if isinstance(kind, Family):
+        name = data.get("kind") if isinstance(data, Mapping) else None
+        try:
+            yield kind.get(str(name))
+        except SpecError:
+            return
+    elif get_origin(kind) is Annotated:
+        inner, *marks = get_args(kind)
+        families = [mark for mark in marks if isinstance(mark, Family)]
+        for each in families or [inner]:
+            yield from _plain(each, data)
+    elif get_origin(kind) in (Union, UnionType):
+        for choice in get_args(kind):
+            yield from _plain(choice, data)
+    else:
+        yield kind
+
+
+def _inside(kind: Any, step: str) -> Iterator[Any]:
+    """The type of what stands at a step into data of a type."""
+    if isinstance(kind, type) and issubclass(kind, Spec):
+        for name, field in kind.model_fields.items():
+            if step in (name, field.alias):
+                families = [mark for mark in field.metadata if isinstance(mark, Family)]
+                yield from families or [field.annotation]
+    elif _is_map(kind) or get_origin(kind) is tuple:
+        yield get_args(kind)[0]
+
+
+def _is_map(kind: Any) -> bool:
+    """Whether this is the type of a mapping whose names are free."""
+    return isinstance(get_origin(kind), type) and issubclass(get_origin(kind), NamedMap)

@@ -1,0 +1,139 @@
+"""Tokenizers that the package `tokenizers` (the extra `data`) reads from a `tokenizer.json` beside a model."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+from fusiontree.data.tokenizer import ByteTokenizer
+from fusiontree.data.tokenizer_files import tokenizer_files
+from fusiontree.errors import FusionTreeError
+
+FILE = "tokenizer.json"
+STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
+ENDS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|end|>", "[EOS]")
+"""How special tokens that begin and end a text are written where no file beside the tokenizer says it."""
+CONTEXT = 8
+"""How many tokens before a new one decide how it is written."""
+
+
+class FileTokenizer:
+    """What a `tokenizer.json` says, and the files beside it about where a text begins and ends.
+
+    Attributes:
+        tokenizer: the `tokenizers.Tokenizer`.
+        vocab_size: one more than the largest token.
+        start: the token before a text; None where nothing says which.
+        ends: the tokens that end a text, the main one first; none where nothing says which.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        """Read the files.
+
+        Raises:
+            FusionTreeError: `tokenizers` is not installed, or a file cannot be read.
+        """
+        folder = Path(directory)
+        self.tokenizer: Any = _read(folder)
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
+        notes = [_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        ids = _json(folder / "generation_config.json").get("eos_token_id")
+        named = [vocabulary.get(_content(note.get("eos_token"))) for note in notes]
+        listed = [*named, *(ids if isinstance(ids, list) else [ids])]
+        ends = dict.fromkeys(token for token in listed if isinstance(token, int) and 0 <= token < self.vocab_size)
+        self.ends: tuple[int, ...] = tuple(ends) or self._special(ENDS)
+        starts = [vocabulary.get(_content(note.get("bos_token"))) for note in notes]
+        self.start: int | None = next((token for token in [*starts, *self._special(STARTS)] if token is not None), None)
+
+    def _special(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The first of these names that is a special token."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {token.content: number for number, token in added.items() if token.special}
+        return tuple(special[name] for name in names if name in special)[:1]
+
+    def encode(self, text: str | bytes) -> Int64[np.ndarray, " time"]:
+        """The tokens of a text, with those that the tokenizer itself adds to every text.
+
+        Raises:
+            FusionTreeError: bytes that are not UTF-8.
+        """
+        try:
+            whole = text.decode() if isinstance(text, bytes) else text.encode().decode()
+        except UnicodeError:
+            raise FusionTreeError("text: not UTF-8, which a tokenizer of text needs") from None
+        return np.array(self.tokenizer.encode(whole).ids, dtype=np.int64)
+
+    def decode(self, tokens: Integer[np.ndarray, " time"] | Sequence[int]) -> str:
+        """The text behind tokens, special ones left out."""
+        return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def pieces(self, before: Sequence[int], tokens: Iterable[int]) -> Iterator[bytes]:
+        """What each new token adds to a text, in UTF-8; the parts of a character come together."""
+        context = list(before)[-CONTEXT:]
+        shown = self.decode(context)
+        for token in tokens:
+            context.append(token)
+            whole = self.decode(context)
+            if not whole.endswith("\ufffd"):
+                yield whole[len(shown) :].encode()
+                context = context[-CONTEXT:]
+                shown = self.decode(context)
+        yield self.decode(context)[len(shown) :].encode()
+
+
+def tokenizer_in(directory: Path | str, vocab_size: int) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of a saved model: that whose files stand beside it, else that of bytes.
+
+    Raises:
+        FusionTreeError: there is none and the vocabulary is not that of bytes, it cannot be read, or it has more tokens
+            than the model.
+    """
+    names = [file.name for file in tokenizer_files(directory) if file.name.startswith(("tokenizer.", "vocab."))]
+    if not names and vocab_size == ByteTokenizer.vocab_size:
+        return ByteTokenizer()
+    if FILE not in names:
+        found = f"found {', '.join(names)}, which AutoTokenizer and its save_pretrained turn into one" if names else ""
+        found = found or f"{vocab_size} tokens are not the {ByteTokenizer.vocab_size} of bytes"
+        raise FusionTreeError(f"{directory}: holds no {FILE}, and {found}")
+    tokenizer = FileTokenizer(directory)
+    if tokenizer.vocab_size > vocab_size:
+        text = f"has {tokenizer.vocab_size} tokens, the model has {vocab_size}"
+        raise FusionTreeError(f"{directory}: the tokenizer {text}")
+    return tokenizer
+
+
+def _read(folder: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        text = f"{folder / FILE}: tokenizers is not installed; pip install 'fusiontree[data]'"
+        raise FusionTreeError(text) from None
+    try:
+        found: Any = Tokenizer.from_file(str(folder / FILE))
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise FusionTreeError(f"{folder}: its tokenizer cannot be read: {error}") from None
+    found.no_truncation()  # what a training script set would cut a prompt
+    found.no_padding()
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file's mapping; an empty one where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FusionTreeError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise FusionTreeError(f"{file}: a mapping is needed, found {found!r:.60}")
+    return found
+
+
+def _content(token: Any) -> Any:
+    """A special token as its text, which is how it is written or inside what is."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,63 @@
+"""What a config says that is no part of the function but matters to whoever uses the model: how long a text may be,
+where it ends, what trains it. An imported spec keeps it in its lineage (which takes no part in equality), through
+pruning and every other edit, and export gives it back.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusiontree.core.model_spec import ModelSpec
+from fusiontree.errors import FusionTreeError
+
+LONGEST = "max_position_embeddings"
+CARRIED = (
+    *(LONGEST, "model_max_length"),  # servers and lm-eval cut there
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # generation
+    *("chunk_size", "mamba_chunk_size"),  # kernels of servers
+    *("initializer_range", "attention_dropout", "hidden_dropout"),  # training
+    *("router_aux_loss_coef", "z_loss_coefficient"),  # losses
+)
+"""The keys. Others that are no part of the function are of the class, the library's version, or one call."""
+GENERATION = "generation_config.json"
+
+
+def carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config to be kept; nothing of what is null."""
+    return {key: config[key] for key in CARRIED if config.get(key) is not None}
+
+
+def carried_by(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec has kept since it was last imported. A length that its config calls otherwise is
+    `max_position_embeddings` too: nobody else looks for other names."""
+    kept = next((entry.data()["config"] for entry in reversed(spec.lineage) if entry.config), {})
+    longest = kept.get("model_max_length")
+    return kept if longest is None else {LONGEST: longest, **kept}
+
+
+def end_tokens(directory: Path | str, spec: ModelSpec) -> list[int]:
+    """The tokens behind which generation ends: those of `generation_config.json` beside a model, else of its config.
+
+    Raises:
+        FusionTreeError: the file is no JSON object, or says something else than tokens.
+    """
+    path = Path(directory) / GENERATION
+    found = _object(path).get("eos_token_id") if path.is_file() else None
+    found = carried_by(spec).get("eos_token_id") if found is None else found
+    tokens = [] if found is None else found if isinstance(found, list) else [found]
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < spec.vocab_size:
+            text = f"tokens below {spec.vocab_size} are needed, found {token!r:.60}"
+            raise FusionTreeError(f"{directory}: eos_token_id: {text}")
+    return tokens
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionTreeError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise FusionTreeError(f"{path}: has to be an object, found {type(found).__name__}")
+    return found

@@ -1,0 +1,91 @@
+"""What `auto` comes to: by the machine, in every process alike, and kept by a run that goes on elsewhere."""
+
+import shutil
+
+import pytest
+import torch
+import training_runs as runs
+
+from fusiontree import machine
+from fusiontree.recipes.train import run
+from fusiontree.training import RunError, RunSpec
+from fusiontree.training.parallel import world
+from fusiontree.training.resolve import LONG, compiles, resolved
+from fusiontree.training.sections import ResolvedSpec
+
+
+@pytest.fixture
+def one_process():
+    with world():
+        yield
+
+
+def on_a_machine(monkeypatch, *, units, device="cpu", compiler=True):
+    monkeypatch.setattr(machine, "multiplies", lambda dtype: units or dtype not in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(machine, "device_type", lambda: device)
+    monkeypatch.setattr(machine, "compile_refusal", lambda device: None if compiler else "there is no C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("asked", "began", "units", "device", "found"),
+    [
+        ("auto", None, False, "cpu", "float32 (the processor has no units for bfloat16)"),
+        ("auto", None, True, "cpu", "bfloat16 (the processor has units for it)"),
+        ("auto", None, False, "cuda", "bfloat16 (on a GPU)"),
+        ("auto", "bfloat16", False, "cpu", "bfloat16 (as the run began)"),
+        ("auto", "float32", True, "cuda", "float32 (as the run began)"),
+        ("bfloat16", None, False, "cpu", "bfloat16 (as the run says)"),
+        ("float32", "float32", True, "cuda", "float32 (as the run says)"),
+    ],
+)
+def test_precision_is_the_machines_the_runs_or_the_first_ones(
+    one_process, data, tmp_path, monkeypatch, asked, began, units, device, found
+):
+    on_a_machine(monkeypatch, units=units, device=device)
+    asked_run = runs.spec(data, tmp_path, f"training.precision={asked}")
+    decided, choice = resolved(asked_run, ResolvedSpec(precision=began) if began else None)
+    assert str(choice) == found
+    assert decided.resolved == ResolvedSpec(precision=found.split()[0])
+    assert decided.training.precision == asked
+    assert decided.digest() == asked_run.digest()
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "units", "device", "compiler", "found"),
+    [
+        ("auto", 10**6, False, "cpu", True, "false (it gains nothing on a processor without units for bfloat16)"),
+        ("auto", LONG - 1, True, "cpu", True, f"false (it pays from {LONG} steps on)"),
+        ("auto", LONG, True, "cpu", True, "true (in the first step, which takes a minute or more)"),
+        ("auto", LONG, True, "cpu", False, "false (there is no C++ compiler)"),
+        ("auto", 1, False, "cuda", True, "true (in the first step, which takes a minute or more)"),
+        ("false", LONG, True, "cpu", True, "false (as the run says)"),
+        ("true", 1, False, "cpu", True, "true (in the first step, which takes a minute or more)"),
+    ],
+)
+def test_layers_are_compiled_where_it_pays(data, tmp_path, monkeypatch, asked, steps, units, device, compiler, found):
+    on_a_machine(monkeypatch, units=units, device=device, compiler=compiler)
+    asked_run = runs.spec(data, tmp_path, f"training.compile={asked}", f"training.steps={steps}")
+    assert str(compiles(asked_run)) == found
+
+
+def test_without_a_compiler_a_run_that_asks_for_one_is_refused(data, tmp_path, monkeypatch):
+    on_a_machine(monkeypatch, units=True, compiler=False)
+    with pytest.raises(RunError, match=r"training\.compile: found true, nothing can be compiled here \(there is no C"):
+        compiles(runs.spec(data, tmp_path, "training.compile=true"))
+
+
+def test_a_run_keeps_its_precision_on_another_machine(data, tmp_path, monkeypatch, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for directory in (whole, cut):
+        on_a_machine(monkeypatch, units=True)
+        run(runs.spec(data, directory, "training.precision=auto", "training.steps=2", "validation=null"))
+    assert RunSpec.from_file(cut / "run.yaml").resolved == ResolvedSpec(precision="bfloat16")
+    assert "precision: auto" in (cut / "run.yaml").read_text()
+    shutil.rmtree(cut / "model")
+    on_a_machine(monkeypatch, units=False)
+    capsys.readouterr()
+    run(runs.spec(data, cut, "training.precision=auto", "training.steps=2", "validation=null"))
+    assert "precision bfloat16 (as the run began)" in capsys.readouterr().out
+    again = RunSpec.from_file(whole / "run.yaml", [f"output={tmp_path / 'again'}"])
+    run(again)
+    assert "precision bfloat16 (as the run began)" in capsys.readouterr().out
