@@ -159,6 +159,6 @@ class LightningBranch(Node):
         return {"state": like.new_zeros(shape, dtype=wide(like.dtype))}
 
 
-def _ones(context: Context, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch time heads"]:
-    """Steps of 1."""
+def _ones(context: Context, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Steps of 1 [batch, time, heads]."""
     return torch.ones(shape, dtype=dtype, device=device)
