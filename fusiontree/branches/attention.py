@@ -275,7 +275,7 @@ class AttentionBranch(Node):
         """Queries or keys, normalised and rotated."""
         spec, together = self.spec, self.spec.qk_norm is not None and self.spec.qk_norm.over == "all"
         x = norm(x) if norm and together else x
-        x = x.unflatten(2, (heads, spec.head_dim))
+        x = x.view(*x.shape[:2], heads, spec.head_dim)
         x = norm(x) if norm and not together else x
         return context.rotate(spec.encodings, x)
 
@@ -283,7 +283,7 @@ class AttentionBranch(Node):
         """What the queries of each group look at; the chunk is written into the cache."""
         spec, heads = self.spec, [group.kv_heads for group in self.groups]
         k = self._by_head(scaled(self.k(x), spec.multipliers.key), spec.kv_heads, self.k_norm, context)
-        v = self.v(x).unflatten(2, (spec.kv_heads, spec.values))
+        v = self.v(x).view(*x.shape[:2], spec.kv_heads, spec.values)
         parts = zip(self.groups, _split(k, heads), _split(v, heads), strict=True)
         keys = [self._remember(group, k, v, context) for group, k, v in parts]
         if self.lends:
@@ -309,7 +309,7 @@ class AttentionBranch(Node):
             falling = None if slopes is None else Falling(slopes, context.once(_distances, slots))
             filled = context.once(seen, slots, keys.rings[0].dtype)
             y = attention_step(q.squeeze(1), *keys.rings, filled, falling=falling, **options)
-            return y.reshape(len(y), 1, group.heads * self.spec.values)
+            return y.flatten(1)[:, None]
         visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
         return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options).flatten(2)
 

@@ -79,7 +79,8 @@ class Rows:
     def places(self, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
         """Where rings [batch, heads, slots, ...], seen as [batch*heads*slots, ...], keep the token of each row, in a
         chunk of one."""
-        slot = self.prefix + (self.after - 1 - self.prefix) % (slots - self.prefix)
+        slot = (self.after - (1 + self.prefix)) % (slots - self.prefix)
+        slot = slot + self.prefix if self.prefix else slot
         first = torch.arange(0, len(self.after) * heads * slots, slots, device=slot.device)
         return first + slot.repeat_interleave(heads)
 

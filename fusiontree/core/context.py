@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,7 +39,7 @@ class Context:
     borrowed: "Shelf | None" = None
     lent: "Shelf | None" = None
     text: Bool[Tensor, "batch time"] | None = None
-    made: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch time"] | None:
@@ -59,9 +59,10 @@ class Context:
         if torch.compiler.is_compiling():  # which makes it in one loop with what reads it
             return make(self, *arguments)
         key = (make, *arguments)
-        if key not in self.made:
-            self.made[key] = make(self, *arguments)
-        return cast(Made, self.made[key])
+        found = self.made.get(key)
+        if found is None:
+            found = self.made[key] = make(self, *arguments)
+        return found
 
     def is_step(self, x: Float[Tensor, "batch time width"]) -> bool:
         """Whether a chunk is one token a row and no gradient will ask for what states were before it."""

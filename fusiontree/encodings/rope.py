@@ -15,6 +15,7 @@ from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encod
 from fusiontree.core.modules import scaled, wide
 from fusiontree.core.spec import Positive, invalid
 from fusiontree.encodings.rope_scaling import AnyScaling
+from fusiontree.kernels.constants import constants
 
 Ids = Int[Tensor, "batch time"]
 Heads = Float[Tensor, "batch time heads channels"]
@@ -71,15 +72,17 @@ class Rotary(Encoding):
 
     def __init__(self, spec: Rope, channels: Sequence[int]) -> None:
         super().__init__()
-        self.spec, self.dims = spec, sorted({spec.dim or count for count in channels})
+        self.spec = spec
+        dims, cpu = sorted({spec.dim or count for count in channels}), torch.device("cpu")
+        self.frequencies = {dim: tuple(spec.frequencies(dim, cpu).tolist()) for dim in dims}
 
     def forward(self, positions: Ids) -> "Rotation":
         """The rotation at these positions."""
-        return Rotation(self.spec.dim, {dim: self._turns(dim, positions) for dim in self.dims})
+        return Rotation(self.spec.dim, {dim: self._turns(dim, positions) for dim in self.frequencies})
 
     def _turns(self, dim: int, positions: Ids) -> dict[torch.dtype, Turns]:
         """From float64 angles so that far positions stay exact."""
-        angles = positions[..., None, None] * self.spec.frequencies(dim, positions.device)
+        angles = positions[..., None, None] * constants(self.frequencies[dim], torch.float64, positions.device)
         magnitude = self.spec.scaling.magnitude if self.spec.scaling else 1.0
         cos, sin = scaled(angles.cos(), magnitude), scaled(angles.sin(), magnitude)
         turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
