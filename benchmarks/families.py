@@ -3,8 +3,9 @@
     python benchmarks/families.py              # all
     python benchmarks/families.py jamba lfm2   # some
 
-writes `benchmarks/results/family-NAME.json` for each and prints tokens a second and the ratio, in bfloat16. Both sides
-run as they come, without `torch.compile`.
+writes `benchmarks/results/family-NAME.json` for each and prints tokens a second and the ratio, in bfloat16 or another
+type. Both sides run as they come, without `torch.compile`. Decoding is timed in pairs: its ratio is the median over the
+pairs, with the interval that holds the true median 95 times in 100.
 """
 
 import argparse
@@ -28,56 +29,70 @@ TASKS = {"forward": 1024, "training": 1024, "decode": 256}
 """Tokens of a sequence, or of the prompt to decode after."""
 STEPPING = {"mamba", "falcon_mamba", "jamba"}
 """Of Mamba-1, which transformers steps through in Python: a quarter of the tokens, or it would take minutes."""
-TURNS = {"forward": 5, "training": 5, "decode": 48}
+TURNS = {"forward": 5, "training": 5, "decode": 20}
+STEPS = 3
+"""Of decoding, in one turn."""
 LONGEST = 20.0
-"""Seconds after which a task has no further turn."""
+"""Seconds after which a task has no further turn, but for decoding."""
+INTERVAL = (5, 14)
+"""Of 20 ordered ratios those between which the median of all is, 95.9 times in 100 (from the binomial distribution)."""
 SIDES = ("transformers", "fusiontree")
 
 
-def models(name: str) -> dict[str, Any]:
+def models(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """Both sides, with the weights of theirs."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(name, **LAYOUTS[name])
-    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     family = family_of(name)
-    ours = ft.build(family.spec_of(config.to_dict()), dtype=torch.bfloat16)
+    ours = ft.build(family.spec_of(config.to_dict()), dtype=dtype)
     ours.load_state_dict(family.weights_of(config.to_dict(), theirs.state_dict()))
     return dict(zip(SIDES, (theirs, ours), strict=True))
 
 
 def measure(sides: dict[str, Any], task: str, length: int) -> dict[str, float]:
-    """Tokens a second of each side, the median over turns, after one that is not counted; and the ratio."""
+    """Tokens a second of each side, the median over turns, after one that is not counted; and the ratio, that of
+    decoding the median over pairs of turns with its interval."""
     tokens = torch.randint(0, SIZES["vocab_size"], (1, length))
     calls = {side: call(net.train(task == "training"), task, tokens) for side, net in sides.items()}
     times: dict[str, list[float]] = {side: [] for side in sides}
     start = time.perf_counter()
     for turn in range(TURNS[task] + 1):
-        if turn > 1 and time.perf_counter() - start > LONGEST:
+        if task != "decode" and turn > 1 and time.perf_counter() - start > LONGEST:
             break
-        for side, run in calls.items():
-            times[side].append(_seconds(run))
-    count = 1 if task == "decode" else length
+        for side in SIDES if turn % 2 else SIDES[::-1]:
+            times[side].append(_seconds(calls[side], STEPS if task == "decode" else 1))
+    count = STEPS if task == "decode" else length
     found = {side: count / statistics.median(spent[1:]) for side, spent in times.items()}
-    return found | {"ratio": found["fusiontree"] / found["transformers"]}
+    if task != "decode":
+        return found | {"ratio": found["fusiontree"] / found["transformers"]}
+    ratios = sorted(theirs / ours for theirs, ours in zip(*(times[side][1:] for side in SIDES), strict=True))
+    low, high = (ratios[place] for place in INTERVAL)
+    return found | {"ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], None], times: int) -> float:
     start = time.perf_counter()
-    run()
+    for _ in range(times):
+        run()
     return time.perf_counter() - start
 
 
-def one(name: str, threads: int) -> None:
+def one(name: str, threads: int, dtype: str) -> None:
     """Measure a family and write what was found."""
     torch.set_num_threads(threads)
-    sides = models(name)
+    sides = models(name, getattr(torch, dtype))
     share = 4 if name in STEPPING else 1
     found = {task: measure(sides, task, length // share) for task, length in TASKS.items()}
     parameters = sum(parameter.numel() for parameter in sides["fusiontree"].parameters())
-    about = machine() | {"transformers": transformers.__version__, "threads": threads}
-    write(f"family-{name}", {"family": name, "parameters": parameters, "share": share, **about, "tasks": found})
-    cells = (f"{task} {row['fusiontree']:,.0f} ({row['ratio']:.1f})" for task, row in found.items())
-    print(f"{name:18} {parameters / 1e6:4.0f}M  {'   '.join(cells)}", flush=True)
+    about = machine() | {"transformers": transformers.__version__, "threads": threads, "dtype": dtype}
+    write(
+        f"family-{name}" + ("" if dtype == "bfloat16" else f"-{dtype}"),
+        {"family": name, "parameters": parameters, "share": share, **about, "tasks": found},
+    )
+    cells = (f"{task} {row['fusiontree']:,.0f} ({row['ratio']:.2f})" for task, row in found.items())
+    interval = f"{found['decode']['ratio_low']:.2f} to {found['decode']['ratio_high']:.2f}"
+    print(f"{name:18} {parameters / 1e6:4.0f}M  {'   '.join(cells)} [{interval}]", flush=True)
 
 
 def main() -> None:
@@ -85,15 +100,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(LAYOUTS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for name in arguments.families or LAYOUTS:
         if name not in LAYOUTS:
             parser.error(f"no family is called {name!r}")
         if arguments.alone:
-            one(name, arguments.threads)
+            one(name, arguments.threads, arguments.dtype)
         else:
-            command = [sys.executable, __file__, name, "--alone", "--threads", str(arguments.threads)]
+            command = [
+                sys.executable,
+                __file__,
+                name,
+                "--alone",
+                f"--threads={arguments.threads}",
+                f"--dtype={arguments.dtype}",
+            ]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 

@@ -60,11 +60,18 @@ def half_rows(units: str) -> Iterator[Sequence[str]]:
         yield f"{result['task']} {result['tokens']:,} tokens", *speeds, f"{result['ratio']:.2f}", *peaks
 
 
+def ratio(row: dict[str, float]) -> str:
+    """With its interval where there is one."""
+    interval = f" ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if "ratio_low" in row else ""
+    return (f"{row['ratio']:.2f}" if interval else f"{row['ratio']:.1f}") + interval
+
+
 def family_rows(units: str) -> Iterator[Sequence[str]]:
     """A line for each family: our tokens a second, and how many times transformers' they are."""
     for result in read(units, "family-"):
-        cells = (f"{row['fusiontree']:,.0f} | {row['ratio']:.1f}" for row in result["tasks"].values())
+        cells = (f"{row['fusiontree']:,.0f} | {ratio(row)}" for row in result["tasks"].values())
         name = f"`{result['family']}`" + (" (256 tokens)" if result["share"] > 1 else "")
+        name += ", float32" if result.get("dtype") == "float32" else ""
         yield name, f"{result['parameters'] / 1e6:.0f}M", *cells
 
 

@@ -44,9 +44,10 @@ def linear(
     """x W^T + b, as `torch.nn.functional.linear` gives it, and on every processor about as fast as in float32."""
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias)
-    dtype = _result_dtype(x)
-    if dtype in HALF and x.numel() >= ROWS * x.shape[-1] and widens(x.device.type, dtype):
-        return _Widened.apply(x, weight, bias, dtype)
+    if x.numel() >= ROWS * x.shape[-1]:
+        dtype = _result_dtype(x)
+        if dtype in HALF and widens(x.device.type, dtype):
+            return _Widened.apply(x, weight, bias, dtype)
     return F.linear(x, weight, bias)
 
 
@@ -56,7 +57,7 @@ def batched(
     bias: Float[Tensor, "batch outputs"],
 ) -> Float[Tensor, "batch rows outputs"]:
     """x W + b for each of a batch of matrices, as `linear` makes each."""
-    if _result_dtype(x) in HALF and x.shape[1] >= ROWS and widens(x.device.type, _result_dtype(x)):
+    if x.shape[1] >= ROWS and _result_dtype(x) in HALF and widens(x.device.type, _result_dtype(x)):
         return torch.stack([linear(*each) for each in zip(x, weight.mT, bias, strict=True)])
     return torch.baddbmm(bias[:, None], x, weight)
 

@@ -1,14 +1,13 @@
 """Causal softmax attention with grouped queries (arXiv 2305.13245): windowed heads, global heads, or both in one
 branch, each with key-value heads of their own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -16,9 +15,10 @@ from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, NodeSpec, Scope, State, branches
 from fusiontree.core.modules import Linear, Norm, Normalise, scaled
 from fusiontree.core.spec import Count, Flag, Natural, Positive, Real, Spec, invalid
-from fusiontree.kernels import Falling, Past, attention, attention_step
+from fusiontree.kernels import Falling, Filled, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
+Channels = Float[Tensor, "batch time heads*channels"]
 Heads = Float[Tensor, "batch time heads channels"]
 Ring = Float[Tensor, "batch kv_heads slots channels"]
 
@@ -257,61 +257,61 @@ class AttentionBranch(Node):
         self.gate = Linear(width, spec.inner, bias=spec.bias) if spec.gate else None
         self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
         self.scale = spec.scale or spec.head_dim**-0.5
+        self.groups = spec.groups()
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Attend, group by group."""
-        spec, groups = self.spec, self.spec.groups()
+        spec, groups = self.spec, self.groups
         x = scaled(context.encode(spec.encodings, x), spec.multipliers.input)
-        queries = self._rotated(self.q(x), self.q_norm, context).split([group.heads for group in groups], 2)
+        q = self._by_head(self.q(x), spec.heads, self.q_norm, context)
         keys = self._keys(x, context) if spec.keys_from is None else _borrowed(self, context)
-        parts = zip(groups, queries, keys, strict=True)
+        parts = zip(groups, _split(q, [group.heads for group in groups]), keys, strict=True)
         heads = [self._attend(group, q, visible, context) for group, q, visible in parts]
         y = heads[0] if len(heads) == 1 else torch.cat(heads, 2)
-        y = rearrange(y, "b t h d -> b t (h d)")
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)
 
-    def _rotated(self, x: Float[Tensor, "batch time channels"], norm: Normalise | None, context: Context) -> Heads:
-        spec = self.spec
-        together = spec.qk_norm is not None and spec.qk_norm.over == "all"
+    def _by_head(self, x: Channels, heads: int, norm: Normalise | None, context: Context) -> Heads:
+        """Queries or keys, normalised and rotated."""
+        spec, together = self.spec, self.spec.qk_norm is not None and self.spec.qk_norm.over == "all"
         x = norm(x) if norm and together else x
-        heads = rearrange(x, "b t (h d) -> b t h d", d=spec.head_dim)
-        heads = norm(heads) if norm and not together else heads
-        return context.rotate(spec.encodings, heads)
+        x = x.view(*x.shape[:2], heads, spec.head_dim)
+        x = norm(x) if norm and not together else x
+        return context.rotate(spec.encodings, x)
 
     def _keys(self, x: Stream, context: Context) -> list[Keys]:
         """What the queries of each group look at; the chunk is written into the cache."""
-        spec, groups = self.spec, self.spec.groups()
-        k = self._rotated(scaled(self.k(x), spec.multipliers.key), self.k_norm, context)
-        v = rearrange(self.v(x), "b t (h d) -> b t h d", h=spec.kv_heads)
-        heads = [group.kv_heads for group in groups]
-        parts = zip(groups, k.split(heads, 2), v.split(heads, 2), strict=True)
-        keys = [self._remember(group, Keys(k, v), context) for group, k, v in parts]
+        spec, heads = self.spec, [group.kv_heads for group in self.groups]
+        k = self._by_head(scaled(self.k(x), spec.multipliers.key), spec.kv_heads, self.k_norm, context)
+        v = self.v(x).view(*x.shape[:2], spec.kv_heads, spec.values)
+        parts = zip(self.groups, _split(k, heads), _split(v, heads), strict=True)
+        keys = [self._remember(group, k, v, context) for group, k, v in parts]
         if self.lends:
             assert context.lent is not None
             context.lent.kept[self.place] = keys
         return keys
 
-    def _remember(self, group: Group, new: Keys, context: Context) -> Keys:
+    def _remember(self, group: Group, k: Heads, v: Heads, context: Context) -> Keys:
         state = context.state(self)
         if state is None:
-            return new
+            return Keys(k, v)
         rings = self._rings(group, context, state)
-        if context.is_step(new.k):
-            _write_one(rings, context, new)
-            return new._replace(rings=rings)
-        return new._replace(past=_recall(rings, context, new))
+        if context.is_step(k):
+            for ring, values in zip(rings, (k, v), strict=True):
+                write_one(ring, values, context)
+            return Keys(k, v, rings=rings)
+        return Keys(k, v, past=_recall(rings, context, k, v))
 
-    def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Heads:
+    def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Channels:
         options, slopes = {"scale": self.scale, "softcap": self.spec.softcap}, self._slopes(group, context)
         if keys.rings is not None:
-            assert context.rows is not None
             slots = keys.rings[0].shape[2]
-            falling = None if slopes is None else Falling(slopes, context.rows.distances(slots))
-            filled = context.rows.filled(slots)
-            return attention_step(q[:, 0], *keys.rings, filled, falling=falling, **options)[:, None]
+            falling = None if slopes is None else Falling(slopes, context.once(_distances, slots))
+            filled = context.once(seen, slots, keys.rings[0].dtype)
+            y = attention_step(q.squeeze(1), *keys.rings, filled, falling=falling, **options)
+            return y.flatten(1)[:, None]
         visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
-        return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options)
+        return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options).flatten(2)
 
     def _slopes(self, group: Group, context: Context) -> tuple[float, ...] | None:
         """Those of a group's heads; global ones come last."""
@@ -344,14 +344,34 @@ def _borrowed(node: Node, context: Context) -> list[Keys]:
     return context.borrowed.kept[node.place]
 
 
-def _write_one(rings: tuple[Ring, Ring], context: Context, new: Keys) -> None:
-    """One token a row: its key takes the place of the one that leaves the window."""
+def _split(x: Heads, heads: list[int]) -> Sequence[Heads]:
+    """The heads of each group."""
+    return x.split(heads, 2) if len(heads) > 1 else [x]
+
+
+def write_one(ring: Ring, values: Heads, context: Context) -> None:
+    """One token a row: what is kept of it takes the place of what leaves the window."""
     assert context.rows is not None
-    for ring, values in zip(rings, (new.k, new.v), strict=True):
-        context.rows.write_one(ring.transpose(1, 2), values[:, 0])
+    context.rows.write_one(ring, values, context.once(_places, *ring.shape[1:3]))
 
 
-def _recall(rings: tuple[Ring, Ring], context: Context, new: Keys) -> Past | None:
+def _places(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
+    assert context.rows is not None
+    return context.rows.places(heads, slots)
+
+
+def _distances(context: Context, slots: int) -> Int[Tensor, "batch slots"]:
+    assert context.rows is not None
+    return context.rows.distances(slots)
+
+
+def seen(context: Context, slots: int, dtype: torch.dtype) -> Filled:
+    """Which slots of a ring a step's queries see."""
+    assert context.rows is not None
+    return Filled.of(context.rows.filled(slots), slots, dtype)
+
+
+def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> Past | None:
     """What the cache holds before a chunk, None where that is nothing; the chunk is written into it."""
     rows = context.rows
     assert rows is not None
@@ -360,8 +380,8 @@ def _recall(rings: tuple[Ring, Ring], context: Context, new: Keys) -> Past | Non
     past = None
     if used:
         past = Past(keys[:, :used].clone(), values[:, :used].clone(), rows.ages(keys.shape[1])[:, :used])
-    rows.write(keys, new.k)
-    rows.write(values, new.v)
+    rows.write(keys, k)
+    rows.write(values, v)
     return past
 
 

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
@@ -186,15 +185,15 @@ class GatedDeltaBranch(Node):
         inputs = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}
         inputs = {n: F.silu(self.conv[n](u, context, kept(state, f"conv.{n}"))) for n, u in inputs.items()}
         q, k = (self._direction(inputs[name], context) for name in ("q", "k"))
-        v = rearrange(inputs["v"], "b t (h p) -> b t h p", h=spec.heads)
+        v = inputs["v"].unflatten(2, (spec.heads, self.value_dim))
         y = self._scan((q * spec.head_dim**-0.5, k, v, *self._rates(x)), context, state)
-        y = rearrange(y if self.norm is None else self.norm(y), "b t h p -> b t (h p)")
+        y = (y if self.norm is None else self.norm(y)).flatten(2)
         y = y * GATES[spec.gate](self.z(x if self.z_down is None else self.z_down(x)))
         return y if self.out is None else self.out(y)
 
     def _direction(self, x: Float[Tensor, "batch time keys"], context: Context) -> Heads:
         """Queries or keys by head, of length 1."""
-        heads = rearrange(x, "b t (h n) -> b t h n", h=self.spec.key_heads)
+        heads = x.unflatten(2, (self.spec.key_heads, self.spec.head_dim))
         precise = heads.to(wide(x.dtype))
         unit = precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + LENGTH_EPS)
         return context.rotate(self.spec.encodings, unit.to(x.dtype))
@@ -206,7 +205,7 @@ class GatedDeltaBranch(Node):
         rates = self.dt(x if self.dt_down is None else self.dt_down(x))
         dt, decay = F.softplus(rates.to(precise) + self.dt_bias.to(precise)), torch.exp(self.A_log.to(precise))
         if spec.decay == "channel":
-            dt, decay = rearrange(dt, "b t (h n) -> b t h n", h=spec.heads), decay[:, None]
+            dt, decay = dt.unflatten(2, (spec.heads, spec.head_dim)), decay[:, None]
         return -decay * dt, 2 * beta if spec.negative_eigenvalues else beta
 
     def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Heads:

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
@@ -133,9 +132,9 @@ class LightningBranch(Node):
         spec = self.spec
         x = context.encode(spec.encodings, x)
         maps = (self.q, self.k, self.v)
-        q, k, v = (rearrange(F.silu(to(x)), "b t (h n) -> b t h n", h=spec.heads) for to in maps)
+        q, k, v = (F.silu(to(x)).unflatten(2, (spec.heads, -1)) for to in maps)
         q, k = context.rotate(spec.encodings, q), context.rotate(spec.encodings, k)
-        y = rearrange(self._scan((q, k, v), context, context.state(self)), "b t h p -> b t (h p)")
+        y = self._scan((q, k, v), context, context.state(self)).flatten(2)
         y = torch.sigmoid(self.z(x)) * self.norm(y)
         return y if self.out is None else self.out(y)
 
@@ -143,7 +142,7 @@ class LightningBranch(Node):
         """`ssd` with steps of 1, whose B are the keys and whose C the queries."""
         (q, k, v), precise = qkv, wide(qkv[2].dtype)
         rates = constants(tuple(-slope for slope in self.spec.slopes), precise, v.device)
-        steps = torch.ones(v.shape[:3], dtype=precise, device=v.device)
+        steps = context.once(_ones, v.shape[:3], precise, v.device)
         if state is not None and is_step(v, context):
             y, _ = ssd_step(state["state"], v[:, 0], steps[:, 0], rates, k[:, 0], q[:, 0])
             return y[:, None]
@@ -158,3 +157,8 @@ class LightningBranch(Node):
         spec = self.spec
         shape = (batch, spec.heads, spec.value_dim or spec.head_dim, spec.head_dim)
         return {"state": like.new_zeros(shape, dtype=wide(like.dtype))}
+
+
+def _ones(context: Context, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Steps of 1 [batch, time, heads]."""
+    return torch.ones(shape, dtype=dtype, device=device)

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
@@ -167,11 +166,11 @@ class Mamba2Branch(Node):
         z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))
         inputs = {"x": scaled(self.x(x), times.x), "B": scaled(self.B(x), times.B), "C": scaled(self.C(x), times.C)}
         inputs = {n: F.silu(self.conv[n](u, context, kept(state, f"conv.{n}"))) for n, u in inputs.items()}
-        u = rearrange(inputs["x"], "b t (h p) -> b t h p", p=spec.head_dim)
-        B, C = (rearrange(inputs[name], "b t (g n) -> b t g n", n=spec.state) for name in ("B", "C"))
+        u = inputs["x"].unflatten(2, (spec.heads, spec.head_dim))
+        B, C = (inputs[name].unflatten(2, (spec.groups, spec.state)) for name in ("B", "C"))
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)
         y = self._scan((u, dt, B, C), context, state) + u * self.D[:, None].to(u.dtype)
-        y = self._gated(rearrange(y, "b t h p -> b t (h p)"), z)
+        y = self._gated(y.flatten(2), z)
         return y if self.out is None else self.out(y)
 
     def _step_sizes(self, dt: Float[Tensor, "batch time heads"]) -> Float[Tensor, "batch time heads"]:

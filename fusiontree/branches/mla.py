@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree import products
-from fusiontree.branches.attention import Group, grown, mean_visible
+from fusiontree.branches.attention import Group, grown, mean_visible, seen, write_one
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Module, Norm, Normalise, fan_in
@@ -145,7 +145,7 @@ class HeadMap(Module):
 
     def forward(self, latent: Float[Tensor, "batch time rank"]) -> Heads:
         """What each head makes of the latent."""
-        return rearrange(products.linear(latent, self.weight), "b t (h d) -> b t h d", h=self.heads)
+        return products.linear(latent, self.weight).unflatten(2, (self.heads, -1))
 
     def by_head(self) -> Float[Tensor, "heads channels rank"]:
         """The weight; where a tool brings it for calls alone (offloading), what a call makes of each unit vector."""
@@ -178,7 +178,7 @@ class MlaBranch(Node):
         """Attend."""
         x = context.encode(self.spec.encodings, x)
         q, memory = self._queries(x, context), self._memory(x, context)
-        y = rearrange(self._attend(q, memory, context), "b t h d -> b t (h d)")
+        y = self._attend(q, memory, context).flatten(2)
         return y if self.out is None else self.out(y)
 
     def _queries(self, x: Stream, context: Context) -> Heads:
@@ -186,7 +186,7 @@ class MlaBranch(Node):
         if self.q_latent is not None:
             x = self.q_latent(x)
             x = x if self.q_latent_norm is None else self.q_latent_norm(x)
-        own, shared = (rearrange(q(x), "b t (h d) -> b t h d", h=self.spec.heads) for q in (self.q, self.q_shared))
+        own, shared = (q(x).unflatten(2, (self.spec.heads, -1)) for q in (self.q, self.q_shared))
         return torch.cat([own, context.rotate(self.spec.encodings, shared)], -1)
 
     def _memory(self, x: Stream, context: Context) -> Memory:
@@ -200,7 +200,7 @@ class MlaBranch(Node):
         if state is not None:
             ring = self._ring(context, state)
             if context.is_step(q):
-                return self._step(ring, q[:, 0], memory[:, 0], context)[:, None]
+                return self._step(ring, q[:, 0], memory, context)[:, None]
             past = self._recall(ring, memory, context)
         k, v = self._expanded(memory)
         visible = {"window": spec.window, "segments": context.segments, "past": past, "prefix": self.prefix}
@@ -214,17 +214,12 @@ class MlaBranch(Node):
 
     def _step(self, ring: Tensor, q: Tensor, memory: Tensor, context: Context) -> Float[Tensor, "batch heads channels"]:
         """One token a row: the ring is the keys of one head that all queries read, its latents are the values."""
-        rows, spec = context.rows, self.spec
-        assert rows is not None
-        rows.write_one(ring.squeeze(1), memory)
+        spec = self.spec
+        write_one(ring, memory[:, :, None], context)
         own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
-        asked = torch.cat([einsum(own, self.k.by_head(), "b h d, h d r -> b h r"), shared], -1)
-        filled, latents = rows.filled(ring.shape[2]), ring[..., : spec.rank]
-        return einsum(
-            attention_step(asked, ring, latents, filled, scale=self.scale),
-            self.v.by_head(),
-            "b h r, h d r -> b h d",
-        )
+        asked = torch.cat([_by_head(own, self.k.by_head()), shared], -1)
+        filled, latents = context.once(seen, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)
+        return _by_head(attention_step(asked, ring, latents, filled, scale=self.scale), self.v.by_head().mT)
 
     def _recall(self, ring: Tensor, memory: Memory, context: Context) -> Past | None:
         """Keys and values of what the cache holds before a chunk, None where that is nothing; the chunk is written
@@ -249,3 +244,8 @@ class MlaBranch(Node):
         spec = self.spec
         slots = spec.group.slots(capacity, self.prefix)
         return {"memory": like.new_zeros(batch, 1, slots, spec.rank + spec.shared_dim)}
+
+
+def _by_head(x: Float[Tensor, "batch heads inputs"], maps: Float[Tensor, "heads inputs outputs"]) -> Tensor:
+    """Each head through a map of its own: [batch, heads, outputs]."""
+    return (x.transpose(0, 1) @ maps).transpose(0, 1)

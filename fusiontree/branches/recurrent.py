@@ -28,7 +28,7 @@ class Convolution(Module):
     ) -> Float[Tensor, "batch time channels"]:
         """Convolve a chunk; `past`, the last inputs before it, is read and brought up to date."""
         if past is not None and is_step(x, context):
-            return causal_conv1d_step(past, x[:, 0], self.weight, self.bias)[:, None]
+            return causal_conv1d_step(past, x, self.weight, self.bias)
         y, end = causal_conv1d(x, self.weight, self.bias, initial_state=past, segments=context.segments)
         if past is not None:
             past.copy_(end.detach())

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Generator, Tensor
 
@@ -116,9 +115,9 @@ class HeadGate(Module):
 
     def forward(self, x: Inner) -> Inner:
         """A number in (0, 1) for each channel, in float32 or better."""
-        by_head = rearrange(x, "b t (h d) -> h (b t) d", h=len(self.weight))
-        logits = products.batched(by_head, self.weight, self.bias)
-        return torch.sigmoid(rearrange(logits, "h (b t) d -> b t (h d)", b=len(x)).to(wide(x.dtype)))
+        by_head = x.flatten(0, 1).unflatten(1, self.weight.shape[:2]).transpose(0, 1)
+        logits = products.batched(by_head, self.weight, self.bias).transpose(0, 1)
+        return torch.sigmoid(logits.reshape(x.shape).to(wide(x.dtype)))
 
 
 class RgLruBranch(Node):
@@ -156,8 +155,8 @@ class RgLruBranch(Node):
         """What is added to the state and what is kept of it, in float32 or better."""
         precise = wide(u.dtype)
         log = -SHARPNESS * self.recurrence_gate(u) * F.softplus(self.Lambda.to(precise))
-        share = _BoundedSqrt.apply(-torch.expm1(2 * log))
-        share = torch.where((context.positions == 0)[..., None], 1.0, share)  # a document's first token
+        share = _bounded_sqrt(-torch.expm1(2 * log))
+        share = torch.where(context.once(_firsts), 1.0, share)
         return self.input_gate(u) * u.to(precise) * share, torch.exp(log)
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
@@ -165,6 +164,16 @@ class RgLruBranch(Node):
         spec = self.spec
         state = like.new_zeros((batch, spec.inner), dtype=wide(like.dtype))
         return {"conv": like.new_zeros(batch, spec.conv - 1, spec.inner), "state": state}
+
+
+def _firsts(context: Context) -> Bool[Tensor, "batch time 1"]:
+    """Where documents have their first token."""
+    return (context.positions == 0)[..., None]
+
+
+def _bounded_sqrt(x: Tensor) -> Tensor:
+    """The square root, with a slope that can be learned from."""
+    return _BoundedSqrt.apply(x) if torch.is_grad_enabled() else x.sqrt()
 
 
 class _BoundedSqrt(torch.autograd.Function):

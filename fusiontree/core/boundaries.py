@@ -84,14 +84,21 @@ def _without_idle_segments(layout: Layout) -> Layout:
 
 def _one_document(like: Ids, positions: Ids | None, cache: Cache | None) -> Layout:
     if positions is None:
-        first = cache.positions[:, None] if cache else 0
-        positions = (torch.arange(like.shape[1], device=like.device) + first).expand_as(like)
+        positions = _following(like, cache)
     if cache is None:
         return Layout(None, None, positions, None)
     held, room, seen = cache.most, cache.room(like.shape[1]), cache.seen
     after, tail = seen + like.shape[1], torch.zeros_like(seen)
     rows = Rows(seen, tail, seen, after, positions[:, -1] + 1, cache.documents, None, held, room)
     return Layout(None, None, positions, rows)
+
+
+def _following(like: Ids, cache: Cache | None) -> Ids:
+    """The positions behind what the cache holds."""
+    if cache is not None and like.shape[1] == 1:
+        return cache.positions[:, None]
+    first = cache.positions[:, None] if cache else 0
+    return (torch.arange(like.shape[1], device=like.device) + first).expand_as(like)
 
 
 def _many_documents(order: Ids | None, documents: Ids, positions: Ids | None, cache: Cache | None) -> Layout:

@@ -76,13 +76,22 @@ class Rows:
         gathered = values.gather(1, _over(index, values).expand(-1, -1, *values.shape[2:]))
         ring.copy_(torch.where(_over(fresh, values), gathered, ring))
 
-    def write_one(self, ring: Tensor, values: Tensor) -> None:
-        """The same for the values [batch, ...] of a chunk of one token, which touches one slot of each row."""
-        row = torch.arange(ring.shape[0], device=ring.device)
-        slot = self.prefix + (self.after - 1 - self.prefix) % (ring.shape[1] - self.prefix)
+    def places(self, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
+        """Where rings [batch, heads, slots, ...], seen as [batch*heads*slots, ...], keep the token of each row, in a
+        chunk of one."""
+        slot = (self.after - (1 + self.prefix)) % (slots - self.prefix)
+        slot = slot + self.prefix if self.prefix else slot
+        first = torch.arange(0, len(self.after) * heads * slots, slots, device=slot.device)
+        return first + slot.repeat_interleave(heads)
+
+    def write_one(self, ring: Tensor, values: Tensor, places: Int[Tensor, "batch*heads"]) -> None:
+        """`write` for the values [batch, 1, heads, ...] of a chunk of one token, which touches one slot of each row of
+        a ring [batch, heads, slots, ...]."""
+        slots, values = ring.view(-1, *ring.shape[3:]), values.flatten(0, 2).to(ring.dtype)
         if self.fresh is not None:
-            values = torch.where(_over(self.fresh, values), values, ring[row, slot])
-        ring[row, slot] = values.detach().to(ring.dtype)
+            fresh = self.fresh.repeat_interleave(ring.shape[1])
+            values = torch.where(_over(fresh, values), values, slots[places])
+        slots.index_copy_(0, places, values)
 
     def filled(self, slots: int) -> Int[Tensor, "batch"]:
         """How many slots of a ring hold a token afterwards; 1 in a row that has none, whose slots are zeros."""

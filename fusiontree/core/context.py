@@ -1,9 +1,9 @@
 """The one boundary object: what a forward pass knows about its tokens besides their features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fusiontree.core.lending import Shelf
 
 
+Made = TypeVar("Made")
+
+
 @dataclass(frozen=True)
 class Context:
     """Where each token stands, and what came before.
@@ -23,7 +26,8 @@ class Context:
     starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
     those of one layer, by the place of the node in it, so that equal layers have equal contexts; so is what its
     nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first
-    layer reads, where a node reads it again. `text` is where tokens stand and no prefix; None: everywhere.
+    layer reads, where a node reads it again. `text` is where tokens stand and no prefix; None: everywhere. `made` holds
+    what `once` has made.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -35,6 +39,7 @@ class Context:
     borrowed: "Shelf | None" = None
     lent: "Shelf | None" = None
     text: Bool[Tensor, "batch time"] | None = None
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch time"] | None:
@@ -47,6 +52,17 @@ class Context:
     def state(self, node: "Node") -> "State | None":
         """What the cache holds for this node; None when there is no cache."""
         return None if self.states is None else self.states[node.place]
+
+    def once(self, make: Callable[..., Made], *arguments: Hashable) -> Made:
+        """make(self, *arguments), made once for all layers of a forward pass: of the context it may read what is the
+        same for all of them, which is `positions`, `segments`, `rows` and `text`."""
+        if torch.compiler.is_compiling():  # which makes it in one loop with what reads it
+            return make(self, *arguments)
+        key = (make, *arguments)
+        found = self.made.get(key)
+        if found is None:
+            found = self.made[key] = make(self, *arguments)
+        return found
 
     def is_step(self, x: Float[Tensor, "batch time width"]) -> bool:
         """Whether a chunk is one token a row and no gradient will ask for what states were before it."""

@@ -21,10 +21,10 @@ class Layer(nn.Module):
         self.spec = spec
         self.mixer = spec.mixer.build(scope) if spec.mixer else None
         self.ffn = spec.ffn.build(scope) if spec.ffn else None
-        self.norm = nn.ModuleDict()
+        self.norm, self.places = nn.ModuleDict(), PLACES[spec.placement]
         for name, node in (("mixer", self.mixer), ("ffn", self.ffn)):
             if node is not None:
-                self.norm[name] = nn.ModuleDict({p: Normalise(spec.norm, scope.width) for p in PLACES[spec.placement]})
+                self.norm[name] = nn.ModuleDict({p: Normalise(spec.norm, scope.width) for p in self.places})
 
     def forward(self, x: Stream, context: Context) -> Stream:
         """Run the sub-layers that there are."""
@@ -37,8 +37,8 @@ class Layer(nn.Module):
     def _residual(self, x: Stream, name: str, node: Node, context: Context) -> Stream:
         norms, residual = self.norm[name], self.spec.residual
         assert isinstance(norms, nn.ModuleDict)
-        normed = norms["before"](x) if "before" in norms else x
+        normed = norms["before"](x) if "before" in self.places else x
         y = node(normed, context)
-        y = norms["after"](y) if "after" in norms else y
+        y = norms["after"](y) if "after" in self.places else y
         source = x if residual.source == "stream" else normed
         return scaled(source, residual.keep) + scaled(y, residual.add)

@@ -118,9 +118,12 @@ class Normalise(Module):
         self.spec, self.groups = spec, groups
         start = constant(1.0 if spec.gain == "weight" else 0.0)
         self.weight = None if spec.gain == "none" else self.declare("weight", (width,), start)
+        self.eps = torch.tensor(spec.eps, dtype=torch.float64, device="cpu")
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """Normalise the last dimension."""
+        if self._counts_operations(x):
+            return self._by_length(x)
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
         precise, gain = x.to(wide(x.dtype)), self._gain(wide(x.dtype))
         if self.groups == 1:
@@ -128,6 +131,21 @@ class Normalise(Module):
         parts = precise.unflatten(-1, (self.groups, -1))
         normed = function(parts, parts.shape[-1:], eps=self.spec.eps).flatten(-2)
         return (normed if gain is None else normed * gain).to(x.dtype)
+
+    def _counts_operations(self, x: Tensor) -> bool:
+        """Whether a call costs what its operations cost: on a CPU without a gradient, where none are fused."""
+        plain = x.device.type == "cpu" and not torch.is_grad_enabled()
+        return plain and self.spec.kind == "rms" and not torch.compiler.is_compiling()
+
+    def _by_length(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        """The root mean square norm in half of the operations that torch's own is made of."""
+        parts, precise = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1)), wide(x.dtype)
+        length = torch.linalg.vector_norm(parts, dim=-1, keepdim=True, dtype=precise)
+        y = parts * torch.addcmul(self.eps, length, length, value=1 / parts.shape[-1]).rsqrt_()
+        y, weight = y if self.groups == 1 else y.flatten(-2), self.weight
+        if weight is not None:
+            y = y * weight if self.spec.gain == "weight" else torch.addcmul(y, y, weight.to(precise))
+        return y.to(x.dtype)
 
     def _gain(self, dtype: torch.dtype) -> Float[Tensor, "width"] | None:
         if self.weight is None:
@@ -148,4 +166,4 @@ def total(parts: Iterable[Tensor]) -> Tensor:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in where half precision is not enough: float32, and float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -15,9 +15,13 @@ from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encod
 from fusiontree.core.modules import scaled, wide
 from fusiontree.core.spec import Positive, invalid
 from fusiontree.encodings.rope_scaling import AnyScaling
+from fusiontree.kernels.constants import constants
 
 Ids = Int[Tensor, "batch time"]
 Heads = Float[Tensor, "batch time heads channels"]
+Turns = tuple[Tensor, Tensor]
+"""What channels are multiplied by, and what those half of them away are: cosines, and sines whose first half is
+negative [batch, time, 1, channels]."""
 
 
 @encodings.register
@@ -68,29 +72,37 @@ class Rotary(Encoding):
 
     def __init__(self, spec: Rope, channels: Sequence[int]) -> None:
         super().__init__()
-        self.spec, self.dims = spec, sorted({spec.dim or count for count in channels})
+        self.spec = spec
+        dims, cpu = sorted({spec.dim or count for count in channels}), torch.device("cpu")
+        self.frequencies = {dim: tuple(spec.frequencies(dim, cpu).tolist()) for dim in dims}
 
     def forward(self, positions: Ids) -> "Rotation":
         """The rotation at these positions."""
-        return Rotation(self.spec, {dim: self._angles(dim, positions) for dim in self.dims})
+        return Rotation(self.spec.dim, {dim: self._turns(dim, positions) for dim in self.frequencies})
 
-    def _angles(self, dim: int, positions: Ids) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [batch, time, 1, dim / 2], from float64 angles so that far positions stay exact."""
-        angles = positions[..., None, None] * self.spec.frequencies(dim, positions.device)
+    def _turns(self, dim: int, positions: Ids) -> dict[torch.dtype, Turns]:
+        """From float64 angles so that far positions stay exact."""
+        angles = positions[..., None, None] * constants(self.frequencies[dim], torch.float64, positions.device)
         magnitude = self.spec.scaling.magnitude if self.spec.scaling else 1.0
-        return scaled(angles.cos(), magnitude), scaled(angles.sin(), magnitude)
+        cos, sin = scaled(angles.cos(), magnitude), scaled(angles.sin(), magnitude)
+        turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return {torch.float64: turns, torch.float32: (turns[0].float(), turns[1].float())}
 
 
 class Rotation(Table):
-    """Cosines and sines for each number of channels that turn."""
+    """Turns for each number of channels that turn, and each type to compute in: those of all layers are made once."""
 
-    def __init__(self, spec: Rope, angles: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        self.spec, self.angles = spec, angles
+    def __init__(self, dim: int | None, turns: Mapping[int, Mapping[torch.dtype, Turns]]) -> None:
+        self.dim, self.turns = dim, turns
 
     def rotate(self, x: Heads) -> Heads:
         """Turn the first `dim` channels, in float32 or better."""
-        dim, precise = self.spec.dim or x.shape[-1], wide(x.dtype)
-        cos, sin = (values.to(precise) for values in self.angles[dim])
-        first, second, rest = x.to(precise).split([dim // 2, dim // 2, x.shape[-1] - dim], -1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-        return turned.to(x.dtype)
+        dim = self.dim or x.shape[-1]
+        if dim == x.shape[-1]:
+            return self._turned(x, dim)
+        return torch.cat([self._turned(x[..., :dim], dim), x[..., dim:]], -1)
+
+    def _turned(self, x: Heads, dim: int) -> Heads:
+        precise = x.to(wide(x.dtype))
+        cos, sin = self.turns[dim][precise.dtype]
+        return torch.addcmul(precise * cos, precise.roll(dim // 2, -1), sin).to(x.dtype)

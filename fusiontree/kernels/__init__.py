@@ -6,7 +6,7 @@ Importing nothing of the rest of the library, they can be used alone. `documents
 
 from fusiontree.kernels.attn.attention import attention
 from fusiontree.kernels.attn.op import ATTENTION, AttentionInputs, AttentionRequest, Past
-from fusiontree.kernels.attn.step import ATTENTION_STEP, Falling, StepInputs, StepRequest, attention_step
+from fusiontree.kernels.attn.step import ATTENTION_STEP, Falling, Filled, StepInputs, StepRequest, attention_step
 from fusiontree.kernels.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
 from fusiontree.kernels.conv.op import CONV, ConvInputs, ConvRequest
 from fusiontree.kernels.registry import OPS, Choice, Op, UnsupportedError, use_backend
@@ -34,6 +34,7 @@ __all__ = [
     "ConvInputs",
     "ConvRequest",
     "Falling",
+    "Filled",
     "GatedDeltaInputs",
     "GatedDeltaRequest",
     "LinearRecurrenceInputs",

@@ -18,7 +18,7 @@ PADDING = -1
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that states, decays and softmax are kept in: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def real(segments: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:

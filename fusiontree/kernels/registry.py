@@ -102,6 +102,10 @@ class Op(Generic[InputsT]):
         """
         if self.shapes is not None:
             self.shapes.check(self.name, inputs)
+        return self.serve(inputs, backend)
+
+    def serve(self, inputs: InputsT, backend: str = "auto") -> Any:
+        """The same for arguments whose shapes are known to agree, as those of a step that a model has made."""
         if backend == "auto":
             backend = _overrides.get(self.name, "auto")
         return self.pick(inputs.request, backend).run(inputs)

@@ -113,6 +113,6 @@ def test_convolving_step_by_step(taps: int, dtype: torch.dtype, biased: bool) ->
     bias, state = draw.normal(6) if biased else None, draw.normal(2, taps - 1, 6)
     want, end = causal_conv1d(x, weight, bias, initial_state=state, backend="reference")
     state, options = state.to(dtype), [None if one is None else one.to(dtype) for one in (weight, bias)]
-    got = torch.stack([causal_conv1d_step(state, x[:, t].to(dtype), *options) for t in range(9)], 1)
+    got = torch.cat([causal_conv1d_step(state, one.to(dtype), *options) for one in x.split(1, 1)], 1)
     assert_close(got, want, dtype)
     assert_close(state, end, dtype)

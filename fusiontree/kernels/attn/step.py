@@ -1,13 +1,12 @@
 """`attention_step`: attention for one new token of each row, over cached keys that its own has joined."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.attn.blocks import FLASH_CPU, PRODUCT, Block, BlockKernel, flash_refusal
+from fusiontree.kernels.attn.blocks import capped, flash_refusal
 from fusiontree.kernels.attn.op import Folding, per_head
 from fusiontree.kernels.constants import constants
 from fusiontree.kernels.documents import wide
@@ -33,8 +32,34 @@ class Falling(NamedTuple):
     distance: Int[Tensor, "batch slots"]
 
 
+class Filled(NamedTuple):
+    """Which slots hold tokens, worked out once for all layers of a step whose rings have as many slots.
+
+    Attributes:
+        count: how many of each row, the first ones.
+        slots: how many of any row, as far as can be told without asking a device.
+        bias: -inf where a slot is empty, 0 elsewhere; None where none of those slots is.
+    """
+
+    count: Int[Tensor, "batch"]
+    slots: int
+    bias: Float[Tensor, "batch 1 1 seen"] | None
+
+    @classmethod
+    def of(cls, count: Int[Tensor, "batch"], slots: int, dtype: torch.dtype) -> Self:
+        """Look at the counts (at least 1 each) where that costs nothing; `dtype` is that of the keys."""
+        if count.device.type == "cpu" and len(count) and not torch.compiler.is_compiling():
+            counts = count.tolist()
+            slots = max(1, *counts)  # torch's kernel divides by the number of keys
+            if min(counts) == slots:
+                return cls(count, slots, None)
+        empty = torch.arange(slots, device=count.device) >= count[:, None]
+        bias = torch.zeros(empty.shape, dtype=dtype, device=count.device).masked_fill_(empty, -torch.inf)
+        return cls(count, slots, bias[:, None, None])
+
+
 class StepInputs(NamedTuple):
-    """The arguments of `attention_step`."""
+    """The arguments of `attention_step`; `seen` is what is known of `filled` already."""
 
     q: Float[Tensor, "batch heads head_dim"]
     keys: Float[Tensor, "batch kv_heads slots head_dim"]
@@ -43,6 +68,7 @@ class StepInputs(NamedTuple):
     scale: float
     softcap: float | None
     falling: Falling | None = None
+    seen: Filled | None = None
 
     @property
     def request(self) -> StepRequest:
@@ -57,6 +83,7 @@ class StepInputs(NamedTuple):
         )
 
 
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION_STEP: Op[StepInputs] = Op("attention_step", Shapes(StepInputs, (("heads", "kv_heads"),)))
 
 
@@ -64,7 +91,7 @@ def attention_step(
     q: Float[Tensor, "batch heads head_dim"],
     keys: Float[Tensor, "batch kv_heads slots head_dim"],
     values: Float[Tensor, "batch kv_heads slots value_dim"],
-    filled: Int[Tensor, "batch"],
+    filled: Int[Tensor, "batch"] | Filled,
     *,
     scale: float,
     softcap: float | None = None,
@@ -75,7 +102,7 @@ def attention_step(
 
     Args:
         keys: in another type than q, as a cache under autocast is, they decide what is computed in.
-        filled: at least 1; a ring that has wrapped is filled.
+        filled: at least 1; a ring that has wrapped is filled. Given as `Filled`, no shape is looked at.
         softcap: see `attention`.
         falling: the slopes of `attention`, and where the keys stand.
         backend: "auto" or one of `ATTENTION_STEP.backends`.
@@ -86,22 +113,32 @@ def attention_step(
     """
     if falling is not None:
         falling = falling._replace(slopes=per_head("attention_step", falling.slopes, q))
+    if isinstance(filled, Filled):
+        return ATTENTION_STEP.serve(StepInputs(q, keys, values, filled.count, scale, softcap, falling, filled), backend)
     return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap, falling), backend)
 
 
-def _attend(inputs: StepInputs, kernel: BlockKernel) -> Float[Tensor, "batch heads value_dim"]:
-    """Query heads become rows of their kv head; empty slots are masked."""
-    q, keys, values, filled, scale, softcap, falling = inputs
-    rows = rearrange(q.to(keys.dtype), "b (hk share) d -> b hk share d", hk=keys.shape[1])
-    empty = torch.arange(keys.shape[2], device=q.device) >= filled[:, None]
-    if falling is None:
-        bias = torch.zeros(empty.shape, dtype=keys.dtype, device=q.device)[:, None, None]
-    else:
-        folding = Folding(rows.shape[2], keys.dtype, falling.slopes)
-        bias = folding.fall(falling.distance[:, None])
-    bias = bias.masked_fill_(empty[:, None, None], -torch.inf).expand(-1, -1, rows.shape[2], -1)
-    y, _ = kernel.forward(Block(rows, keys, values, bias, scale, softcap))
-    return y.flatten(1, 2).to(q.dtype)
+class _Seen(NamedTuple):
+    """What products are made of: query heads are rows of their kv head, `bias` joins their scores."""
+
+    q: Float[Tensor, "batch kv_heads rows head_dim"]
+    k: Float[Tensor, "batch kv_heads seen head_dim"]
+    v: Float[Tensor, "batch kv_heads seen value_dim"]
+    bias: Float[Tensor, "batch #kv_heads #rows seen"] | None
+
+    @classmethod
+    def of(cls, inputs: StepInputs) -> Self:
+        """The slots that any row sees."""
+        keys, values, falling = inputs.keys, inputs.values, inputs.falling
+        heads, slots = keys.shape[1:3]
+        seen = inputs.seen or Filled.of(inputs.filled, slots, keys.dtype)
+        q, bias = inputs.q.to(keys.dtype).unflatten(1, (heads, inputs.q.shape[1] // heads)), seen.bias
+        if seen.slots < slots:
+            keys, values = keys.narrow(2, 0, seen.slots), values.narrow(2, 0, seen.slots)
+        if falling is not None:
+            fall = Folding(q.shape[2], keys.dtype, falling.slopes).fall(falling.distance[:, None, : seen.slots])
+            bias = fall if bias is None else fall + bias
+        return cls(q, keys, values, bias)
 
 
 @ATTENTION_STEP.backend("reference")
@@ -123,16 +160,18 @@ def reference(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
 
 @ATTENTION_STEP.backend("product", priority=10)
 def product(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
-    """Matrix products over all slots; no data is read back."""
-    return _attend(inputs, PRODUCT)
+    """Two matrix products and a softmax, in the wide dtype."""
+    q, k, v, bias = _Seen.of(inputs)
+    dtype = wide(k.dtype)
+    scores = capped(q.to(dtype).mul(inputs.scale) @ k.to(dtype).mT, inputs.softcap)
+    scores = scores if bias is None else scores.add_(bias)
+    return (scores.softmax(-1) @ v.to(dtype)).flatten(1, 2).to(inputs.q.dtype)
 
 
 @ATTENTION_STEP.backend("flash_cpu", priority=20, supports=flash_refusal)
 def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
-    """torch's fused CPU kernel; over as many slots as the fullest row has where data can be read back."""
-    if torch.compiler.is_compiling() or not inputs.filled.numel():
-        return _attend(inputs, FLASH_CPU)
-    most = max(1, int(inputs.filled.max()))  # the kernel divides by the number of keys
-    keys, values = (ring[:, :, :most] for ring in (inputs.keys, inputs.values))
-    falling = inputs.falling and inputs.falling._replace(distance=inputs.falling.distance[:, :most])
-    return _attend(inputs._replace(keys=keys, values=values, falling=falling), FLASH_CPU)
+    """torch's fused CPU kernel."""
+    q, k, v, bias = _Seen.of(inputs)
+    bias = bias if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+    y, _ = _FLASH(q, k, v, 0.0, False, attn_mask=bias, scale=inputs.scale)
+    return y.flatten(1, 2).to(inputs.q.dtype)

@@ -38,13 +38,13 @@ def causal_conv1d(
 
 def causal_conv1d_step(
     state: Float[Tensor, "batch taps-1 channels"],
-    x: Float[Tensor, "batch channels"],
+    x: Float[Tensor, "batch 1 channels"],
     weight: Float[Tensor, "channels taps"],
     bias: Float[Tensor, "channels"] | None = None,
-) -> Float[Tensor, "batch channels"]:
+) -> Float[Tensor, "batch 1 channels"]:
     """One token of `causal_conv1d`, for decoding without gradients: `state` is brought up to date in place."""
     dtype = wide(x.dtype)
-    window = torch.cat([state, x[:, None]], 1)
-    y = (window.to(dtype) * weight.mT.to(dtype)).sum(1)
-    state.copy_(window[:, 1:])
+    window = torch.cat([state, x], 1)
+    y = (window * weight.mT.to(dtype)).sum(1, keepdim=True)
+    state.copy_(window.narrow(1, 1, state.shape[1]))
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
