@@ -297,8 +297,10 @@ class AttentionBranch(Node):
             return Keys(k, v)
         rings = self._rings(group, context, state)
         if context.is_step(k):
-            for ring, values in zip(rings, (k, v), strict=True):
-                write_one(ring, values, context)
+            assert context.rows is not None
+            places = context.once(ring_places, *rings[0].shape[1:3])
+            context.rows.write_one(rings[0], k, places)
+            context.rows.write_one(rings[1], v, places)
             return Keys(k, v, rings=rings)
         return Keys(k, v, past=_recall(rings, context, k, v))
 
@@ -349,13 +351,8 @@ def _split(x: Heads, heads: list[int]) -> Sequence[Heads]:
     return x.split(heads, 2) if len(heads) > 1 else [x]
 
 
-def write_one(ring: Ring, values: Heads, context: Context) -> None:
-    """One token a row: what is kept of it takes the place of what leaves the window."""
-    assert context.rows is not None
-    context.rows.write_one(ring, values, context.once(_places, *ring.shape[1:3]))
-
-
-def _places(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
+def ring_places(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
+    """Where a step writes into rings: what is kept of a row's token takes the place of what leaves the window."""
     assert context.rows is not None
     return context.rows.places(heads, slots)
 

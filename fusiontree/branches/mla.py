@@ -16,7 +16,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree import products
-from fusiontree.branches.attention import Group, grown, mean_visible, seen, write_one
+from fusiontree.branches.attention import Group, grown, mean_visible, ring_places, seen
 from fusiontree.core.context import Context
 from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
 from fusiontree.core.modules import Linear, Module, Norm, Normalise, fan_in
@@ -214,8 +214,9 @@ class MlaBranch(Node):
 
     def _step(self, ring: Tensor, q: Tensor, memory: Tensor, context: Context) -> Float[Tensor, "batch heads channels"]:
         """One token a row: the ring is the keys of one head that all queries read, its latents are the values."""
-        spec = self.spec
-        write_one(ring, memory[:, :, None], context)
+        rows, spec = context.rows, self.spec
+        assert rows is not None
+        rows.write_one(ring, memory[:, :, None], context.once(ring_places, *ring.shape[1:3]))
         own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
         asked = torch.cat([_by_head(own, self.k.by_head()), shared], -1)
         filled, latents = context.once(seen, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)

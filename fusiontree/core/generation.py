@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusiontree import machine
 from fusiontree.core import probes
 from fusiontree.core.boundaries import check_vocabulary
 from fusiontree.errors import FusionTreeError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Prompts = Int[Tensor, "batch time"] | Sequence[Sequence[int]]
 Stop = Sequence[int | Sequence[int]]
 PADDING = -1
+COMPILED_FROM = 4096
+"""New tokens from which on compiling pays: it takes half a minute, and a step is then some milliseconds shorter."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,22 @@ class Sampling:
     def _last(mass: Float[Tensor, "batch vocab"]) -> Tensor:
         """The last token of each row with any mass, so that rounding cannot draw one without; the first of none."""
         return ((mass > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+
+
+def compiles(asked: object, max_new_tokens: int, device: str) -> bool:
+    """Whether a model on a type of device is to be compiled before it generates.
+
+    Raises:
+        FusionTreeError: neither False, True nor "auto" was asked, or True where nothing can be compiled.
+    """
+    if asked not in (False, True, "auto"):
+        raise FusionTreeError(f"compile: False, True or 'auto' is needed, found {asked!r:.60}")
+    if asked is False or (asked == "auto" and max_new_tokens < COMPILED_FROM):
+        return False
+    reason = machine.compile_refusal(device)
+    if reason is not None and asked is True:
+        raise FusionTreeError(f"compile: nothing can be compiled for {device}: {reason}")
+    return reason is None
 
 
 @torch.no_grad()

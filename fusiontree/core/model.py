@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -300,9 +300,20 @@ class LanguageModel(nn.Module):
         top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         stop: generation.Stop = (),
+        compile: Literal[False, True, "auto"] = False,
     ) -> Ids | list[list[int]]:
-        """Prompts with their continuations; see `generation.Sampling` and `generation.generate`."""
+        """Prompts with their continuations; see `generation.Sampling` and `generation.generate`.
+
+        Args:
+            compile: as `compile()` does it, once and for good, before the first token. "auto": where something can
+                be compiled here, and at least `generation.COMPILED_FROM` tokens are wanted.
+
+        Raises:
+            FusionTreeError: what those raise, or `compile` is True and nothing can be compiled.
+        """
         sampling = generation.Sampling(temperature, top_k, top_p, seed)
+        if not self.compiled and generation.compiles(compile, max_new_tokens, self.embedding.weight.device.type):
+            self.compile()
         return generation.generate(self, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
 
     def _encoding(self, name: str) -> Encoding:

@@ -98,11 +98,8 @@ class Rotation(Table):
     def rotate(self, x: Heads) -> Heads:
         """Turn the first `dim` channels, in float32 or better."""
         dim = self.dim or x.shape[-1]
-        if dim == x.shape[-1]:
-            return self._turned(x, dim)
-        return torch.cat([self._turned(x[..., :dim], dim), x[..., dim:]], -1)
-
-    def _turned(self, x: Heads, dim: int) -> Heads:
-        precise = x.to(wide(x.dtype))
+        turning = x if dim == x.shape[-1] else x[..., :dim]
+        precise = turning.to(wide(x.dtype))
         cos, sin = self.turns[dim][precise.dtype]
-        return torch.addcmul(precise * cos, precise.roll(dim // 2, -1), sin).to(x.dtype)
+        turned = torch.addcmul(precise * cos, precise.roll(dim // 2, -1), sin).to(x.dtype)
+        return turned if turning is x else torch.cat([turned, x[..., dim:]], -1)

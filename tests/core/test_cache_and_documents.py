@@ -1,11 +1,13 @@
 """What a model refuses to look at, and what a cache is after it has refused."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from core_cases import VOCABULARY, complaint, data, model, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree import LanguageModel, ModelSpec, build
 from fusiontree.branches import attention as branch
@@ -239,3 +241,38 @@ def test_what_is_no_number_stays_in_its_document(kind: str) -> None:
     found = net(ids, documents=documents)
     assert not found[0, 5].isfinite().any()
     torch.testing.assert_close(found[:, 128:, 1:], alone[..., 1:], rtol=0, atol=1e-9)
+
+
+class Counted(TorchDispatchMode):
+    """Counts torch's operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(layers: int, batch: int) -> Counter[str]:
+    """Those of a decode step."""
+    rotated = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 4, "window": 6, "encodings": ["rope"]}
+    layer = {"mixer": rotated, "ffn": {"kind": "swiglu", "hidden": 8}}
+    net = build(ModelSpec.parse(data(layers=[layer] * layers)))
+    cache = net.new_cache(batch, 12)
+    with torch.no_grad():
+        net(tokens(batch, 5), documents=torch.tensor([[0] * 5, [0] * 3 + [-1] * 2])[:batch], cache=cache)
+        with Counted() as counted:
+            net(tokens(batch, 1), cache=cache)
+    return counted.names
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_makes_once_what_its_layers_share(batch: int) -> None:
+    """Slots of rings, which of them are filled, turns: a further layer makes none, and takes few operations."""
+    one, three = operations(1, batch), operations(3, batch)
+    shared = ("arange", "remainder.Scalar", "clamp", "cos", "sin", "masked_fill_.Scalar", "_local_scalar_dense")
+    for name in shared:
+        assert one[f"aten::{name}"] == three[f"aten::{name}"], name
+    assert three.total() - one.total() <= 2 * 68

@@ -8,7 +8,8 @@ import torch
 from core_cases import VOCABULARY, complaint, model, tokens
 from torch import Tensor
 
-from fusiontree import LanguageModel, build
+from fusiontree import LanguageModel, build, machine
+from fusiontree.core import generation
 from fusiontree.core.generation import Sampling, stream
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 7]]
@@ -264,3 +265,18 @@ def test_a_row_that_has_ended_may_say_nothing() -> None:
     net.logits = broken  # type: ignore[method-assign]
     found = net.generate([[1, 2], [3, 4]], max_new_tokens=3, stop=[first])
     assert len(found[0]) == 3
+
+
+def test_long_continuations_are_compiled_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, times = model(), []
+    monkeypatch.setattr(net, "compile", lambda: times.append(1))
+    monkeypatch.setattr(generation, "COMPILED_FROM", 4)
+    monkeypatch.setattr(machine, "compile_refusal", lambda device: None)
+    for asked, new, wanted in [(False, 5, 0), ("auto", 3, 0), ("auto", 4, 1), (True, 1, 2)]:
+        net.generate(PROMPTS, max_new_tokens=new, compile=asked)
+        assert len(times) == wanted
+    monkeypatch.setattr(machine, "compile_refusal", lambda device: "no compiler")
+    net.generate(PROMPTS, max_new_tokens=5, compile="auto")
+    assert len(times) == 2
+    complaint(lambda: net.generate(PROMPTS, max_new_tokens=5, compile=True), "compile: ", "no compiler")
+    complaint(lambda: net.generate(PROMPTS, max_new_tokens=5, compile="yes"), "compile: ", "'yes'")  # type: ignore

@@ -1,6 +1,6 @@
 """`attention_step`: attention for one new token of each row, over cached keys that its own has joined."""
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -83,7 +83,8 @@ class StepInputs(NamedTuple):
         )
 
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
+"""The same as of `torch.ops.aten`, called without a dispatch in Python."""
 ATTENTION_STEP: Op[StepInputs] = Op("attention_step", Shapes(StepInputs, (("heads", "kv_heads"),)))
 
 
@@ -118,27 +119,26 @@ def attention_step(
     return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap, falling), backend)
 
 
-class _Seen(NamedTuple):
-    """What products are made of: query heads are rows of their kv head, `bias` joins their scores."""
-
-    q: Float[Tensor, "batch kv_heads rows head_dim"]
-    k: Float[Tensor, "batch kv_heads seen head_dim"]
-    v: Float[Tensor, "batch kv_heads seen value_dim"]
-    bias: Float[Tensor, "batch #kv_heads #rows seen"] | None
-
-    @classmethod
-    def of(cls, inputs: StepInputs) -> Self:
-        """The slots that any row sees."""
-        keys, values, falling = inputs.keys, inputs.values, inputs.falling
-        heads, slots = keys.shape[1:3]
-        seen = inputs.seen or Filled.of(inputs.filled, slots, keys.dtype)
-        q, bias = inputs.q.to(keys.dtype).unflatten(1, (heads, inputs.q.shape[1] // heads)), seen.bias
-        if seen.slots < slots:
-            keys, values = keys.narrow(2, 0, seen.slots), values.narrow(2, 0, seen.slots)
-        if falling is not None:
-            fall = Folding(q.shape[2], keys.dtype, falling.slopes).fall(falling.distance[:, None, : seen.slots])
-            bias = fall if bias is None else fall + bias
-        return cls(q, keys, values, bias)
+def _seen(
+    inputs: StepInputs,
+) -> tuple[
+    Float[Tensor, "batch kv_heads rows head_dim"],
+    Float[Tensor, "batch kv_heads seen head_dim"],
+    Float[Tensor, "batch kv_heads seen value_dim"],
+    Float[Tensor, "batch #kv_heads #rows seen"] | None,
+]:
+    """What products are made of: query heads as rows of their kv head, the slots that any row sees, and what joins the
+    scores."""
+    q, keys, values, filled, _, _, falling, seen = inputs
+    (batch, heads, width), (_, kv_heads, slots, _) = q.shape, keys.shape
+    seen = seen or Filled.of(filled, slots, keys.dtype)
+    q, bias = q.to(keys.dtype).view(batch, kv_heads, heads // kv_heads, width), seen.bias
+    if seen.slots < slots:
+        keys, values = keys.narrow(2, 0, seen.slots), values.narrow(2, 0, seen.slots)
+    if falling is not None:
+        fall = Folding(q.shape[2], keys.dtype, falling.slopes).fall(falling.distance[:, None, : seen.slots])
+        bias = fall if bias is None else fall + bias
+    return q, keys, values, bias
 
 
 @ATTENTION_STEP.backend("reference")
@@ -161,7 +161,7 @@ def reference(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
 @ATTENTION_STEP.backend("product", priority=10)
 def product(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
     """Two matrix products and a softmax, in the wide dtype."""
-    q, k, v, bias = _Seen.of(inputs)
+    q, k, v, bias = _seen(inputs)
     dtype = wide(k.dtype)
     scores = capped(q.to(dtype).mul(inputs.scale) @ k.to(dtype).mT, inputs.softcap)
     scores = scores if bias is None else scores.add_(bias)
@@ -171,7 +171,7 @@ def product(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
 @ATTENTION_STEP.backend("flash_cpu", priority=20, supports=flash_refusal)
 def flash_cpu(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
     """torch's fused CPU kernel."""
-    q, k, v, bias = _Seen.of(inputs)
+    q, k, v, bias = _seen(inputs)
     bias = bias if bias is None else bias.expand(-1, -1, q.shape[2], -1)
-    y, _ = _FLASH(q, k, v, 0.0, False, attn_mask=bias, scale=inputs.scale)
+    y, _ = _FLASH(q, k, v, attn_mask=bias, scale=inputs.scale)
     return y.flatten(1, 2).to(inputs.q.dtype)
