@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import fusiontree
 
 from fusiontree.core import yaml
 from fusiontree.recipes.train import load_run
@@ -37,7 +36,7 @@ def test_there_are_some():
 
 @pytest.mark.parametrize("line", commands(*LOOKS), ids=" ".join)
 def test_what_only_looks(line):
-    done = subprocess.run([sys.executable, "-m", "fusiontree.cli", *line], capture_output=True, text=True, check=False)
+    done = fusiontree(*line)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,7 +6,7 @@ Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree",
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.metrics  # noqa: F401  # registers them
 from jinja2 import Environment
@@ -17,12 +17,14 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fusiontree.core import yaml
 from fusiontree.core.model import LanguageModel
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo.hf import FusionTreeForCausalLM, tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Base: Any = HFLM
 """Its decorator hides from type checkers what it is."""
@@ -81,7 +83,7 @@ def _check_ends(directory: str, tokenizer: Any) -> None:
 register_model("fusiontree")(FusionTreeLM)
 
 
-def _check_logits(model: nn.Module, inputs: tuple[Any, ...], output: CausalLMOutputWithPast) -> None:
+def _check_logits(model: nn.Module, inputs: tuple[Any, ...], output: "CausalLMOutputWithPast") -> None:
     """Logits that say nothing would be scored as if they did."""
     assert output.logits is not None
     if not bool(output.logits.amax(-1).isfinite().all()):

@@ -1,13 +1,11 @@
 """`fusiontree bench kernels`: cases, limits, timing, rows, and what is printed. No speed is expected."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from command_line import fusiontree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.bench import kernels, table
@@ -144,8 +142,7 @@ def test_timing_counts_no_warm_up():
 
 
 def bench(*arguments, **environment):
-    command = [sys.executable, "-m", "fusiontree.cli", "bench", "kernels", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return fusiontree("bench", "kernels", *arguments, **environment)
 
 
 QUICKLY = ("--op", "attention_step", "--tokens", "32", "--seconds", "0", "--threads", "1", "--dtype", "float32")

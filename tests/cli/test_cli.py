@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from command_line import fusiontree
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fusiontree as ft
@@ -29,12 +30,6 @@ layers:
             b: {kind: attention, heads: 2, kv_heads: 1, head_dim: 8, window: 4}
           gate: {kind: sigmoid, granularity: channel}
 """
-
-
-def fusiontree(*arguments, stdin=""):
-    """Run the command line as a user does."""
-    command = [sys.executable, "-m", "fusiontree.cli", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

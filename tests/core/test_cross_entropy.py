@@ -43,8 +43,8 @@ def test_a_models_loss_is_that_of_its_logits(head, chunk):
     )
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
-    with torch.no_grad():
-        torch.testing.assert_close(net.cross_entropy(x, y, documents=documents), found.detach(), rtol=0, atol=0)
+    with torch.no_grad():  # norms are made of fewer operations then
+        torch.testing.assert_close(net.cross_entropy(x, y, documents=documents), found.detach(), rtol=1e-14, atol=0)
 
 
 def linear(features, weight, bias=None):
