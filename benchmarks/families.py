@@ -46,7 +46,9 @@ def models(name: str, dtype: torch.dtype) -> dict[str, Any]:
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     family = family_of(name)
     ours = ft.build(family.spec_of(config.to_dict()), dtype=dtype)
-    ours.load_state_dict(family.weights_of(config.to_dict(), theirs.state_dict()))
+    computed = family.computed(family.options(config.to_dict()))  # in bfloat16, which import would not take for ours
+    weights = {name: tensor for name, tensor in theirs.state_dict().items() if name not in computed}
+    ours.load_state_dict(family.weights_of(config.to_dict(), weights))
     return dict(zip(SIDES, (theirs, ours), strict=True))
 
 

@@ -12,7 +12,7 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     for to copy some there. No buffer of a module, which a change of type would round."""
     if torch.compiler.is_compiling():  # a compiler keeps constants by itself
         return torch.tensor(values, dtype=dtype, device=device)
-    return kept(values, dtype, device)
+    return kept(tuple(values), dtype, device)  # an operator that is not traced gets a list
 
 
 @lru_cache(maxsize=256)
