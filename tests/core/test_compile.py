@@ -165,6 +165,7 @@ def test_compiled_decode_steps():
     assert_same_steps("inductor")
 
 
+@pytest.mark.slow
 def test_mamba1_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, CHANNELS)
     assert_same_steps("aot_eager", CHANNELS)
@@ -183,11 +184,13 @@ def test_an_exported_program_serves_other_values(documents):
     torch.testing.assert_close(program(other, **given)[real], model(other, **given)[real])
 
 
+@pytest.mark.slow
 def test_gated_delta_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, DELTAS)
     assert_same_steps("aot_eager", DELTAS)
 
 
+@pytest.mark.slow
 def test_latents_and_channels_that_decay_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, LATENTS)
     assert_same_steps("aot_eager", LATENTS)
@@ -208,6 +211,7 @@ def test_compiled_code_of_a_prefix_and_keys_of_other_layers():
     assert_same_steps("inductor", SHARING)
 
 
+@pytest.mark.slow
 def test_rglru_in_training_and_in_decode():
     assert_same_step("aot_eager", DOCUMENTS, UNITS)
     assert_same_steps("aot_eager", UNITS)
