@@ -3,10 +3,13 @@
 Cases go from small to large, so that the first failure is a small one.
 """
 
+import io
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +199,23 @@ def pickled(subject: Subject) -> str | None:
 
 
 def _through_pickle(model: LanguageModel) -> LanguageModel:
-    return pickle.loads(pickle.dumps(model))
+    """A copy by way of pickle. Classes that no module holds, as those of a doctest, are handed over as they are."""
+    classes: dict[str, type] = {}
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> str | None:
+            if not isinstance(obj, type) or getattr(sys.modules.get(obj.__module__), obj.__qualname__, None) is obj:
+                return None
+            classes[str(id(obj))] = obj
+            return str(id(obj))
+
+    class Reader(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> type:
+            return classes[pid]
+
+    written = io.BytesIO()
+    Writer(written).dump(model)
+    return Reader(io.BytesIO(written.getvalue())).load()
 
 
 def _copied(subject: Subject, copy: Callable[[LanguageModel], LanguageModel]) -> str | None:

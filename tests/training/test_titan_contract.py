@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fusiontree.training.titan as titan
 from fusiontree.training import OptimizerSpec, RunSpec, TrainingSpec
+from fusiontree.training.sections import ResolvedSpec
 
 FIELDS = {
     "trainer.Trainer.Config": [
@@ -149,10 +150,12 @@ def test_the_trainer_builds_our_parts_with_what_they_take(part):
 
 
 def test_our_own_configurations_are_accepted(data, tmp_path):
-    config = titan.train.__globals__["configuration"](runs.spec(data, tmp_path), 2)
+    run = runs.spec(data, tmp_path).model_copy(update={"resolved": ResolvedSpec(precision="bfloat16")})
+    config = titan.train.__globals__["configuration"](run, 2)
     assert isinstance(config, find("trainer.Trainer.Config"))
     assert config.training.local_batch_size == 2
     assert config.parallelism.data_parallel_shard_degree == 2
+    assert config.training.mixed_precision_param == "bfloat16"
     assert "run" in config.to_dict()
 
 

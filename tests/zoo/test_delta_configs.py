@@ -106,7 +106,8 @@ def test_heads_of_theirs_are_taken_apart_and_put_together():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_next, experts", "olmo_hybrid"])
 def test_files_of_transformers_are_read_and_ours_by_transformers(name, tmp_path):
-    """The files of OLMo-Hybrid have other names than its class."""
+    """The files of OLMo-Hybrid have other names than its class. Delta rules have the tolerance of their laws: in
+    float32 the logits of both sides are up to 7e-5 from their own in float64."""
     both = pair(name)
     both.theirs.save_pretrained(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "ours")
@@ -115,7 +116,7 @@ def test_files_of_transformers_are_read_and_ours_by_transformers(name, tmp_path)
     wanted = both.theirs(tokens, use_cache=False).logits
     again = type(both.theirs).from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
     for found in (ft.load(tmp_path / "ours")(tokens), again(tokens, use_cache=False).logits):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * max(1.0, float(wanted.abs().max())))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * max(1.0, float(wanted.abs().max())))
 
 
 def test_a_map_with_other_rows_is_one_line():
