@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,32 @@ def test_a_killed_run_of_two_processes_goes_on_bit_by_bit(two, data, tmp_path):
     process = runs.start(arguments, log)
     assert process.wait() == 0, log.read_text()
     assert_equal_runs(killed, two)
+
+
+def launched(file, processes, *overrides):
+    """The command that starts several processes by itself."""
+    return [sys.executable, "-m", "fusiontree.cli", "train", str(file), f"--processes={processes}", *overrides]
+
+
+def test_processes_that_are_stopped_leave_our_line_as_the_last(two, data, tmp_path):
+    file, log, out = runs.write_run(tmp_path / "run.json", data), tmp_path / "log", tmp_path / "out"
+    arguments = launched(file, 2, f"output={out}", "training.microbatch_rows=1")
+    process = runs.start(arguments, log)
+    runs.wait_for_step(process, out, 3, log)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    assert "run the same command again to go on" in log.read_text().splitlines()[-1]
+    process = runs.start(arguments, log)
+    assert process.wait() == 0, log.read_text()
+    assert_equal_runs(out, two)
+
+
+def test_what_every_process_refuses_is_one_line(data, tmp_path):
+    file, log = runs.write_run(tmp_path / "run.json", data), tmp_path / "log"
+    process = runs.start(launched(file, 3, f"output={tmp_path / 'out'}"), log)
+    assert process.wait() == 2
+    message = "error: training.rows: has to be a multiple of the 3 processes, found 4"
+    assert log.read_text().splitlines() == [message]
 
 
 def test_another_number_of_processes_can_go_on(two, data, tmp_path):
