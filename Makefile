@@ -31,7 +31,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/peers.py --task forward --tokens 8192 --window 1024 --sides "fusiontree compiled"
 	for tokens in 8192 65536; do $(BIN)/python benchmarks/peers.py --task training --tokens $$tokens --window 1024 --sides "fusiontree compiled" --pairs 2; done
 	for tokens in 4096 65536; do $(BIN)/python benchmarks/peers.py --task decode --tokens $$tokens --window 1024 --sides "fusiontree compiled"; done
-	$(BIN)/python benchmarks/families.py
+	for task in forward training; do $(BIN)/python benchmarks/peers.py --task $$task --tokens 2048 --dtype float32 --sides transformers fusiontree; done
+	for task in forward training prefill; do $(BIN)/python benchmarks/half.py --task $$task; done
+	for dtype in bfloat16 float32; do $(BIN)/python benchmarks/families.py --dtype $$dtype; done
 	$(BIN)/python benchmarks/block.py --task forward
 	$(BIN)/python benchmarks/block.py --task training
 	$(BIN)/python benchmarks/block.py --task training --window 1024
