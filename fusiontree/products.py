@@ -20,8 +20,8 @@ from fusiontree.compiling import constant
 
 ROWS = 4
 """Products of so many rows, or of more, are faster in float32; measured on a processor with AVX2."""
-SIDE, BLOCK = 1024, 2**20
-"""The most rows (or columns) and the most elements of an operand that are widened at a time: 4 MB in float32."""
+SIDE, BLOCK = 512, 2**18
+"""The most rows (or columns) and the most elements of an operand that are widened at a time: 1 MB in float32."""
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -1,8 +1,12 @@
-"""Tests of one folder that share runs stay on one worker."""
+"""Tests of one folder that share runs stay on one worker, and no property fails by the clock."""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
