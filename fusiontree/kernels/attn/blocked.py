@@ -61,6 +61,11 @@ def _band(queries: int, keys: int, reach: tuple[int | None, int], folding: Foldi
     return seen.bias(slice(keys - queries, keys), slice(0, keys), folding)
 
 
+def _band_size(keys: int) -> int:
+    """The keys of the band that serves blocks of so many: blocks of fewer queries or keys are its last ones."""
+    return max(QUERIES, 1 << (keys - 1).bit_length())
+
+
 class Span(NamedTuple):
     """Keys: some one after another, and before them those of a prefix."""
 
@@ -93,9 +98,9 @@ class Blocks:
         q, k, v = tensors
         self.time, self.kv_heads = q.shape[1], k.shape[2]
         self.share = q.shape[2] // self.kv_heads
-        self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k), _leading(v)
         self.segments, self.age = segments, age
         self.dtype = operand_dtype(q)
+        self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k).to(self.dtype), _leading(v).to(self.dtype)
 
     def over(self, options: Options) -> Iterator[tuple[slice, Span, Block]]:
         """The rows of some queries, the keys that they see, and both with their bias."""
@@ -103,20 +108,22 @@ class Blocks:
         for queries, keys, plain in seen.blocks(QUERIES):
             rows = slice(queries.start * self.share, queries.stop * self.share)
             span, bias = Span(keys, seen.before(queries, keys)), self._bias(seen, (queries, keys), options, plain)
-            operands = (self.q[:, :, rows], span.of(self.k), span.of(self.v))
-            q, k, v = (operand.to(self.dtype) for operand in operands)
-            yield rows, span, Block(q, k, v, bias, options.scale, options.softcap)
+            q = self.q[:, :, rows].to(self.dtype)
+            yield rows, span, Block(q, span.of(self.k), span.of(self.v), bias, options.scale, options.softcap)
 
     def _bias(self, seen: Sight, block: tuple[slice, slice], options: Options, plain: bool) -> Tensor:
         queries, keys = block
-        sizes, prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
+        (rows, columns), prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
         falls, folding = options.slopes is not None, Folding(self.share, self.dtype, options.slopes)
         cut = self.segments is not None or 0 < keys.start < prefix  # a prefix that is not wholly on one side
-        elements = sizes[0] * sizes[1] * self.share * (self.kv_heads if falls else 1)
+        elements = QUERIES * _band_size(columns) * self.share * (self.kv_heads if falls else 1)
         if not plain or (prefix and (cut or falls)) or elements > LARGEST_BAND:
             return seen.bias(queries, keys, folding)
+        if not prefix:
+            band = _band(QUERIES, _band_size(columns), options.reach, folding, self.q.device)
+            return band[..., -rows * self.share :, -columns:]
         before = prefix if keys.start else 0
-        band = _band(*sizes, (options.window, prefix - before), folding, self.q.device)
+        band = _band(rows, columns, (options.window, prefix - before), folding, self.q.device)
         return F.pad(band, (before, 0)) if before else band
 
 
