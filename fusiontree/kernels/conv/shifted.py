@@ -1,6 +1,5 @@
 """`causal_conv1d` as a sum of shifted inputs, some tokens at a time so that temporaries stay in cache."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,22 +11,35 @@ from fusiontree.kernels.conv.final import final_state
 from fusiontree.kernels.conv.op import CONV, ConvInputs
 from fusiontree.kernels.documents import silence_padding, wide
 
-TOKENS = 128
+ELEMENTS = 2**18
+"""The most elements of a temporary: a megabyte in float32."""
+Masks = Bool[Tensor, "taps batch tokens"]
 
 
-def _spans(time: int) -> Iterator[slice]:
-    for start in range(0, time, TOKENS):
-        yield slice(start, min(start + TOKENS, time))
+def _spans(
+    values: Float[Tensor, "batch time channels"], mask: Bool[Tensor, "taps batch time"] | None
+) -> list[tuple[slice, Masks | None]]:
+    """Some tokens at a time, each time with its part of the mask, or with None where every tap reads its own document,
+    as it mostly does. Other devices than CPUs are not waited for to know that."""
+    batch, time, channels = values.shape
+    size = max(1, ELEMENTS // max(1, batch * channels))
+    spans = [slice(start, min(start + size, time)) for start in range(0, time, size)]
+    if mask is None or not spans:
+        return [(span, None) for span in spans]
+    parts = [mask[..., span] for span in spans]
+    if mask.device.type != "cpu":
+        return list(zip(spans, parts, strict=True))
+    whole = torch.stack([part.all() for part in parts]).tolist()
+    return [(span, None if free else part) for span, part, free in zip(spans, parts, whole, strict=True)]
 
 
 def _seen(
-    values: Float[Tensor, "batch tokens channels"],
-    mask: Bool[Tensor, "taps batch time"] | None,
-    tap: int,
-    span: slice,
+    values: Float[Tensor, "batch tokens channels"], mask: Masks | None, tap: int
 ) -> Float[Tensor, "batch tokens channels"]:
-    """Zeros where the input that `tap` reads is of another document."""
-    return values if mask is None else torch.where(mask[tap, :, span, None], values, 0.0)
+    """Zeros where the input that `tap` reads is of another document; the last tap reads the token itself."""
+    if mask is None or tap == len(mask) - 1:
+        return values
+    return torch.where(mask[tap, ..., None], values, 0.0)
 
 
 class _Shifted(torch.autograd.Function):
@@ -38,11 +50,11 @@ class _Shifted(torch.autograd.Function):
         ctx.save_for_backward(extended, weight, bias, mask)
         taps, dtype = weight.mT.to(wide(extended.dtype)), wide(extended.dtype)
         y = torch.empty_like(extended[:, len(taps) - 1 :], memory_format=torch.contiguous_format)
-        for span in _spans(y.shape[1]):
+        for span, seen in _spans(y, mask):
             total = bias.to(dtype)
             for tap, factor in enumerate(taps):
                 inputs = extended[:, span.start + tap : span.stop + tap].to(dtype)
-                total = torch.addcmul(total, _seen(inputs, mask, tap, span), factor)
+                total = torch.addcmul(total, _seen(inputs, seen, tap), factor)
             y[:, span] = total
         return y
 
@@ -53,11 +65,11 @@ class _Shifted(torch.autograd.Function):
         dtype = wide(extended.dtype)
         taps, grad_taps = weight.mT.to(dtype), torch.zeros_like(weight.mT, dtype=dtype)
         grad_extended = torch.zeros_like(extended, dtype=dtype)
-        for span in _spans(grad.shape[1]):
+        for span, seen in _spans(grad, mask):
             arriving = grad[:, span].to(dtype)
             for tap, factor in enumerate(taps):
                 read = slice(span.start + tap, span.stop + tap)
-                part = _seen(arriving, mask, tap, span)
+                part = _seen(arriving, seen, tap)
                 grad_extended[:, read].addcmul_(part, factor)
                 grad_taps[tap] += (part * extended[:, read]).sum((0, 1))
         grad_bias = grad.sum((0, 1), dtype=dtype)
@@ -67,9 +79,8 @@ class _Shifted(torch.autograd.Function):
 def _fusible(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """The same sum without blocks, for a compiler that makes one loop of it."""
     dtype, time = wide(extended.dtype), extended.shape[1] - weight.shape[1] + 1
-    everything = slice(0, time)
     parts = [
-        _seen(extended[:, tap : tap + time].to(dtype), mask, tap, everything) * factor
+        _seen(extended[:, tap : tap + time].to(dtype), mask, tap) * factor
         for tap, factor in enumerate(weight.mT.to(dtype))
     ]
     return sum(parts, start=bias.to(dtype)).to(extended.dtype)
