@@ -413,9 +413,11 @@ def build(
     """The model of a spec, its parameters drawn from (seed, path); on the meta device, declared only.
 
     Raises:
-        FusionTreeError: there is no such device here.
+        FusionTreeError: there is no such device here; or what is given is no spec, as a preset's name.
         WeightsError: the weights are larger than the device's free memory (nothing has been allocated).
     """
+    if not isinstance(spec, ModelSpec):
+        raise FusionTreeError(f"build: a ModelSpec is needed, found {spec!r:.80}; load_spec reads presets and files")
     device = memory.usable(device or "cpu")
     with torch.device("meta"):
         model = LanguageModel(spec).to(dtype or torch.float32)

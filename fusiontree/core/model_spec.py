@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, StrictInt, ValidationError, model_validator
@@ -60,6 +60,9 @@ class Lineage(Spec):
 class ModelSpec(Spec):
     """A language model as data. Equality, hash and digest are those of the expanded form."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("model", "data", "training", "optimizer"), " of a spec; run files have it (fusiontree validate --run FILE)"
+    )
     format: Literal[1] = 1
     vocab_size: Count
     width: Count
@@ -216,8 +219,10 @@ class ModelSpec(Spec):
         takes it away. Repeats stay as they are written, with what they vary, as long as the layers are such.
 
         Raises:
-            SpecError: a path matches nothing, or the result is not valid.
+            SpecError: a path matches nothing, or the result is not valid; or the edits are no mapping.
         """
+        if not isinstance(edits, Mapping):
+            raise SpecError(f"replace: a mapping from paths to values is needed, found {edits!r:.80}")
         data = self.expand().data()
         for pattern, value in edits.items():
             for path in _places(data, pattern, adding=value is not None):

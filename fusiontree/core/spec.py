@@ -67,6 +67,9 @@ class _SchemaGenerator(GenerateJsonSchema):
 class Spec(BaseModel):
     """A frozen description of something. Unknown keys are errors, and `kind` is always written, first.
 
+    Attributes:
+        elsewhere: keys that belong to another kind of file, and what to say of each.
+
     Raises:
         SpecError: a field that is not valid; the line that `parse` answers with.
     """
@@ -79,6 +82,7 @@ class Spec(BaseModel):
         validate_by_alias=True,
         serialize_by_alias=True,
     )
+    elsewhere: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, /, **fields: Any) -> None:
         try:
@@ -99,7 +103,8 @@ class Spec(BaseModel):
         )
         if not unknown:
             return cls._with_meanings(handler, value)
-        problems = invalid({(str(key),): f"unknown key{suggest(str(key), known)}" for key in unknown})
+        hints = {str(key): cls.elsewhere.get(str(key)) or suggest(str(key), known) for key in unknown}
+        problems = invalid({(key,): f"unknown key{hint}" for key, hint in hints.items()})
         try:
             cls._with_meanings(handler, {key: inside for key, inside in value.items() if key not in unknown})
         except ValidationError as error:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -50,6 +50,9 @@ class RunSpec(Spec):
         resolved: written by a run that began; null in a run that did not.
     """
 
+    elsewhere: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("vocab_size", "width", "layers"), " of a run file; specs have it, and a run file names its spec (model: PATH)"
+    )
     format: Literal[1] = 1
     model: ModelSpec
     text: DataSpec = Field(alias="data")

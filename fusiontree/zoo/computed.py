@@ -17,6 +17,8 @@ ROUNDING = 1e-5
 """How far frequencies that were computed in float32 are from exact ones, relative to them (theta is up to 1e11)."""
 ROUNDING_OF_POWERS = 1e-3
 """The same of decays, exp(-base^n * m) for n and m up to hundreds; base is one of 2^(-8/heads)."""
+ROUNDED_TIMES = 2
+"""How often the exponent of a decay is rounded, to half a unit, where it is computed in the dtype of the file."""
 
 
 def check_computed(theirs: Mapping[str, Tensor], computed: Mapping[str, Callable[[], Tensor]]) -> set[str]:
@@ -27,7 +29,7 @@ def check_computed(theirs: Mapping[str, Tensor], computed: Mapping[str, Callable
     """
     there = {name for name in theirs if name in computed}
     for name in sorted(there):
-        if not _same(theirs[name], computed[name](), ROUNDING_OF_POWERS):
+        if not _same_powers(theirs[name], computed[name]()):
             raise WeightsError(f"tensor {name!r} has other values than those that follow from the config")
     return there
 
@@ -70,10 +72,19 @@ def _frequencies(spec: ModelSpec, inside: list[str]) -> Iterator[Tensor]:
             yield rope.frequencies(rope.dim or channels)
 
 
-def _same(found: Tensor, wanted: Tensor, rounding: float) -> bool:
+def _same_powers(found: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor holds these powers, computed in its own type: what rounds an exponent multiplies the power."""
+    if not found.is_floating_point():
+        return False
+    exponents = wanted.double().clamp(min=torch.finfo(torch.float64).tiny).log().abs()
+    rounding = torch.finfo(found.dtype).eps * ROUNDED_TIMES * (1 + exponents)
+    return _same(found, wanted, rounding.clamp(min=ROUNDING_OF_POWERS))
+
+
+def _same(found: Tensor, wanted: Tensor, rounding: float | Tensor) -> bool:
     """Whether a tensor holds these values as its type can."""
     if found.shape != wanted.shape or not found.is_floating_point():
         return False
     kind = torch.finfo(found.dtype)
-    least = kind.smallest_normal * kind.eps
-    return torch.allclose(found.double(), wanted.double(), rtol=max(kind.eps, rounding), atol=least)
+    allowed = torch.as_tensor(rounding).clamp(min=kind.eps) * wanted.double().abs() + kind.smallest_normal * kind.eps
+    return bool(((found.double() - wanted.double()).abs() <= allowed).all())

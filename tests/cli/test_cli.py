@@ -10,7 +10,6 @@ from command_line import fusiontree
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fusiontree as ft
-from fusiontree.cli import main
 from fusiontree.cli.doctor import _lines, _same_answers
 from fusiontree.core.observation import Observation
 from fusiontree.kernels import OPS
@@ -72,9 +71,8 @@ def test_kinds_schema_validate_doctor(folder):
     assert report["device"]["threads"] > 0 and "matrix_units" in report["device"]
 
 
-def test_kinds_say_what_a_field_is(monkeypatch, capsys):
-    inside(monkeypatch, "kinds", "mamba1")
-    assert "of the map that makes dt (dt_rank)" in capsys.readouterr().out.replace("`", "")
+def test_kinds_say_what_a_field_is():
+    assert "of the map that makes dt (dt_rank)" in fusiontree("kinds", "mamba1").stdout.replace("`", "")
 
 
 def test_doctor_says_once_what_holds_for_several():
@@ -187,16 +185,16 @@ def test_generate_takes_any_bytes(folder):
     assert named.startswith(b"a\xff")
 
 
-def test_generate_reads_the_tokenizer_beside_a_model(folder, tmp_path, monkeypatch, capfdbinary):
+def test_generate_reads_the_tokenizer_beside_a_model(folder, tmp_path):
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
     model = ft.build(ft.load_spec(folder / "small.yaml").replace({"vocab_size": 3}))
     ft.save(model, tmp_path / "model", beside=[tmp_path / "tokenizer.json"])
-    code = inside(monkeypatch, "generate", tmp_path / "model", "a b", "--max-new-tokens", 3, "--temperature", 0)
+    done = fusiontree("generate", tmp_path / "model", "a b", "--max-new-tokens", 3, "--temperature", 0)
     (row,) = model.generate([[0, 1]], max_new_tokens=3)
-    assert (code, capfdbinary.readouterr().out.decode()) == (0, words.decode(row) + "\n")
-    assert inside(monkeypatch, "generate", tmp_path / "model", "a", "--stop", "") == 2
+    assert (done.returncode, done.stdout) == (0, words.decode(row) + "\n")
+    assert fusiontree("generate", tmp_path / "model", "a", "--stop", "").returncode == 2
 
 
 def test_a_model_whose_encoding_is_short_can_be_pruned(folder):
@@ -230,30 +228,32 @@ def test_an_output_that_is_full_is_one_line():
     assert done.stderr == "error: standard output: No space left on device\n"
 
 
-def inside(monkeypatch, *arguments):
-    """Run the command line in this process; the exit code."""
-    monkeypatch.setattr(sys, "argv", ["fusiontree", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code
-
-
-def test_validate_says_all_that_is_wrong_and_others_the_first(tmp_path, monkeypatch, capsys):
+def test_validate_says_all_that_is_wrong_and_others_the_first(tmp_path):
     (tmp_path / "bad.yaml").write_text(SMALL.replace("width:", "widht:").replace("heads: 2", "heads: two"))
-    code, lines = inside(monkeypatch, "validate", tmp_path / "bad.yaml"), capsys.readouterr().err.splitlines()
-    assert code == 2 and all(line.startswith(f"error: {tmp_path / 'bad.yaml'}: ") for line in lines)
+    done = fusiontree("validate", tmp_path / "bad.yaml")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and all(line.startswith(f"error: {tmp_path / 'bad.yaml'}: ") for line in lines)
     assert [line.split(": ")[2] for line in lines] == ["widht", "width", "layers.0.mixer.branches.b.heads"]
-    code, said = inside(monkeypatch, "show", tmp_path / "bad.yaml"), capsys.readouterr().err
-    assert (code, said) == (2, f"{lines[0]} (and 2 more)\n")
+    done = fusiontree("show", tmp_path / "bad.yaml")
+    assert (done.returncode, done.stderr) == (2, f"{lines[0]} (and 2 more)\n")
 
 
-def test_validate_reads_run_files(tmp_path, monkeypatch, capsys):
+def test_validate_reads_run_files(tmp_path):
     (tmp_path / "run.yaml").write_text("{model: quickstart, training: {stepz: 3, rows: 0}}")
-    assert inside(monkeypatch, "validate", "--run", tmp_path / "run.yaml") == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 5 and "training.stepz: unknown key" in said and "training.rows: Input" in said
-    assert inside(monkeypatch, "validate", "--run", "quickstart", "training.steps=3") == 0
-    assert capsys.readouterr().out == f"valid, digest {load_run('quickstart', ['training.steps=3']).digest()}\n"
+    done = fusiontree("validate", "--run", tmp_path / "run.yaml")
+    assert done.returncode == 2 and done.stderr.count("\n") == 5
+    assert "training.stepz: unknown key" in done.stderr and "training.rows: Input" in done.stderr
+    done = fusiontree("validate", "--run", "quickstart", "training.steps=3")
+    digest = load_run("quickstart", ["training.steps=3"]).digest()
+    assert (done.returncode, done.stdout) == (0, f"valid, digest {digest}\n")
+
+
+def test_a_run_file_where_a_spec_is_wanted_and_the_reverse(folder, tmp_path):
+    (tmp_path / "run.yaml").write_text("{model: quickstart, training: {steps: 3, rows: 1}}")
+    said = fusiontree("validate", tmp_path / "run.yaml").stderr
+    assert "model: unknown key of a spec; run files have it (fusiontree validate --run FILE)\n" in said
+    said = fusiontree("validate", "--run", folder / "small.yaml").stderr
+    assert "width: unknown key of a run file; specs have it, and a run file names its spec (model: PATH)\n" in said
 
 
 def test_nothing_at_all_is_the_help():

@@ -8,7 +8,7 @@ from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 from fusiontree import LayerSpec, ModelSpec, Norm, Repeat, build
 from fusiontree.branches import Attention, Mamba1, Mlp
 from fusiontree.core.spec import OrderedMap, Spec
-from fusiontree.errors import SpecError
+from fusiontree.errors import FusionTreeError, SpecError
 from fusiontree.fusions import Gated
 
 BRANCH = "layers.0.mixer.branches.attention"
@@ -221,3 +221,10 @@ def test_all_problems_are_kept_beside_the_first() -> None:
     starts = [problem.split(": ")[0] for problem in caught.value.problems]
     assert starts == ["widht", "vocab_size", "layers.0.fn", "layers.0.mixer.hiden", "layers.0.mixer.hidden"]
     assert str(caught.value) == f"{caught.value.problems[0]} (and 4 more)"
+
+
+def test_names_and_texts_are_no_specs_and_no_edits() -> None:
+    given: list[Any] = ["quickstart", "layers.0.ffn=null"]
+    with pytest.raises(FusionTreeError, match="build: a ModelSpec is needed, found 'quickstart'; load_spec reads"):
+        build(given[0])
+    complaint(lambda: ModelSpec.parse(data()).replace(given[1]), "replace: a mapping from paths to values is needed")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import fusiontree as ft
 from fusiontree.errors import FusionTreeError, WeightsError
 from fusiontree.zoo import family_of
+from fusiontree.zoo.computed import check_computed
 from fusiontree.zoo.directory import import_model, left_behind
 
 HEAD = "lm_head.weight"
@@ -100,6 +101,24 @@ def test_decays_of_real_sizes():
         for name, tensor in module.named_buffers():
             wanted = computed[f"model.layers.{layer}.self_attn.{name}"]()
             torch.testing.assert_close(tensor.double(), wanted, rtol=1e-3, atol=1e-44)
+
+
+def test_decays_of_a_model_that_was_built_in_half_precision():
+    family = pair("minimax").family
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    config = transformers.MiniMaxConfig(**sizes, num_hidden_layers=4, layer_types=["linear_attention"] * 4)
+    wanted, previous = family.computed(family.options(config.to_dict())), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention(config, 3)
+    finally:
+        torch.set_default_dtype(previous)
+    theirs = {f"model.layers.3.self_attn.{name}": tensor for name, tensor in module.named_buffers()}
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.bfloat16}
+    assert check_computed(theirs, wanted) == set(theirs)
+    key = "model.layers.3.self_attn.query_decay"
+    with pytest.raises(WeightsError, match="query_decay"):
+        check_computed({key: theirs[key] * 1.1}, wanted)
 
 
 def test_a_part_that_predicts_further_tokens_is_left_out_with_a_note(tmp_path):
