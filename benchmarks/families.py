@@ -2,6 +2,7 @@
 
     python benchmarks/families.py              # all
     python benchmarks/families.py jamba lfm2   # some
+    python benchmarks/families.py --tasks decode
 
 writes `benchmarks/results/family-NAME.json` for each and prints tokens a second and the ratio, in bfloat16 or another
 type. Both sides run as they come, without `torch.compile`. Decoding is timed in pairs: its ratio is the median over the
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +47,7 @@ def models(name: str, dtype: torch.dtype) -> dict[str, Any]:
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     family = family_of(name)
     ours = ft.build(family.spec_of(config.to_dict()), dtype=dtype)
-    computed = family.computed(family.options(config.to_dict()))  # in bfloat16, which import would not take for ours
-    weights = {name: tensor for name, tensor in theirs.state_dict().items() if name not in computed}
-    ours.load_state_dict(family.weights_of(config.to_dict(), weights))
+    ours.load_state_dict(family.weights_of(config.to_dict(), theirs.state_dict()))
     return dict(zip(SIDES, (theirs, ours), strict=True))
 
 
@@ -80,21 +79,25 @@ def _seconds(run: Callable[[], None], times: int) -> float:
     return time.perf_counter() - start
 
 
-def one(name: str, threads: int, dtype: str) -> None:
+def one(name: str, threads: int, dtype: str, tasks: Sequence[str]) -> None:
     """Measure a family and write what was found."""
     torch.set_num_threads(threads)
     sides = models(name, getattr(torch, dtype))
     share = 4 if name in STEPPING else 1
-    found = {task: measure(sides, task, length // share) for task, length in TASKS.items()}
+    found = {task: measure(sides, task, TASKS[task] // share) for task in tasks}
     parameters = sum(parameter.numel() for parameter in sides["fusiontree"].parameters())
     about = machine() | {"transformers": transformers.__version__, "threads": threads, "dtype": dtype}
     write(
         f"family-{name}" + ("" if dtype == "bfloat16" else f"-{dtype}"),
         {"family": name, "parameters": parameters, "share": share, **about, "tasks": found},
     )
-    cells = (f"{task} {row['fusiontree']:,.0f} ({row['ratio']:.2f})" for task, row in found.items())
-    interval = f"{found['decode']['ratio_low']:.2f} to {found['decode']['ratio_high']:.2f}"
-    print(f"{name:18} {parameters / 1e6:4.0f}M  {'   '.join(cells)} [{interval}]", flush=True)
+    cells = (f"{task} {row['fusiontree']:,.0f} ({_ratio(row)})" for task, row in found.items())
+    print(f"{name:18} {parameters / 1e6:4.0f}M  {'   '.join(cells)}", flush=True)
+
+
+def _ratio(row: dict[str, float]) -> str:
+    interval = f", {row['ratio_low']:.2f} to {row['ratio_high']:.2f}" if "ratio_low" in row else ""
+    return f"{row['ratio']:.2f}{interval}"
 
 
 def main() -> None:
@@ -103,23 +106,17 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(LAYOUTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for name in arguments.families or LAYOUTS:
         if name not in LAYOUTS:
             parser.error(f"no family is called {name!r}")
         if arguments.alone:
-            one(name, arguments.threads, arguments.dtype)
+            one(name, arguments.threads, arguments.dtype, arguments.tasks)
         else:
-            command = [
-                sys.executable,
-                __file__,
-                name,
-                "--alone",
-                f"--threads={arguments.threads}",
-                f"--dtype={arguments.dtype}",
-            ]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            options = [f"--threads={arguments.threads}", f"--dtype={arguments.dtype}", "--tasks", *arguments.tasks]
+            subprocess.run([sys.executable, __file__, name, "--alone", *options], check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import peers
@@ -26,18 +27,25 @@ CALLS = 3
 
 
 def measure(side: str, task: str, tokens: int, threads: int) -> dict[str, float]:
-    """Tokens a second (the best of some calls; one where products are slow), and memory beyond the imports."""
+    """Tokens a second (the best of some calls; one where products are slow), and memory beyond the imports, at the
+    end of the first call."""
     torch.set_num_threads(threads)
     if side == "bfloat16 products":
         fusiontree.machine.multiplies = lambda dtype: True
     before = peers.peak_megabytes()
     net = peers.model("fusiontree", None, getattr(torch, SIDES[side])).train(task == "training")
-    run, times = peers.call(net, task, torch.randint(0, peers.LAYOUT["vocab_size"], (1, tokens))), []
-    for _ in range(1 if side == "bfloat16 products" else CALLS + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return {"tokens_per_second": tokens / min(times), "peak_megabytes": peers.peak_megabytes() - before}
+    run = peers.call(net, task, torch.randint(0, peers.LAYOUT["vocab_size"], (1, tokens)))
+    times = [seconds(run)]
+    peak = peers.peak_megabytes() - before
+    times += [seconds(run) for _ in range(0 if side == "bfloat16 products" else CALLS)]
+    return {"tokens_per_second": tokens / min(times), "peak_megabytes": peak}
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def apart(side: str, task: str, tokens: int, threads: int) -> dict[str, float]:

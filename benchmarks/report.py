@@ -14,6 +14,7 @@ from results import classes, read
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "performance.md", DOCS / "performance.svg"
 TASKS = ("forward", "training", "prefill", "decode")
+FAMILY_TASKS = ("forward", "training", "decode")
 COLOURS = {"transformers": "#b0b0b0", "fusiontree": "#4c78a8", "fusiontree compiled": "#1b3a5c"}
 
 
@@ -67,9 +68,10 @@ def ratio(row: dict[str, float]) -> str:
 
 
 def family_rows(units: str) -> Iterator[Sequence[str]]:
-    """A line for each family: our tokens a second, and how many times transformers' they are."""
+    """A line for each family: our tokens a second, and how many times transformers' they are, where measured."""
     for result in read(units, "family-"):
-        cells = (f"{row['fusiontree']:,.0f} | {ratio(row)}" for row in result["tasks"].values())
+        rows = (result["tasks"].get(task) for task in FAMILY_TASKS)
+        cells = (f"{row['fusiontree']:,.0f} | {ratio(row)}" if row else " | " for row in rows)
         name = f"`{result['family']}`" + (" (256 tokens)" if result["share"] > 1 else "")
         name += ", float32" if result.get("dtype") == "float32" else ""
         yield name, f"{result['parameters'] / 1e6:.0f}M", *cells
@@ -108,7 +110,7 @@ def block_rows(units: str) -> Iterator[Sequence[str]]:
 
 PEERS = ("", "turns", "side", "tokens/s", "spread", "ratio", "peak MB", "first call, s")
 LENGTHS = ("", "turns", "tokens/s", "spread", "peak MB")
-FAMILIES = ["", "size", *(part for task in ("forward", "training", "decode") for part in (task, "ratio"))]
+FAMILIES = ["", "size", *(part for task in FAMILY_TASKS for part in (task, "ratio"))]
 HALF = ("", "float32, tokens/s", "bfloat16", "products in bfloat16", "ratio to float32", "peak MB", "of products")
 TABLES = {
     "peers": (PEERS, peer_rows),
