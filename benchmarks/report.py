@@ -155,7 +155,7 @@ def draw() -> None:
     ops = {result["case"]: result["sides"] for result in read(units, "ops-")}
     ours = {case: {side: row for side, row in sides.items() if side in COLOURS} for case, sides in ops.items()}
     bars(alone, ours)
-    whole.set_title("Falcon-H1's layout, times transformers' tokens a second", loc="left", fontsize=10)
+    whole.set_title(f"Falcon-H1's layout, times transformers' tokens a second; units {units}", loc="left", fontsize=10)
     alone.set_title("operators alone, times their peer", loc="left", fontsize=10)
     whole.legend(frameon=False, fontsize=8)
     figure.savefig(FIGURE, metadata={"Date": None})
