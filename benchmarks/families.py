@@ -4,9 +4,9 @@
     python benchmarks/families.py jamba lfm2   # some
     python benchmarks/families.py --tasks decode
 
-writes `benchmarks/results/family-NAME.json` for each and prints tokens a second and the ratio, in bfloat16 or another
-type. Both sides run as they come, without `torch.compile`. Decoding is timed in pairs: its ratio is the median over the
-pairs, with the interval that holds the true median 95 times in 100.
+writes `benchmarks/results/<units>/family-NAME.json` for each (see `results`) and prints tokens a second and the ratio,
+in bfloat16 or another type. Both sides run as they come, without `torch.compile`. Decoding is timed in pairs: its ratio is
+the median over the pairs, with the interval that holds the true median 95 times in 100.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from layouts import LAYOUTS, SIZES
-from peers import call
+from peers import call, seconds
 from results import machine, write
 
 import fusiontree as ft
@@ -62,7 +62,7 @@ def measure(sides: dict[str, Any], task: str, length: int) -> dict[str, float]:
         if task != "decode" and turn > 1 and time.perf_counter() - start > LONGEST:
             break
         for side in SIDES if turn % 2 else SIDES[::-1]:
-            times[side].append(_seconds(calls[side], STEPS if task == "decode" else 1))
+            times[side].append(seconds(calls[side], STEPS if task == "decode" else 1))
     count = STEPS if task == "decode" else length
     found = {side: count / statistics.median(spent[1:]) for side, spent in times.items()}
     if task != "decode":
@@ -70,13 +70,6 @@ def measure(sides: dict[str, Any], task: str, length: int) -> dict[str, float]:
     ratios = sorted(theirs / ours for theirs, ours in zip(*(times[side][1:] for side in SIDES), strict=True))
     low, high = (ratios[place] for place in INTERVAL)
     return found | {"ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
-
-
-def _seconds(run: Callable[[], None], times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        run()
-    return time.perf_counter() - start
 
 
 def one(name: str, threads: int, dtype: str, tasks: Sequence[str]) -> None:

@@ -12,8 +12,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import peers
@@ -35,17 +33,10 @@ def measure(side: str, task: str, tokens: int, threads: int) -> dict[str, float]
     before = peers.peak_megabytes()
     net = peers.model("fusiontree", None, getattr(torch, SIDES[side])).train(task == "training")
     run = peers.call(net, task, torch.randint(0, peers.LAYOUT["vocab_size"], (1, tokens)))
-    times = [seconds(run)]
+    times = [peers.seconds(run)]
     peak = peers.peak_megabytes() - before
-    times += [seconds(run) for _ in range(0 if side == "bfloat16 products" else CALLS)]
+    times += [peers.seconds(run) for _ in range(0 if side == "bfloat16 products" else CALLS)]
     return {"tokens_per_second": tokens / min(times), "peak_megabytes": peak}
-
-
-def seconds(run: Callable[[], None]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def apart(side: str, task: str, tokens: int, threads: int) -> dict[str, float]:

@@ -157,6 +157,14 @@ def _decode(net: Any, tokens: Tensor) -> Callable[[], None]:
     return decode
 
 
+def seconds(run: Callable[[], None], times: int = 1) -> float:
+    """How long some calls take."""
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return time.perf_counter() - start
+
+
 def measure(side: str, setting: "Setting") -> dict[str, float]:
     """Tokens a second (the median of some calls, after one that is not counted), and memory beyond the imports."""
     torch.set_num_threads(setting.threads)
@@ -165,12 +173,8 @@ def measure(side: str, setting: "Setting") -> dict[str, float]:
     decoding = setting.task == "decode"
     shape = setting.batch, setting.tokens
     run = call(net, setting.task, torch.randint(0, LAYOUT["vocab_size"], shape))
-    times = []
     calls = 1 if setting.tokens > LONG else CALLS
-    for _ in range(STEPS if decoding else calls + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+    times = [seconds(run) for _ in range(STEPS if decoding else calls + 1)]
     tokens = setting.batch if decoding else setting.batch * setting.tokens
     return {
         "tokens_per_second": tokens / statistics.median(times[1:]),

@@ -17,8 +17,9 @@ ROUNDING = 1e-5
 """How far frequencies that were computed in float32 are from exact ones, relative to them (theta is up to 1e11)."""
 ROUNDING_OF_POWERS = 1e-3
 """The same of decays, exp(-base^n * m) for n and m up to hundreds; base is one of 2^(-8/heads)."""
-ROUNDED_TIMES = 2
-"""How often the exponent of a decay is rounded, to half a unit, where it is computed in the dtype of the file."""
+UNITS_OFF = 2
+"""How many units of its last place a decay's exponent may be off where it was computed in the dtype of the file: the
+slope, its factor, their product and the power are each rounded, to half a unit."""
 
 
 def check_computed(theirs: Mapping[str, Tensor], computed: Mapping[str, Callable[[], Tensor]]) -> set[str]:
@@ -77,7 +78,7 @@ def _same_powers(found: Tensor, wanted: Tensor) -> bool:
     if not found.is_floating_point():
         return False
     exponents = wanted.double().clamp(min=torch.finfo(torch.float64).tiny).log().abs()
-    rounding = torch.finfo(found.dtype).eps * ROUNDED_TIMES * (1 + exponents)
+    rounding = torch.finfo(found.dtype).eps * UNITS_OFF * (1 + exponents)
     return _same(found, wanted, rounding.clamp(min=ROUNDING_OF_POWERS))
 
 

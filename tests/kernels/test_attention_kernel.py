@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.kernels import ATTENTION, AttentionInputs, Past, UnsupportedError, attention
+from fusiontree.kernels.attn import blocked
 
 ROWS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 8
 SCALE = 0.4
@@ -365,3 +366,15 @@ def test_refusals_say_why() -> None:
         attention(*inputs, slopes=SLOPES, scale=SCALE, backend="sdpa")
     with pytest.raises(UnsupportedError, match="softcap"):
         attention(*inputs, softcap=2.0, scale=SCALE, backend="blocked_flash")
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_few_biases_are_kept_however_long_the_text_is(window):
+    """A band for each length of keys would be 18 MB at 2,048 tokens; what is left is one for each power of two."""
+    blocked._band.cache_clear()
+    q, k = torch.randn(1, 1100, 2, 4), torch.randn(1, 1100, 1, 4)
+    found = attention(q, k, k, window=window, scale=0.5, backend="blocked")
+    kept = blocked._band.cache_info().currsize
+    assert 0 < kept <= 5
+    wanted = attention(q, k, k, window=window, scale=0.5, backend="reference")
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

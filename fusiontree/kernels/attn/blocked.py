@@ -61,9 +61,10 @@ def _band(queries: int, keys: int, reach: tuple[int | None, int], folding: Foldi
     return seen.bias(slice(keys - queries, keys), slice(0, keys), folding)
 
 
-def _band_size(keys: int) -> int:
-    """The keys of the band that serves blocks of so many: blocks of fewer queries or keys are its last ones."""
-    return max(QUERIES, 1 << (keys - 1).bit_length())
+def _band_size(keys: int, window: int | None) -> int:
+    """The keys of the band that serves a block of so many, which is the last rows and columns of it."""
+    whole = max(QUERIES, 1 << (keys - 1).bit_length())
+    return whole if window is None else min(whole, window + QUERIES - 1)
 
 
 class Span(NamedTuple):
@@ -116,11 +117,12 @@ class Blocks:
         (rows, columns), prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
         falls, folding = options.slopes is not None, Folding(self.share, self.dtype, options.slopes)
         cut = self.segments is not None or 0 < keys.start < prefix  # a prefix that is not wholly on one side
-        elements = QUERIES * _band_size(columns) * self.share * (self.kv_heads if falls else 1)
+        size = _band_size(columns, options.window)
+        elements = QUERIES * size * self.share * (self.kv_heads if falls else 1)
         if not plain or (prefix and (cut or falls)) or elements > LARGEST_BAND:
             return seen.bias(queries, keys, folding)
         if not prefix:
-            band = _band(QUERIES, _band_size(columns), options.reach, folding, self.q.device)
+            band = _band(QUERIES, size, options.reach, folding, self.q.device)
             return band[..., -rows * self.share :, -columns:]
         before = prefix if keys.start else 0
         band = _band(rows, columns, (options.window, prefix - before), folding, self.q.device)
