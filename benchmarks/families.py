@@ -5,8 +5,8 @@
     python benchmarks/families.py --tasks decode
 
 writes `benchmarks/results/<units>/family-NAME.json` for each (see `results`) and prints tokens a second and the ratio,
-in bfloat16 or another type. Both sides run as they come, without `torch.compile`. Decoding is timed in pairs: its ratio is
-the median over the pairs, with the interval that holds the true median 95 times in 100.
+in bfloat16 or another type. Both sides run as they come, without `torch.compile`. Decoding is timed in pairs: its ratio
+is the median over the pairs, with the interval that holds the true median 95 times in 100.
 """
 
 import argparse
