@@ -63,7 +63,7 @@ _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         found = getattr(import_module(_HOME_OF[name]), name)
-    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+    elif not name.startswith("_") and name.isidentifier() and find_spec(f"{__name__}.{name}"):
         found = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

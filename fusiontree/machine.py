@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusiontree.errors import FusionTreeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,10 +61,27 @@ def threads() -> int:
     """
     import torch
 
-    if "OMP_NUM_THREADS" in os.environ:
+    if threads_are_set():
         return torch.get_num_threads()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(torch.get_num_threads(), cores() // processes))
+    return max(1, min(torch.get_num_threads(), cores() // launched("LOCAL_WORLD_SIZE", 1, least=1)))
+
+
+def threads_are_set() -> bool:
+    """Whether the user has said how many threads to use, in a form that OpenMP obeys: numbers from 1 on."""
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")
+    return all(number.strip().isdecimal() and int(number) > 0 for number in said)
+
+
+def launched(name: str, default: int, *, least: int = 0) -> int:
+    """A number that torchrun leaves in the environment.
+
+    Raises:
+        FusionTreeError: something else stands there.
+    """
+    found = os.environ.get(name, str(default))
+    if not found.isdecimal() or int(found) < least:
+        raise FusionTreeError(f"{name}: a whole number from {least} on is needed in the environment, found {found!r}")
+    return int(found)
 
 
 def device_type() -> str:

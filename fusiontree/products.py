@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusiontree import machine
 from fusiontree.compiling import constant
@@ -44,10 +43,8 @@ def linear(
     """x W^T + b, as `torch.nn.functional.linear` gives it, and on every processor about as fast as in float32."""
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias)
-    if x.numel() >= ROWS * x.shape[-1]:
-        dtype = _result_dtype(x)
-        if dtype in HALF and widens(x.device.type, dtype):
-            return _Widened.apply(x, weight, bias, dtype)
+    if x.numel() >= ROWS * x.shape[-1] and _is_widened(x, weight, bias):
+        return _Widened.apply(x, weight, bias, _result_dtype(x))
     return F.linear(x, weight, bias)
 
 
@@ -57,9 +54,20 @@ def batched(
     bias: Float[Tensor, "batch outputs"],
 ) -> Float[Tensor, "batch rows outputs"]:
     """x W + b for each of a batch of matrices, as `linear` makes each."""
-    if x.shape[1] >= ROWS and _result_dtype(x) in HALF and widens(x.device.type, _result_dtype(x)):
+    if x.shape[1] >= ROWS and _is_widened(x, weight, bias):
         return torch.stack([linear(*each) for each in zip(x, weight.mT, bias, strict=True)])
     return torch.baddbmm(bias[:, None], x, weight)
+
+
+def _is_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product is one that torch makes in half precision, and that is faster in float32 here. Operands that
+    torch refuses together, and transformed functions (`torch.func`), are left to torch."""
+    dtype, operands = _result_dtype(x), (x, weight) if bias is None else (x, weight, bias)
+    if dtype not in HALF or not widens(x.device.type, dtype) or torch._C._are_functorch_transforms_active():
+        return False
+    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return all(each.dtype == dtype for each in operands)
+    return all(each.dtype != torch.float64 for each in operands)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -72,7 +80,8 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product as a compiler takes it: it widens inside its loops, and keeps no copy. Exports stay as torch's."""
-    if torch.compiler.is_exporting() or x.dtype not in HALF or x.device.type != "cpu":
+    plain = torch.compiler.is_exporting() or x.dtype not in HALF or x.dtype != weight.dtype
+    if plain or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if x.numel() == x.shape[-1]:
         return _read_once(x, weight, bias)
@@ -99,9 +108,10 @@ class _Widened(torch.autograd.Function):
             return _product(x.flatten(0, -2), weight, bias, dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants gradients of gradients
+            return *_plain_gradients(grad, x, weight, ctx.bias_dtype), None
         grads, rows = grad.flatten(0, -2), x.flatten(0, -2)
         wanted = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
@@ -109,6 +119,16 @@ class _Widened(torch.autograd.Function):
             grad_weight = _sum_over_rows(grads, rows, weight.dtype) if wanted[1] else None
         grad_bias = grads.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted[2] else None
         return grad_x, grad_weight, grad_bias, None
+
+
+def _plain_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of x, the weight and the bias by operations that have gradients themselves, in float32."""
+    wide = grad.float()
+    grad_x = (wide @ weight.float()).to(x.dtype)
+    grad_weight = (wide.flatten(0, -2).mT @ x.flatten(0, -2).float()).to(weight.dtype)
+    return grad_x, grad_weight, None if bias is None else wide.flatten(0, -2).sum(0).to(bias)
 
 
 def _spans(matrix: Float[Tensor, "rows columns"]) -> Iterator[slice]:

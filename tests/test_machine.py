@@ -1,5 +1,6 @@
 """What is asked of the machine, with what systems really answer: processors, containers, limits."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from fusiontree import machine
+from fusiontree.errors import FusionTreeError
+from fusiontree.recipes import launch
 
 CPU = torch.device("cpu")
 
@@ -86,6 +89,29 @@ def test_processes_share_the_cores(monkeypatch, processes, threads):
     assert machine.threads() == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert machine.threads() == 3  # torch has read it already
+
+
+@pytest.mark.parametrize(
+    ("said", "counts"), [("7", True), ("4,2", True), ("", False), ("0", False), ("abc", False), ("-1", False)]
+)
+def test_threads_are_set_where_openmp_obeys(monkeypatch, said, counts):
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert machine.threads_are_set() == counts
+    assert machine.threads() == (3 if counts else 1)
+    with launch._shared_cores(2):
+        assert os.environ["OMP_NUM_THREADS"] == (said if counts else "2")
+    assert os.environ["OMP_NUM_THREADS"] == said
+
+
+@pytest.mark.parametrize("found", ["0", "x", "-1", "", "1.5"])
+def test_a_number_of_torchrun_that_is_none_is_one_line(monkeypatch, found):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", found)
+    with pytest.raises(FusionTreeError, match=f"^LOCAL_WORLD_SIZE: a whole number from 1 on .* found {found!r}$"):
+        machine.threads()
 
 
 GIB = 2**30

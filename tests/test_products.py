@@ -153,3 +153,32 @@ def test_exports_and_pickles_stay_portable(no_units):
     module.forward = lambda x, weight: products.linear(x, weight)  # type: ignore[method-assign]
     graph = torch.export.export(module, (drawn(6, 3).detach(), drawn(2, 3).detach())).graph
     assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 20])
+@pytest.mark.parametrize("mixed", ["weight", "bias"])
+def test_what_torch_refuses_together_is_refused_at_every_length(units, rows, mixed):
+    parts = {"x": drawn(rows, 8), "weight": drawn(6, 8), "bias": drawn(6)}
+    parts[mixed] = parts[mixed].detach().float()
+    with pytest.raises(RuntimeError, match="dtype"):
+        products.linear(**parts)
+
+
+def test_autocast_leaves_float64_to_torch(units):
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="dtype"):
+        products.linear(drawn(8, 8), drawn(6, 8).double())
+
+
+def test_gradients_of_gradients_and_transformed_functions_are_torchs(units):
+    x, weight, bias = drawn(9, 8), drawn(6, 8, seed=1), drawn(6, seed=2)
+
+    def twice(linear):
+        loss = linear(x, weight, bias).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(grad.sum(), (x, weight, bias))
+
+    for one, other in zip(twice(products.linear), twice(F.linear), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert error(one, other.double()) < 4 * ROUNDING
+    many = torch.func.vmap(lambda row: products.linear(row, weight.detach()))(x.detach()[None])
+    assert error(many[0], F.linear(x.double(), weight.double())) < ROUNDING

@@ -44,13 +44,17 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 @contextmanager
 def _shared_cores(processes: int) -> Iterator[None]:
     """Threads for each process, unless the user has said how many."""
-    said = os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
+    if machine.threads_are_set():
+        yield
+        return
+    found = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(max(1, machine.cores() // processes))
     try:
         yield
     finally:
-        if said is None:
-            del os.environ["OMP_NUM_THREADS"]
+        del os.environ["OMP_NUM_THREADS"]
+        if found is not None:
+            os.environ["OMP_NUM_THREADS"] = found
 
 
 @contextmanager

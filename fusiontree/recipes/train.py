@@ -25,6 +25,7 @@ from fusiontree.training import RunError, RunSpec, TrainingFailed
 from fusiontree.training.metrics import Listener
 from fusiontree.training.output import Output
 from fusiontree.training.result import TrainResult
+from fusiontree.zoo.presets import named
 
 USAGE = "usage: python -m fusiontree.recipes.train RUN.yaml [path=value ...]"
 
@@ -40,7 +41,7 @@ def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec
     Raises:
         FusionTreeError: neither a file nor a name, or not a valid run.
     """
-    path = Path(name_or_path)
+    path = named("run file or recipe", name_or_path)
     if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):  # Path.is_file raises at long names
         return RunSpec.from_file(path, overrides)
     if str(name_or_path) not in recipes():
@@ -79,7 +80,8 @@ def check(arguments: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train by command-line arguments; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    first = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    first = not rank.isdecimal() or int(rank) == 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE if first else "", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2

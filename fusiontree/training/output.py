@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fusiontree.core import yaml
 from fusiontree.core.files import write_text
 from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE, may_be_replaced
 from fusiontree.errors import SpecError
@@ -66,6 +67,17 @@ class Output:
         difference = self.spec.difference(owner)
         if difference:
             raise RunError(f"{self.root}: belongs to another run ({difference}); choose another output")
+        self._check_precision(owner.resolved)
+
+    def _check_precision(self, began: ResolvedSpec | None) -> None:
+        asked = self.spec.resolved
+        if began is not None and asked is not None and asked != began:
+            here, there = asked.precision, began.precision
+            raise RunError(f"{self.root}: resolved.precision is {here} here, and the run there began in {there}")
+        unknown = self.spec.training.precision == "auto" and began is None and asked is None
+        if unknown and self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            found = f"{self.run}: training.precision is auto, and nothing says what the checkpoints were trained in"
+            raise RunError(f"{found}; add resolved: {{precision: float32}} or {{precision: bfloat16}}")
 
     def began(self) -> ResolvedSpec | None:
         """What `auto` came to when the run of the directory began; None where none did."""
@@ -96,9 +108,21 @@ class Output:
                     self._leave()
 
     def begin(self) -> None:
-        """Mark the directory as this run's, once it is known that the run can start."""
+        """Mark the directory as this run's, once it is known that the run can start. A run file of the user that lies
+        there stays as it is; where it says `auto`, it gains what that came to."""
         if not self.run.exists():
             write_text(self.run, self.spec.to_yaml())
+        elif self.spec.training.precision == "auto" and self.began() is None:
+            write_text(self.run, self._with_resolved(self.run.read_text(encoding="utf-8-sig")))
+
+    def _with_resolved(self, text: str) -> str:
+        """A run file and its section `resolved`; written anew where the section cannot just follow."""
+        section = {"resolved": self.spec.resolved and self.spec.resolved.data()}
+        longer = f"{text.rstrip()}\n{yaml.write(section)}"
+        with suppress(SpecError):
+            if yaml.read(longer) == yaml.read(text) | section:
+                return longer
+        return self.spec.to_yaml()
 
     def _leave(self) -> None:
         for path in (self.log, self.root / ".lock"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from fusiontree import machine
 from fusiontree.training.errors import RunError
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,17 +72,24 @@ def rows_at_a_time(rows: int, microbatch_rows: int | None, processes: int) -> in
 
 @contextmanager
 def world() -> Iterator[tuple[int, int]]:
-    """Join the processes that torchrun started, or be the only one; yields (rank, processes)."""
+    """Join the processes that torchrun started, or be the only one; yields (rank, processes).
+
+    Raises:
+        FusionTreeError: torchrun's variables in the environment do not say which processes there are.
+    """
     alone = "WORLD_SIZE" not in os.environ
     said = "LOCAL_RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")  # torchtitan looks there for its device
-    rank, processes = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank, processes = (0, 1) if alone else (machine.launched("RANK", 0), machine.launched("WORLD_SIZE", 1, least=1))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(machine.launched("LOCAL_RANK", 0) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.HashStore() if alone else None  # pyright: ignore[reportPrivateImportUsage]
     place = {"store": store, "rank": 0, "world_size": 1} if alone else {}
-    dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"the processes cannot join: {str(error).strip().splitlines()[0]:.200}") from None
     try:
         yield rank, processes
     finally:

@@ -87,6 +87,10 @@ class RunSpec(Spec):
         for name, weight in self.losses:
             if weight and not gated:
                 raise invalid({("losses", name): f"the model has no gate, found a weight of {weight}"})
+        asked = self.training.precision
+        if self.resolved is not None and asked not in ("auto", self.resolved.precision):
+            found = f"training.precision is {asked}, found {self.resolved.precision}; resolved=null takes it away"
+            raise invalid({("resolved", "precision"): found})
         return self
 
     @classmethod

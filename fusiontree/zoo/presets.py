@@ -18,13 +18,24 @@ def presets() -> list[str]:
     return sorted(path.stem for path in _directory().glob("*.yaml"))
 
 
+def named(what: str, name_or_path: str | Path) -> Path:
+    """The path that a name may be.
+
+    Raises:
+        SpecError: the name is empty, which as a path would be the working directory.
+    """
+    if not str(name_or_path).strip():
+        raise SpecError(f"the name of a {what} is needed, found {str(name_or_path)!r}")
+    return Path(name_or_path)
+
+
 def load_spec(name_or_path: str | Path) -> ModelSpec:
     """A preset by its name, or the spec in a YAML or JSON file, or in a saved model's directory.
 
     Raises:
         SpecError: neither a preset nor a file, or not a valid spec.
     """
-    path = Path(name_or_path)
+    path = named("preset or file", name_or_path)
     if os.path.isfile(path / "spec.yaml"):  # Path.is_file raises where a name is too long
         return ModelSpec.from_file(path / "spec.yaml")
     if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):

@@ -114,7 +114,7 @@ def test_names_are_found_whichever_way_they_are_asked_for() -> None:
         missing = [name for name in fusiontree.__all__ if getattr(fusiontree, name) is not named[name]]
         assert not missing, missing
         assert fusiontree.errors.SpecError and fusiontree.core.model_spec.ModelSpec is fusiontree.ModelSpec
-        for wrong in ("nothing", "_nothing", "__wrapped__"):
+        for wrong in ("nothing", "_nothing", "__wrapped__", "a.b", "errors.b"):
             assert not hasattr(fusiontree, wrong)
         from fusiontree import zoo
         assert {"llama", "fusiontree"} <= set(zoo.FAMILIES) and zoo.llama.LLAMA is zoo.family_of("llama")

@@ -115,6 +115,15 @@ def test_is_its_definition(
         assert_close(at_real(got, segments), at_real(want, segments), what=backend)
 
 
+@pytest.mark.parametrize("time", [2, 40])
+def test_a_negative_scale_is_that_of_negated_queries(time: int) -> None:
+    """torch's fused kernel gives NaN for one."""
+    q, k, v = draw_inputs(time)
+    want = attention(-q, k, v, scale=SCALE, backend="reference")
+    for backend in ("auto", *serves([q, k, v])):
+        assert_close(attention(q, k, v, scale=-SCALE, backend=backend), want, what=backend)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("time", "window"), WINDOWS)
 def test_backends_agree_with_the_reference(time: int, window: int | None, packed: bool) -> None:

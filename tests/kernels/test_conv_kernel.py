@@ -40,6 +40,14 @@ def run(inputs: list[Tensor], segments: Tensor | None, backend: str) -> tuple[Te
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_token_leaves_the_state(backend: str) -> None:
+    x, weight, bias, state = draw_inputs(1, 4)
+    y, final = run([x[:, :0], weight, bias, state], None, backend)
+    assert y.shape == (ROWS, 0, CHANNELS)
+    assert torch.equal(final, state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("taps", TAPS)
 def test_is_torch_conv1d(backend: str, taps: int) -> None:
     x, weight, bias, state = draw_inputs(7, taps)

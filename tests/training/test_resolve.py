@@ -1,5 +1,6 @@
 """What `auto` comes to: by the machine, in every process alike, and kept by a run that goes on elsewhere."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import training_runs as runs
 
 from fusiontree import machine
+from fusiontree.core import yaml
+from fusiontree.errors import SpecError
 from fusiontree.recipes.train import run
 from fusiontree.training import RunError, RunSpec
 from fusiontree.training.parallel import world
@@ -89,3 +92,44 @@ def test_a_run_keeps_its_precision_on_another_machine(data, tmp_path, monkeypatc
     again = RunSpec.from_file(whole / "run.yaml", [f"output={tmp_path / 'again'}"])
     run(again)
     assert "precision bfloat16 (as the run began)" in capsys.readouterr().out
+
+
+def test_a_precision_that_contradicts_the_run_is_refused(data, tmp_path):
+    auto = ["training.precision=auto", "training.steps=2", "validation=null"]
+    run(runs.spec(data, tmp_path, *auto, "resolved={precision: float32}"))
+    with pytest.raises(RunError, match=r"resolved\.precision is bfloat16 here, and the run there began in float32$"):
+        run(runs.spec(data, tmp_path, *auto, "resolved={precision: bfloat16}"))
+    with pytest.raises(SpecError, match=r"^resolved\.precision: training\.precision is float32, found bfloat16"):
+        runs.spec(data, tmp_path, "training.precision=float32", "resolved={precision: bfloat16}")
+
+
+def test_a_run_whose_precision_nobody_noted_is_not_guessed(data, tmp_path):
+    auto = ["training.precision=auto", "training.steps=2", "validation=null"]
+    run(runs.spec(data, tmp_path, *auto, "resolved={precision: float32}"))
+    shutil.rmtree(tmp_path / "model")
+    text = (tmp_path / "run.yaml").read_text()
+    section = yaml.write({"resolved": {"precision": "float32"}})
+    assert section in text
+    (tmp_path / "run.yaml").write_text(text.replace(section, "resolved: null\n"))
+    with pytest.raises(RunError, match=r"run\.yaml: training\.precision is auto, and nothing says .* add resolved"):
+        run(runs.spec(data, tmp_path, *auto))
+    run(runs.spec(data, tmp_path, *auto, "resolved={precision: float32}"))
+    assert (tmp_path / "run.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("form", ["with a comment", "json", "null"])
+def test_a_run_file_beside_its_results_notes_what_auto_came_to(data, tmp_path, monkeypatch, form):
+    """Results go to the folder of the run file where it names no output; that file has to note the precision."""
+    on_a_machine(monkeypatch, units=False)
+    given = runs.spec(data, tmp_path, "training.precision=auto", "training.steps=2", "validation=null").data()
+    given = {key: value for key, value in given.items() if key != "output" and (form == "null" or key != "resolved")}
+    text = json.dumps(given) if form == "json" else "# mine\n" + yaml.write(given)
+    (tmp_path / "run.yaml").write_text(text)
+    run(RunSpec.from_file(tmp_path / "run.yaml"))
+    written = (tmp_path / "run.yaml").read_text()
+    assert RunSpec.from_file(tmp_path / "run.yaml").resolved == ResolvedSpec(precision="float32")
+    assert written.startswith(text.rstrip()) == (form == "with a comment")
+    shutil.rmtree(tmp_path / "model")
+    on_a_machine(monkeypatch, units=True)
+    run(RunSpec.from_file(tmp_path / "run.yaml"))
+    assert (tmp_path / "run.yaml").read_text() == written

@@ -136,6 +136,17 @@ def test_the_directory_of_a_run_names_its_file(tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, empty):
+    runs.write_run(tmp_path / "run.yaml", MINIMAL)
+    save(build(load_spec("quickstart").replace({"width": 32}), device="cpu"), tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(FusionTreeError, match=f"^the name of a run file or recipe is needed, found {empty!r}$"):
+        load_run(empty)
+    with pytest.raises(FusionTreeError, match=f"^the name of a preset or file is needed, found {empty!r}$"):
+        load_spec(empty)
+
+
 def test_unknown_keys_name_the_file_and_the_nearest(tmp_path):
     file = runs.write_run(tmp_path / "run.json", MINIMAL | {"trainnig": {}})
     with pytest.raises(SpecError, match=r"run\.json: trainnig: unknown key, did you mean 'training'"):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fusiontree import ModelSpec, build, load, load_spec, save
+from fusiontree.errors import FusionTreeError
 from fusiontree.training import Console, RunError
 from fusiontree.training.decay import decayed
 from fusiontree.training.parallel import copies, rows_at_a_time, shard, world
@@ -186,3 +187,24 @@ def test_presets_can_be_sharded_out_of_torchtitan():
     with world():
         sharded = shard(build(spec), init_device_mesh("cpu", (1,)), precision="float32")
         assert torch.equal(sharded(tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK: a whole number from 0 on is needed in the environment, found 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: a whole number from 1 on .* found '0'"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+            "the processes cannot join: ",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot join: .*MASTER_ADDR"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_leave_is_one_line(monkeypatch, variables, line):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FusionTreeError, match=f"^{line}"), world():
+        pass

@@ -59,5 +59,7 @@ def attention(
         raise FusionTreeError(f"attention: window: at least 1 visible key is needed, found {window}")
     if scale == 0:
         raise FusionTreeError("attention: scale: a number other than 0 is needed, found 0")
+    if scale < 0:  # fused kernels keep the largest score, and take it to grow with the product
+        q, scale = -q, -scale
     slopes = None if slopes is None else per_head("attention", slopes, q)
     return ATTENTION(AttentionInputs(q, k, v, window, scale, softcap, segments, slopes, past, prefix), backend)

@@ -27,6 +27,6 @@ def reference(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
         product = rearrange(window, "b k d -> d b k") @ taps
         outputs.append(rearrange(product, "d b 1 -> b d"))
         history = torch.where(advance[:, t], window[:, 1:].to(x.dtype), history)
-    y = torch.stack(outputs, dim=1)
+    y = torch.stack(outputs, dim=1) if outputs else x.to(dtype)
     y = y if bias is None else y + bias.to(dtype)
     return silence_padding(y.to(x.dtype), segments), history
