@@ -125,7 +125,7 @@ def evaluate(
     """
     tasks = [tasks] if isinstance(tasks, str | Path) else tasks
     model: Any = FusionTreeLM(str(directory), **options)
-    manager = TaskManager(include_defaults=any(not Path(each).exists() for each in tasks))
+    manager = TaskManager(include_defaults=not all(_is_path(each) for each in tasks))
     configs = [named for each in tasks for named in _configs(each, manager)]
     built: Any = [part for place, config in configs for part in _built(place, config, manager)]
     try:
@@ -146,6 +146,11 @@ def _without_git() -> Iterator[None]:
         evaluator.get_git_commit_hash = before
 
 
+def _is_path(named: str | Path) -> bool:
+    """Whether a file or a folder is meant, and no task of lm-eval's own, all of which it takes seconds to look up."""
+    return Path(named).exists() or Path(named).suffix in (".yaml", ".yml")
+
+
 def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:
     """The tasks behind a file, a folder or a name, each with the place that errors name."""
     path = Path(named)
@@ -154,7 +159,7 @@ def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:
         if not files:
             raise FusionTreeError(f"{path}: holds no task, which is a YAML file")
         return [(str(file), _read(file)) for file in files]
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if _is_path(named):
         return [(str(path), _read(path))]
     if str(named) not in manager.task_index:
         raise FusionTreeError(f"{named}: neither a file nor a task of lm-eval{suggest(str(named), manager.all_tasks)}")

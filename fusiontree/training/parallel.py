@@ -77,12 +77,21 @@ def world() -> Iterator[tuple[int, int]]:
     Raises:
         FusionTreeError: torchrun's variables in the environment do not say which processes there are.
     """
-    alone = "WORLD_SIZE" not in os.environ
-    said = "LOCAL_RANK" in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")  # torchtitan looks there for its device
+    alone, said = "WORLD_SIZE" not in os.environ, "LOCAL_RANK" in os.environ
     rank, processes = (0, 1) if alone else (machine.launched("RANK", 0), machine.launched("WORLD_SIZE", 1, least=1))
     if torch.cuda.is_available():
         torch.cuda.set_device(machine.launched("LOCAL_RANK", 0) % torch.cuda.device_count())
+    _join(alone)
+    os.environ.setdefault("LOCAL_RANK", "0")  # torchtitan looks there for its device
+    try:
+        yield rank, processes
+    finally:
+        dist.destroy_process_group()
+        if not said:  # others take it for a sign of torchrun
+            del os.environ["LOCAL_RANK"]
+
+
+def _join(alone: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.HashStore() if alone else None  # pyright: ignore[reportPrivateImportUsage]
     place = {"store": store, "rank": 0, "world_size": 1} if alone else {}
@@ -90,9 +99,3 @@ def world() -> Iterator[tuple[int, int]]:
         dist.init_process_group(backend, timeout=TIMEOUT, **place)
     except (ValueError, RuntimeError) as error:
         raise RunError(f"the processes cannot join: {str(error).strip().splitlines()[0]:.200}") from None
-    try:
-        yield rank, processes
-    finally:
-        dist.destroy_process_group()
-        if not said:  # others take it for a sign of torchrun
-            del os.environ["LOCAL_RANK"]

@@ -217,6 +217,7 @@ def test_rglru_in_training_and_in_decode():
     assert_same_steps("aot_eager", UNITS)
 
 
+@pytest.mark.slow
 def test_lightning_in_training_and_in_decode():
     data = CHANNELS | {"layers": [{"mixer": CONSTANT}] * 2}
     assert_same_step("aot_eager", DOCUMENTS, data)

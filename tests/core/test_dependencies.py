@@ -17,7 +17,7 @@ COMPONENTS = {"branches", "fusions", "gates", "encodings"}
 ABOVE = {"training", "evaluation", "pruning", "recipes", "zoo", "cli", "doctor", "testing"}
 MAY_USE: dict[str, set[str]] = {
     "errors": set(),
-    "machine": set(),
+    "machine": {"errors"},
     "compiling": set(),
     "products": {"machine", "compiling"},
     "kernels": {"errors", "compiling", "machine", "products"},

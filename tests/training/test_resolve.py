@@ -12,6 +12,7 @@ from fusiontree.core import yaml
 from fusiontree.errors import SpecError
 from fusiontree.recipes.train import run
 from fusiontree.training import RunError, RunSpec
+from fusiontree.training.output import Output
 from fusiontree.training.parallel import world
 from fusiontree.training.resolve import LONG, compiles, resolved
 from fusiontree.training.sections import ResolvedSpec
@@ -117,19 +118,31 @@ def test_a_run_whose_precision_nobody_noted_is_not_guessed(data, tmp_path):
     assert (tmp_path / "run.yaml").read_text() == text
 
 
-@pytest.mark.parametrize("form", ["with a comment", "json", "null"])
-def test_a_run_file_beside_its_results_notes_what_auto_came_to(data, tmp_path, monkeypatch, form):
+def test_a_run_file_beside_its_results_notes_what_auto_came_to(data, tmp_path, monkeypatch):
     """Results go to the folder of the run file where it names no output; that file has to note the precision."""
+    file, text = tmp_path / "run.yaml", "# mine\n" + yaml.write(unsettled(data, tmp_path))
+    file.write_text(text)
     on_a_machine(monkeypatch, units=False)
-    given = runs.spec(data, tmp_path, "training.precision=auto", "training.steps=2", "validation=null").data()
-    given = {key: value for key, value in given.items() if key != "output" and (form == "null" or key != "resolved")}
-    text = json.dumps(given) if form == "json" else "# mine\n" + yaml.write(given)
-    (tmp_path / "run.yaml").write_text(text)
-    run(RunSpec.from_file(tmp_path / "run.yaml"))
-    written = (tmp_path / "run.yaml").read_text()
-    assert RunSpec.from_file(tmp_path / "run.yaml").resolved == ResolvedSpec(precision="float32")
-    assert written.startswith(text.rstrip()) == (form == "with a comment")
+    run(RunSpec.from_file(file))
+    written = file.read_text()
+    assert written.startswith(text.rstrip())
+    assert RunSpec.from_file(file).resolved == ResolvedSpec(precision="float32")
     shutil.rmtree(tmp_path / "model")
     on_a_machine(monkeypatch, units=True)
-    run(RunSpec.from_file(tmp_path / "run.yaml"))
-    assert (tmp_path / "run.yaml").read_text() == written
+    run(RunSpec.from_file(file))
+    assert file.read_text() == written
+
+
+@pytest.mark.parametrize("form", [json.dumps, lambda given: yaml.write(given | {"resolved": None})])
+def test_a_run_file_that_no_section_can_follow_is_written_anew(data, tmp_path, form):
+    (tmp_path / "run.yaml").write_text(form(unsettled(data, tmp_path)))
+    mine = RunSpec.from_file(tmp_path / "run.yaml")
+    noted = mine.model_copy(update={"resolved": ResolvedSpec(precision="float32")})
+    Output(noted).begin()
+    assert RunSpec.from_file(tmp_path / "run.yaml") == noted
+
+
+def unsettled(data, tmp_path):
+    """The data of a run file that says neither its output nor what `auto` came to."""
+    given = runs.spec(data, tmp_path, "training.precision=auto", "training.steps=2", "validation=null").data()
+    return {key: value for key, value in given.items() if key not in ("output", "resolved")}
