@@ -292,7 +292,7 @@ class AttentionBranch(Node):
         return keys
 
     def _remember(self, group: Group, k: Heads, v: Heads, context: Context) -> Keys:
-        state = context.state(self)
+        state = self.state(context)
         if state is None:
             return Keys(k, v)
         rings = self._rings(group, context, state)

@@ -180,7 +180,7 @@ class GatedDeltaBranch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, normalise, gate."""
-        spec, state = self.spec, context.state(self)
+        spec, state = self.spec, self.state(context)
         x = context.encode(spec.encodings, x)
         inputs = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}
         inputs = {n: F.silu(self.conv[n](u, context, kept(state, f"conv.{n}"))) for n, u in inputs.items()}

@@ -134,7 +134,7 @@ class LightningBranch(Node):
         maps = (self.q, self.k, self.v)
         q, k, v = (F.silu(to(x)).unflatten(2, (spec.heads, -1)) for to in maps)
         q, k = context.rotate(spec.encodings, q), context.rotate(spec.encodings, k)
-        y = self._scan((q, k, v), context, context.state(self)).flatten(2)
+        y = self._scan((q, k, v), context, self.state(context)).flatten(2)
         y = torch.sigmoid(self.z(x)) * self.norm(y)
         return y if self.out is None else self.out(y)
 

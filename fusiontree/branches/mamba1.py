@@ -118,7 +118,7 @@ class Mamba1Branch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, select, scan, gate."""
-        state = context.state(self)
+        state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         u = F.silu(self.conv(self.x(x), context, kept(state, "conv")))
         y = self._scan(u, context, state) + u * self.D.to(u.dtype)

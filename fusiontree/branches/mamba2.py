@@ -160,7 +160,7 @@ class Mamba2Branch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, gate."""
-        spec, state = self.spec, context.state(self)
+        spec, state = self.spec, self.state(context)
         times = spec.multipliers
         x = scaled(context.encode(spec.encodings, x), times.input)
         z, dt = scaled(self.z(x), times.z), self._step_sizes(scaled(self.dt(x), times.dt))

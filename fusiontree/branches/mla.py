@@ -196,7 +196,7 @@ class MlaBranch(Node):
         return torch.cat([latent, shared], -1)
 
     def _attend(self, q: Heads, memory: Memory, context: Context) -> Heads:
-        spec, state, past = self.spec, context.state(self), None
+        spec, state, past = self.spec, self.state(context), None
         if state is not None:
             ring = self._ring(context, state)
             if context.is_step(q):

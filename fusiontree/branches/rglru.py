@@ -134,7 +134,7 @@ class RgLruBranch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, remember, gate."""
-        state = context.state(self)
+        state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         u = self.conv(self.x(x), context, kept(state, "conv"))
         y = self._remembered(u, context, state) * F.gelu(self.z(x), approximate="tanh")

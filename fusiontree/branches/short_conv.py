@@ -91,7 +91,7 @@ class ShortConvBranch(Node):
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Gate, convolve, gate."""
-        state = context.state(self)
+        state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         y = self.C(x) * self.conv(self.B(x) * self.x(x), context, kept(state, "conv"))
         return y if self.out is None else self.out(y)

@@ -2,17 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fusiontree.errors import FusionTreeError
-
-if TYPE_CHECKING:
-    from fusiontree.core.model_spec import ModelSpec
-
 
 EMPTY = -1
 """What an empty slot holds."""
@@ -124,11 +119,11 @@ class Cache:
         states: Mapping[str, dict[str, Tensor]],
         like: Int[Tensor, "batch"],
         capacity: int | None,
-        spec: "ModelSpec",
+        made_for: object,
     ) -> None:
         self.states = states
         self.layers = _by_layer(states)
-        self.capacity, self.spec = capacity, spec
+        self.capacity, self.made_for = capacity, made_for
         self.seen = torch.zeros_like(like)
         self.positions = torch.zeros_like(like)
         self.documents = torch.zeros_like(like)

@@ -3,19 +3,42 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fusiontree.core.cache import Rows
-    from fusiontree.core.contracts import Node, State, Table
-    from fusiontree.core.lending import Shelf
-
+from fusiontree.core.cache import Rows
 
 Made = TypeVar("Made")
+State = dict[str, Tensor]
+"""A branch's memory of the tokens before: named tensors, batch first. A branch writes it in place, detached; what it
+reads for its own computation it clones first where the gradient still needs it."""
+
+
+class Table:
+    """An encoding evaluated at the positions of one forward pass; hooks that an encoding lacks do nothing."""
+
+    def input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """A branch's input with the encoding added."""
+        return x
+
+    def rotate(self, x: Float[Tensor, "batch time heads channels"]) -> Float[Tensor, "batch time heads channels"]:
+        """Queries, keys, B or C, rotated."""
+        return x
+
+    def slopes(self, heads: int) -> tuple[float, ...] | None:
+        """How much attention's scores fall with each token from the key to the query, one for each of a branch's
+        heads; None: they do not."""
+        return None
+
+
+class Shelf:
+    """What nodes of a layer lend, by their places. No dictionary, of which FSDP would give a layer a copy."""
+
+    def __init__(self, kept: Mapping[str, Any] | None = None) -> None:
+        self.kept: dict[str, Any] = dict(kept or {})
 
 
 @dataclass(frozen=True)
@@ -32,12 +55,12 @@ class Context:
 
     positions: Int[Tensor, "batch time"]
     segments: Int[Tensor, "batch time"] | None = None
-    tables: Mapping[str, "Table"] = field(default_factory=dict)
-    rows: "Rows | None" = None
-    states: Mapping[str, "State"] | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    rows: Rows | None = None
+    states: Mapping[str, State] | None = None
     embedding: Float[Tensor, "batch time width"] | None = None
-    borrowed: "Shelf | None" = None
-    lent: "Shelf | None" = None
+    borrowed: Shelf | None = None
+    lent: Shelf | None = None
     text: Bool[Tensor, "batch time"] | None = None
     made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -48,10 +71,6 @@ class Context:
             return self.text
         tokens = self.segments >= 0
         return tokens if self.text is None else tokens & self.text
-
-    def state(self, node: "Node") -> "State | None":
-        """What the cache holds for this node; None when there is no cache."""
-        return None if self.states is None else self.states[node.place]
 
     def once(self, make: Callable[..., Made], *arguments: Hashable) -> Made:
         """make(self, *arguments), made once for all layers of a forward pass: of the context it may read what is the

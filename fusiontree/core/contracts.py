@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fusiontree.core.context import Context
+from fusiontree.core.context import Context, State, Table
 from fusiontree.core.modules import Module
 from fusiontree.core.registry import OneOf, Registry
 from fusiontree.core.spec import Name, NamedMap, Spec
@@ -22,9 +22,6 @@ from fusiontree.errors import suggest
 Hook = Literal["input", "rotate", "bias"]
 Problems = Iterator[tuple[str, str]]
 """Pairs of a path inside the node and what is wrong there."""
-State = dict[str, Tensor]
-"""A branch's memory of the tokens before: named tensors, batch first. A branch writes it in place, detached; what it
-reads for its own computation it clones first where the gradient still needs it."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +183,10 @@ class Node(Module, ABC):
         """An empty cache for `batch` rows: room for `capacity` tokens, a prefix among them (None: as many as come)."""
         return {}
 
+    def state(self, context: Context) -> State | None:
+        """The cache of this node, None when there is no cache."""
+        return None if context.states is None else context.states[self.place]
+
     def stands(self) -> Iterator["Node"]:
         """The nodes that keep a cache here: this one, and where it uses shared nodes, those in its place."""
         yield self
@@ -239,23 +240,6 @@ class EncodingSpec(Spec, ABC):
     def sizes(self, width: int) -> Mapping[str, int]:
         """As of a node."""
         return {"width": width}
-
-
-class Table:
-    """An encoding evaluated at the positions of one forward pass; hooks that an encoding lacks do nothing."""
-
-    def input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
-        """A branch's input with the encoding added."""
-        return x
-
-    def rotate(self, x: Float[Tensor, "batch time heads channels"]) -> Float[Tensor, "batch time heads channels"]:
-        """Queries, keys, B or C, rotated."""
-        return x
-
-    def slopes(self, heads: int) -> tuple[float, ...] | None:
-        """How much attention's scores fall with each token from the key to the query, one for each of a branch's
-        heads; None: they do not."""
-        return None
 
 
 class Encoding(Module, ABC):

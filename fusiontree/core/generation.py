@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -12,16 +12,43 @@ from torch import Tensor
 from fusiontree import machine
 from fusiontree.core import probes
 from fusiontree.core.boundaries import check_vocabulary
+from fusiontree.core.cache import Cache
+from fusiontree.core.model_spec import ModelSpec
 from fusiontree.errors import FusionTreeError
-
-if TYPE_CHECKING:
-    from fusiontree.core.model import LanguageModel
 
 Prompts = Int[Tensor, "batch time"] | Sequence[Sequence[int]]
 Stop = Sequence[int | Sequence[int]]
 PADDING = -1
 COMPILED_FROM = 4096
 """New tokens from which on compiling pays: it takes half a minute, and a step is then some milliseconds shorter."""
+
+
+class Decoder(probes.HasMode, Protocol):
+    """What is asked of a model that generates: a `LanguageModel` has it."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its spec, for the size of the vocabulary."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are looked up."""
+        ...
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
+        """An empty cache."""
+        ...
+
+    def features(
+        self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None, cache: Cache
+    ) -> Float[Tensor, "batch time width"]:
+        """What the head reads."""
+        ...
+
+    def logits(self, features: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
+        """Apply the head."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +125,7 @@ def compiles(asked: object, max_new_tokens: int, device: str) -> bool:
 
 @torch.no_grad()
 def stream(
-    model: "LanguageModel", prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, stop: Stop = ()
+    model: Decoder, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, stop: Stop = ()
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every row, step by step; None for a row that has ended.
 
@@ -156,7 +183,7 @@ def _endings(stop: Stop) -> list[tuple[int, ...]]:
 
 
 def generate(
-    model: "LanguageModel", prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, stop: Stop = ()
+    model: Decoder, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, stop: Stop = ()
 ) -> Int[Tensor, "batch longer"] | list[list[int]]:
     """Prompts with their continuations, in the form the prompts came in.
 
@@ -171,13 +198,12 @@ def generate(
     return torch.cat([prompts.long(), new.to(prompts.device)], 1)
 
 
-def _entered(prompts: Prompts, model: "LanguageModel") -> tuple[Tensor, Tensor | None]:
+def _entered(prompts: Prompts, model: Decoder) -> tuple[Tensor, Tensor | None]:
     """Padded prompts on the model's device, where nobody looks at them again, and their documents."""
     tokens, documents = pad(prompts)
     if tokens.numel():
         check_vocabulary("tokens", tokens, model.spec.vocab_size)
-    device = model.embedding.weight.device
-    return tokens.to(device), None if documents is None else documents.to(device)
+    return tokens.to(model.device), None if documents is None else documents.to(model.device)
 
 
 def pad(prompts: Prompts) -> tuple[Tensor, Tensor | None]:

@@ -113,6 +113,11 @@ class LanguageModel(nn.Module):
             if not node.is_current():
                 node.bind(self.shared)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and tokens are looked up."""
+        return self.embedding.weight.device
+
     def compile(self, **options: Any) -> None:
         """Compile the layers, each as one graph; layers of one form and shape share it.
 
@@ -312,7 +317,7 @@ class LanguageModel(nn.Module):
             FusionTreeError: what those raise, or `compile` is True and nothing can be compiled.
         """
         sampling = generation.Sampling(temperature, top_k, top_p, seed)
-        if not self.compiled and generation.compiles(compile, max_new_tokens, self.embedding.weight.device.type):
+        if not self.compiled and generation.compiles(compile, max_new_tokens, self.device.type):
             self.compile()
         return generation.generate(self, tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
 
@@ -346,8 +351,10 @@ class LanguageModel(nn.Module):
                 _check_like(name, ids, tokens)
         if cache is not None and cache.batch != tokens.shape[0]:
             raise FusionTreeError(f"cache: made for {cache.batch} rows, found {tokens.shape[0]} in tokens")
-        if cache is not None and cache.spec is not self.spec and cache.spec != self.spec:
-            raise FusionTreeError(f"cache: made for the spec {cache.spec.digest()}, found {self.spec.digest()}")
+        if cache is not None and cache.made_for is not self.spec and cache.made_for != self.spec:
+            other = cache.made_for
+            made_for = other.digest() if isinstance(other, ModelSpec) else f"{other!r:.60}"
+            raise FusionTreeError(f"cache: made for the spec {made_for}, found {self.spec.digest()}")
 
     def _check_positions(self, positions: Ids) -> None:
         limits = {name: e.limit for name, e in self.spec.encodings.items() if e.limit is not None}

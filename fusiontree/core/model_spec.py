@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, StrictInt, ValidationError, model_validator
 
-from fusiontree.core import leftovers, lending, paths, yaml
+from fusiontree.core import leftovers, paths, yaml
 from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
 from fusiontree.core.fields import is_open
 from fusiontree.core.modules import Norm
-from fusiontree.core.prefix import PrefixSpec
 from fusiontree.core.spec import (
     Count,
     Flag,
@@ -28,13 +27,19 @@ from fusiontree.core.spec import (
     relocated,
 )
 from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold, refold
-from fusiontree.errors import SpecError
+from fusiontree.errors import SpecError, suggest
 
 
 class EmbeddingSpec(Spec):
     """Token embeddings, times a constant (sqrt(width) in Gemma)."""
 
     multiplier: Real = 1.0
+
+
+class PrefixSpec(Spec):
+    """`tokens` learned vectors before each document."""
+
+    tokens: Count
 
 
 class HeadSpec(Spec):
@@ -103,7 +108,7 @@ class ModelSpec(Spec):
             width = node.output_width(scope)
             if _is_sublayer(path) and width != scope.width:
                 yield path, f"has to return the width {scope.width}, found {width}"
-        yield from lending.problems(dict(self.nodes()))
+        yield from _sharing_problems(dict(self.nodes()))
         if self.longest is not None and self.longest < 1:
             made = self.longest + self.prefix_length
             yield "prefix.tokens", f"leaves none of the {made} positions of an encoding, found {self.prefix_length}"
@@ -295,6 +300,29 @@ def plain(value: Any) -> Any:
 
 def _is_sublayer(path: str) -> bool:
     return path.startswith("layers.") and path.count(".") == 2
+
+
+def _sharing_problems(nodes: Mapping[str, NodeSpec]) -> Iterator[tuple[str, str]]:
+    """Lenders that are not there, come too late, or lend what does not fit, by the path of who borrows."""
+    lenders = {path: node for path, node in nodes.items() if path.startswith("layers.")}
+    for path, node in nodes.items():
+        if node.borrows is None:
+            continue
+        lender = lenders.get(node.borrows)
+        if path not in lenders:
+            found = "a shared node cannot read those of another"
+        elif lender is None:
+            found = f"no node is at {node.borrows!r}{suggest(node.borrows, lenders)}"
+        elif _layer(node.borrows) >= _layer(path):
+            found = f"an earlier layer is needed, found {node.borrows}"
+        else:
+            found = node.refuses(lender)
+        if found is not None:
+            yield path, found
+
+
+def _layer(path: str) -> int:
+    return int(path.split(".")[1])
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -12,16 +12,10 @@ from torch import Tensor
 
 from fusiontree.core.boundaries import Ids, Layout, readable
 from fusiontree.core.cache import Cache, Rows
+from fusiontree.core.model_spec import PrefixSpec
 from fusiontree.core.modules import Module, normal
-from fusiontree.core.spec import Count, Spec
 
 Stream = Float[Tensor, "batch time width"]
-
-
-class PrefixSpec(Spec):
-    """`tokens` learned vectors before each document."""
-
-    tokens: Count
 
 
 class Prefix(Module):

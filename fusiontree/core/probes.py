@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,22 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Gate)}
 
 
+class HasMode(Protocol):
+    """A module that trains or is evaluated."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> object:
+        """Choose the mode."""
+        ...
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: HasMode) -> Iterator[None]:
     """Evaluation mode while the block runs: gates make no noise."""
     was_training = model.training
     if was_training:
-        model.eval()
+        model.train(False)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ class Decode:
 def measure_decode(model: LanguageModel, *, prompt: int = 256, steps: int = 128, rows: int = 1) -> Decode:
     """Decode after a random prompt; the first eighth of the steps warms up and is not counted."""
     model.eval()
-    device = model.embedding.weight.device
+    device = model.device
     tokens = torch.randint(0, model.spec.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(rows, prompt + steps)
     logits = model(tokens.to(device), cache=cache)

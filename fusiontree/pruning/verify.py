@@ -51,7 +51,7 @@ def verify(model: LanguageModel, pruned: LanguageModel, plan: Plan, *, rows: int
 
 def _difference(model: LanguageModel, pruned: LanguageModel, plan: Plan, tokens: Tensor, dtype: torch.dtype) -> float:
     """Both computed in float64 or float32, so that bf16 weights are compared exactly."""
-    tokens = tokens.to(model.embedding.weight.device)
+    tokens = tokens.to(model.device)
     with model.drop(plan.drops):
         wanted = _logits(model, tokens, dtype)
     return float((_logits(pruned, tokens, dtype) - wanted).abs().max() / max(1.0, float(wanted.abs().max())))

@@ -279,7 +279,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(found, FusionTreeCache):
             raise FusionTreeError(f"past_key_values: a FusionTreeCache is needed, found {type(found).__name__}")
         if found.cache is None:
-            found.cache = self.model.new_cache(rows)
+            found.cache, found.depth = self.model.new_cache(rows), len(self.model.layers)
         return found
 
     @classmethod

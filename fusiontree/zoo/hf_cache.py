@@ -17,11 +17,11 @@ class FusionTreeCache(TransformersCache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.cache: Cache | None = None
-        self.columns = 0
+        self.columns = self.depth = 0
 
     def __len__(self) -> int:
         """How many layers have been seen: all, or none before the first call."""
-        return 0 if self.cache is None else len(self.cache.spec.expanded_layers())
+        return 0 if self.cache is None else self.depth
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many columns the model has seen, padding included."""

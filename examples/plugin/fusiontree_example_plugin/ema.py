@@ -77,7 +77,7 @@ class EmaBranch(Node):
         return self.out(F.silu(self.gate(x)) * y)
 
     def _averages(self, x: Float[Tensor, "batch time hidden"], context: Context) -> Averages:
-        precise, segments, state = wide(x.dtype), context.segments, context.state(self)
+        precise, segments, state = wide(x.dtype), context.segments, self.state(context)
         alpha, delta = self.alpha.to(precise).sigmoid(), self.delta.to(precise).sigmoid()
         decay, inputs = 1 - alpha * delta, alpha * x[..., None]
         if state is None:
