@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import fusiontree as ft
 from fusiontree.bench.limits import measure_limits
-from fusiontree.core.cost import costs
+from fusiontree.core.model.cost import costs
 from fusiontree.kernels.registry import Op
 
 PARTS = {

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fusiontree.core.contracts import REGISTRIES
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.contracts.registries import REGISTRIES
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.data.source import sources
 from fusiontree.encodings.rope_scaling import scalings
 from fusiontree.pruning import policies

@@ -2,7 +2,7 @@
 
 from fusiontree import LayerSpec, ModelSpec, Norm, Repeat, load_spec
 from fusiontree.branches import Attention, Mamba2, SwiGLU
-from fusiontree.core.spec import NamedMap, OrderedMap
+from fusiontree.core.spec.base import NamedMap, OrderedMap
 from fusiontree.encodings import Rope, SrteSincos
 from fusiontree.fusions import AlignSpec, ExchangeSpec, Gated, ProjectionSpec
 from fusiontree.gates import Sigmoid

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusiontree import branches, encodings, fusions, gates, pruning, testing
-    from fusiontree.core.context import Context
-    from fusiontree.core.model import LanguageModel, build
-    from fusiontree.core.model_spec import EmbeddingSpec, HeadSpec, ModelSpec
-    from fusiontree.core.modules import Norm
-    from fusiontree.core.stack import LayerSpec, Repeat, Residual
-    from fusiontree.core.weights import load, save
+    from fusiontree.core.contracts.context import Context
+    from fusiontree.core.contracts.modules import Norm
+    from fusiontree.core.model.layers import LayerSpec, Repeat, Residual
+    from fusiontree.core.model.model import LanguageModel, build
+    from fusiontree.core.model.spec import EmbeddingSpec, HeadSpec, ModelSpec
+    from fusiontree.core.model.weights import load, save
     from fusiontree.zoo.presets import load_spec, presets
 
 __version__ = "0.1.0"
@@ -49,12 +49,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "core.context": ("Context",),
-    "core.model": ("LanguageModel", "build"),
-    "core.model_spec": ("EmbeddingSpec", "HeadSpec", "ModelSpec"),
-    "core.modules": ("Norm",),
-    "core.stack": ("LayerSpec", "Repeat", "Residual"),
-    "core.weights": ("load", "save"),
+    "core.contracts.context": ("Context",),
+    "core.contracts.modules": ("Norm",),
+    "core.model.layers": ("LayerSpec", "Repeat", "Residual"),
+    "core.model.model": ("LanguageModel", "build"),
+    "core.model.spec": ("EmbeddingSpec", "HeadSpec", "ModelSpec"),
+    "core.model.weights": ("load", "save"),
     "zoo.presets": ("load_spec", "presets"),
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

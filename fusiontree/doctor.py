@@ -9,7 +9,7 @@ import torch
 
 import fusiontree
 from fusiontree import machine
-from fusiontree.core.contracts import REGISTRIES
+from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.errors import FusionTreeError
 from fusiontree.kernels import (
     OPS,

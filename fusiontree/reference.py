@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic_core import PydanticUndefined
 
-from fusiontree.core.registry import Family
-from fusiontree.core.spec import LARGEST, OrderedMap, Spec
+from fusiontree.core.spec.base import LARGEST, OrderedMap, Spec
+from fusiontree.core.spec.registry import Family
 
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "mapping"}
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}

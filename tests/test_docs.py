@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import fusiontree
 
-from fusiontree.core import yaml
+from fusiontree.core.spec import yaml
 from fusiontree.recipes.train import load_run
 from fusiontree.zoo.presets import load_spec
 

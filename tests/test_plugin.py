@@ -17,7 +17,9 @@ import torch
 
 import fusiontree
 from fusiontree import ModelSpec, build
-from fusiontree.core.contracts import branches, fusions, gates
+from fusiontree.core.contracts.fusion import fusions
+from fusiontree.core.contracts.gate import gates
+from fusiontree.core.contracts.node import branches
 from fusiontree.errors import SpecError
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from fusiontree import compiling, machine
 from fusiontree.bench.cases import CASES, FORWARD, TASKS, TRAINING, Case
 from fusiontree.bench.limits import Limits, measure_limits
 from fusiontree.bench.timing import measure
-from fusiontree.core.memory import usable
+from fusiontree.core.model.memory import usable
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.kernels import OPS, UnsupportedError
 

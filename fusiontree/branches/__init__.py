@@ -17,7 +17,7 @@ from fusiontree.branches.rglru import RgLru
 from fusiontree.branches.short_conv import ShortConv
 from fusiontree.branches.swiglu import SwiGLU
 from fusiontree.branches.use import Adapter, Use
-from fusiontree.core.contracts import branches as _registry
+from fusiontree.components import branches as _registry
 
 register, names, get = _registry.register, _registry.names, _registry.get
 

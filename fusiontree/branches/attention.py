@@ -11,10 +11,27 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Hook, Node, NodeSpec, Scope, State, branches
-from fusiontree.core.modules import Linear, Norm, Normalise, scaled
-from fusiontree.core.spec import Count, Flag, Natural, Positive, Real, Spec, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Hook,
+    Linear,
+    Natural,
+    Node,
+    NodeSpec,
+    Norm,
+    Normalise,
+    Positive,
+    Real,
+    Scope,
+    Spec,
+    State,
+    branches,
+    invalid,
+    scaled,
+)
 from fusiontree.kernels import Falling, Filled, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]

@@ -9,11 +9,22 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import AnyNode, BranchSpec, Hook, Node, NodeSpec, Scope, branches
-from fusiontree.core.modules import Norm, Normalise
-from fusiontree.core.spec import Flag, NamedMap, invalid
-from fusiontree.errors import suggest
+from fusiontree.components import (
+    AnyNode,
+    BranchSpec,
+    Context,
+    Flag,
+    Hook,
+    NamedMap,
+    Node,
+    NodeSpec,
+    Norm,
+    Normalise,
+    Scope,
+    branches,
+    invalid,
+    suggest,
+)
 
 Stream = Float[Tensor, "batch time width"]
 

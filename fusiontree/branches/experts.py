@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree import products
-from fusiontree.core.modules import Module, fan_in
+from fusiontree.components import Module, fan_in, products
 from fusiontree.kernels.untraced import Untraced
 
 Tokens = Float[Tensor, "tokens width"]

@@ -9,10 +9,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope
-from fusiontree.core.modules import Linear, scaled
-from fusiontree.core.spec import Count, Flag, Real, Spec, invalid
+from fusiontree.components import BranchSpec, Context, Count, Flag, Linear, Node, Real, Scope, Spec, invalid, scaled
 
 Stream = Float[Tensor, "batch time width"]
 Activation = Callable[[Tensor], Tensor]

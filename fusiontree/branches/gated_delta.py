@@ -15,10 +15,22 @@ from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Norm, Normalise, wide
-from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Hook,
+    Linear,
+    Node,
+    Norm,
+    Normalise,
+    Scope,
+    State,
+    branches,
+    invalid,
+    wide,
+)
 from fusiontree.kernels import gated_delta, gated_delta_step
 
 Stream = Float[Tensor, "batch time width"]

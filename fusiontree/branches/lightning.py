@@ -15,10 +15,23 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.branches.recurrent import is_step
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Norm, Normalise, wide
-from fusiontree.core.spec import Count, Flag, NonNegative, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Hook,
+    Linear,
+    Node,
+    NonNegative,
+    Norm,
+    Normalise,
+    Scope,
+    State,
+    branches,
+    invalid,
+    wide,
+)
 from fusiontree.kernels import ssd, ssd_step
 from fusiontree.kernels.constants import constants
 

@@ -6,10 +6,8 @@ from typing import Literal, Self
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope, branches
-from fusiontree.core.modules import Linear as LinearMap
-from fusiontree.core.spec import Count, Flag
+from fusiontree.components import BranchSpec, Context, Count, Flag, Node, Scope, branches
+from fusiontree.components import Linear as LinearMap
 
 Stream = Float[Tensor, "batch time width"]
 

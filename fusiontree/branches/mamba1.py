@@ -16,10 +16,22 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Norm, Normalise, constant, wide
-from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Linear,
+    Node,
+    Norm,
+    Normalise,
+    Scope,
+    State,
+    branches,
+    constant,
+    invalid,
+    wide,
+)
 from fusiontree.kernels import selective_scan, selective_scan_step
 
 Stream = Float[Tensor, "batch time width"]

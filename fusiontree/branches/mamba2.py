@@ -14,10 +14,28 @@ from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Norm, Normalise, constant, scaled, wide
-from fusiontree.core.spec import Count, Flag, NonNegative, Positive, Real, Spec, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Hook,
+    Linear,
+    Node,
+    NonNegative,
+    Norm,
+    Normalise,
+    Positive,
+    Real,
+    Scope,
+    Spec,
+    State,
+    branches,
+    constant,
+    invalid,
+    scaled,
+    wide,
+)
 from fusiontree.kernels import ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]

@@ -15,12 +15,26 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree import products
 from fusiontree.branches.attention import Group, grown, mean_visible, ring_places, seen
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Hook, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Module, Norm, Normalise, fan_in
-from fusiontree.core.spec import Count, Flag, Positive, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Hook,
+    Linear,
+    Module,
+    Node,
+    Norm,
+    Normalise,
+    Positive,
+    Scope,
+    State,
+    branches,
+    fan_in,
+    invalid,
+    products,
+)
 from fusiontree.kernels import Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from fusiontree.branches.feed_forward import FeedForwardSpec
-from fusiontree.core.contracts import branches
+from fusiontree.components import branches
 
 GATED = {"geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate, and the function that the gate goes through."""

@@ -13,10 +13,23 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.branches.experts import Choice, Experts, Shares, Tokens, hidden
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope, branches
-from fusiontree.core.modules import Linear, Module, constant, scaled, wide
-from fusiontree.core.spec import Count, Flag, Positive, Spec, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Linear,
+    Module,
+    Node,
+    Positive,
+    Scope,
+    Spec,
+    branches,
+    constant,
+    invalid,
+    scaled,
+    wide,
+)
 
 Stream = Float[Tensor, "batch time width"]
 Scores = Float[Tensor, "tokens experts"]

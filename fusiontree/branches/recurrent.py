@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import State
-from fusiontree.core.modules import Module, constant, fan_in
+from fusiontree.components import Context, Module, State, constant, fan_in
 from fusiontree.kernels import causal_conv1d, causal_conv1d_step
 
 

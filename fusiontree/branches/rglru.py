@@ -15,12 +15,24 @@ from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Generator, Tensor
 
-from fusiontree import products
 from fusiontree.branches.recurrent import Convolution, is_step, kept
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, Module, constant, fan_in, wide
-from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    Linear,
+    Module,
+    Node,
+    Scope,
+    State,
+    branches,
+    constant,
+    fan_in,
+    invalid,
+    products,
+    wide,
+)
 from fusiontree.kernels import linear_recurrence, linear_recurrence_step
 
 Stream = Float[Tensor, "batch time width"]

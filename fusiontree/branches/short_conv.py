@@ -12,10 +12,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.branches.recurrent import Convolution, kept
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
-from fusiontree.core.modules import Linear
-from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.components import BranchSpec, Context, Count, Flag, Linear, Node, Scope, State, branches, invalid
 
 Stream = Float[Tensor, "batch time width"]
 

@@ -12,11 +12,26 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Binds, BranchSpec, Hook, Node, NodeSpec, Problems, Scope, branches
-from fusiontree.core.modules import Linear, Module, constant
-from fusiontree.core.spec import Count, Name, NamedMap, Spec
-from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.components import (
+    Binds,
+    BranchSpec,
+    Context,
+    Count,
+    FusionTreeError,
+    Hook,
+    Linear,
+    Module,
+    Name,
+    NamedMap,
+    Node,
+    NodeSpec,
+    Problems,
+    Scope,
+    Spec,
+    branches,
+    constant,
+    suggest,
+)
 
 Stream = Float[Tensor, "batch time width"]
 Shape = tuple[int, int]

@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusiontree.core.files import write_text
 from fusiontree.errors import FusionTreeError
+from fusiontree.files import write_text
 
 if TYPE_CHECKING:
-    from fusiontree.core.model_spec import ModelSpec
+    from fusiontree.core.model.spec import ModelSpec
 
 # what goes to a file or a pipe is not wrapped to a screen that is not there
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4096)
@@ -33,7 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def spec_of(model: str, overrides: list[str] | None) -> "ModelSpec":
     """The spec that a command names, edited."""
-    from fusiontree.core import yaml
+    from fusiontree.core.spec import yaml
     from fusiontree.zoo.presets import load_spec
 
     spec = load_spec(model)

@@ -11,7 +11,7 @@ from fusiontree.cli.console import AsJson, Out, Saved, console, print_json, writ
 from fusiontree.errors import FusionTreeError
 
 if TYPE_CHECKING:
-    from fusiontree.core.model_spec import ModelSpec
+    from fusiontree.core.model.spec import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, help="Edit a trained model's spec by what its gates say.")
 
@@ -34,7 +34,7 @@ def prune_plan(
 ) -> None:
     """Decide which branches go, and write that down."""
     from fusiontree import pruning
-    from fusiontree.core import yaml
+    from fusiontree.core.spec import yaml
     from fusiontree.zoo.presets import load_spec
 
     spec = load_spec(model)
@@ -84,7 +84,7 @@ def _brief(value: Any) -> Any:
 
 
 def _savings(spec: "ModelSpec", edited: "ModelSpec") -> dict[str, tuple[float, float]]:
-    from fusiontree.core.cost import costs
+    from fusiontree.core.model.cost import costs
 
     here, there = (costs(each, length=4096)[0] for each in (spec, edited))
     names = {"parameters": "parameters", "FLOPs per token": "flops", "cache bytes at 4096": "cache_bytes"}
@@ -95,7 +95,7 @@ def _savings(spec: "ModelSpec", edited: "ModelSpec") -> dict[str, tuple[float, f
 def prune_apply(model: Saved, plan: PlanFile, out: Out) -> None:
     """Write the pruned model, after checking it against the original."""
     from fusiontree import pruning
-    from fusiontree.core.weights import load, save
+    from fusiontree.core.model.weights import load, save
     from fusiontree.data.tokenizer_files import tokenizer_files
 
     if out.resolve() == model.resolve():
@@ -113,7 +113,7 @@ def prune_verify(
 ) -> None:
     """Check that a pruned model is the original with the plan's parts silent."""
     from fusiontree import pruning
-    from fusiontree.core.weights import load
+    from fusiontree.core.model.weights import load
 
     verdict = pruning.verify(load(model), load(pruned), pruning.Plan.from_file(plan))
     console.print(verdict.text)
@@ -123,7 +123,7 @@ def prune_verify(
 def prune_simplify(model: Saved, out: Out) -> None:
     """Write the model without fusions and layers that do nothing, and the map of the paths that changed."""
     from fusiontree import pruning
-    from fusiontree.core.weights import load, save
+    from fusiontree.core.model.weights import load, save
     from fusiontree.data.tokenizer_files import tokenizer_files
 
     simple, moved = pruning.simplify(load(model))

@@ -41,8 +41,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be given again.")] = None,
 ) -> None:
     """Continue a text as it is drawn: bytes, or what the tokenizer.json beside the model makes of it."""
-    from fusiontree.core.generation import Sampling, stream
-    from fusiontree.core.weights import load
+    from fusiontree.core.model.generation import Sampling, stream
+    from fusiontree.core.model.weights import load
     from fusiontree.data.file_tokenizer import tokenizer_in
     from fusiontree.zoo.carried import end_tokens
 

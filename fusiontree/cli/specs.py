@@ -10,9 +10,9 @@ from fusiontree.cli.console import AsJson, Model, Overrides, console, print_json
 from fusiontree.errors import FusionTreeError, SpecError, suggest
 
 if TYPE_CHECKING:
-    from fusiontree.core.cost import Cost
-    from fusiontree.core.model_spec import ModelSpec
-    from fusiontree.core.registry import Registry
+    from fusiontree.core.model.cost import Cost
+    from fusiontree.core.model.spec import ModelSpec
+    from fusiontree.core.spec.registry import Registry
     from fusiontree.training import RunSpec
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and cache bytes are for.", min=1)]
@@ -36,7 +36,7 @@ def kinds(
 
 def _registries() -> "dict[str, Registry[Any]]":
     """What a spec of a model is made of, by family."""
-    from fusiontree.core.contracts import REGISTRIES
+    from fusiontree.core.contracts.registries import REGISTRIES
     from fusiontree.encodings.rope_scaling import scalings
 
     return {**REGISTRIES, scalings.name: scalings}
@@ -98,7 +98,7 @@ def _run_of(run: str, overrides: list[str] | None) -> "RunSpec":
 
 def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:
     """Print the JSON Schema of a model spec, plugins included."""
-    from fusiontree.core.model_spec import ModelSpec
+    from fusiontree.core.model.spec import ModelSpec
     from fusiontree.training import RunSpec
 
     print_json((RunSpec if run else ModelSpec).model_json_schema())
@@ -106,7 +106,7 @@ def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file."
 
 def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_json: AsJson = False) -> None:
     """Print a spec's tree with parameters, FLOPs per token and cache bytes of every node."""
-    from fusiontree.core.cost import costs
+    from fusiontree.core.model.cost import costs
 
     spec = spec_of(model, overrides)
     found = costs(spec, length=length)

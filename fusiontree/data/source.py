@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from fusiontree.core.registry import Registry
-from fusiontree.core.spec import Spec
+from fusiontree.core.spec.base import Spec
+from fusiontree.core.spec.registry import Registry
 from fusiontree.errors import FusionTreeError
 
 Split = Literal["train", "held_out"]

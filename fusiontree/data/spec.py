@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from fusiontree.core.spec import Count, Spec
+from fusiontree.core.spec.base import Count, Spec
 from fusiontree.data.batches import Batches
 from fusiontree.data.corpus import Corpus
 from fusiontree.data.held_out import HeldOut

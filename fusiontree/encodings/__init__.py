@@ -3,7 +3,7 @@
 The spec classes, and the registry's `register`, `names` and `get`.
 """
 
-from fusiontree.core.contracts import encodings as _registry
+from fusiontree.components import encodings as _registry
 from fusiontree.encodings.alibi import Alibi
 from fusiontree.encodings.rope import Rope
 from fusiontree.encodings.rope_scaling import Linear, Llama3, Yarn

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from jaxtyping import Int
 from torch import Tensor
 
-from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
+from fusiontree.components import Encoding, EncodingSpec, Hook, Table, encodings
 
 
 @encodings.register

@@ -11,9 +11,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
-from fusiontree.core.modules import scaled, wide
-from fusiontree.core.spec import Positive, invalid
+from fusiontree.components import Encoding, EncodingSpec, Hook, Positive, Table, encodings, invalid, scaled, wide
 from fusiontree.encodings.rope_scaling import AnyScaling
 from fusiontree.kernels.constants import constants
 

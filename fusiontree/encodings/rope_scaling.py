@@ -13,8 +13,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.core.registry import Registry
-from fusiontree.core.spec import Count, Flag, Positive, Spec, invalid
+from fusiontree.components import Count, Flag, Positive, Registry, Spec, invalid
 
 Frequencies = Float[Tensor, "pairs"]
 """Radians a position, of each pair of channels."""

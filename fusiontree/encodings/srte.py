@@ -11,10 +11,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree import products
-from fusiontree.core.contracts import Encoding, EncodingSpec, Hook, Table, encodings
-from fusiontree.core.modules import fan_in, normal
-from fusiontree.core.spec import Count, Positive
+from fusiontree.components import (
+    Count,
+    Encoding,
+    EncodingSpec,
+    Hook,
+    Positive,
+    Table,
+    encodings,
+    fan_in,
+    normal,
+    products,
+)
 
 Ids = Int[Tensor, "batch time"]
 

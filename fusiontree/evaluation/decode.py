@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusiontree.core.model import LanguageModel
+from fusiontree.core.model.model import LanguageModel
 
 
 @dataclass(frozen=True)

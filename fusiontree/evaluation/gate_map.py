@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.core.contracts import Weights
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.observation import Real
-from fusiontree.core.probes import evaluating, gates, watch
+from fusiontree.core.contracts.gate import Weights
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.probes.gate_statistics import Real
+from fusiontree.core.probes.probes import evaluating, gates, watch
 from fusiontree.errors import FusionTreeError
 
 

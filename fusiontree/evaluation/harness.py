@@ -18,8 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
 
-from fusiontree.core import yaml
-from fusiontree.core.model import LanguageModel
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.spec import yaml
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo.hf import FusionTreeForCausalLM, tokenizer_of
 

@@ -3,7 +3,7 @@
 The spec classes, and the registry's `register`, `names` and `get`.
 """
 
-from fusiontree.core.contracts import fusions as _registry
+from fusiontree.components import fusions as _registry
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, example_branches
 from fusiontree.fusions.concat import Concat
 from fusiontree.fusions.gated import Gated

@@ -11,22 +11,26 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fusiontree.core import contracts
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import (
+from fusiontree.components import (
     AnyNode,
+    Context,
     Fusion,
     FusionSpec,
     GateScope,
+    Linear,
+    NamedMap,
     NodeSpec,
+    Norm,
+    Normalise,
     Problems,
     Scope,
+    SpecError,
     Weights,
     branch_path,
+    branches,
+    invalid,
+    suggest,
 )
-from fusiontree.core.modules import Linear, Norm, Normalise
-from fusiontree.core.spec import NamedMap, invalid
-from fusiontree.errors import SpecError, suggest
 from fusiontree.fusions.parts import Align, AlignSpec, Exchange, ExchangeSpec, Features, ProjectionSpec
 
 _AXIS = re.compile(r"\w+")
@@ -169,7 +173,7 @@ class BaseFusionSpec(FusionSpec):
 
 def example_branches(width: int) -> NamedMap[NodeSpec]:
     """Two branches of different kinds, for examples that hold any."""
-    return NamedMap({kind: contracts.branches.get(kind).example(width) for kind in ("attention", "mamba2")})
+    return NamedMap({kind: branches.get(kind).example(width) for kind in ("attention", "mamba2")})
 
 
 class BaseFusion(Fusion):

@@ -5,9 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import nn
 
-from fusiontree.core.contracts import Scope, Weights, fusions
-from fusiontree.core.modules import Linear, Module, constant, normal, total
-from fusiontree.core.spec import invalid
+from fusiontree.components import Linear, Module, Scope, Weights, constant, fusions, invalid, normal, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Stream, example_branches
 from fusiontree.fusions.parts import Features
 

@@ -6,15 +6,12 @@ from einops import rearrange
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.core import contracts
-from fusiontree.core.contracts import AnyGate, GateSpec, Scope, Weights
-from fusiontree.core.modules import total
-from fusiontree.core.spec import invalid
+from fusiontree.components import AnyGate, GateSpec, Scope, Weights, fusions, gates, invalid, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
 from fusiontree.fusions.parts import Features
 
 
-@contracts.fusions.register
+@fusions.register
 class Gated(BaseFusionSpec):
     """A convex combination of the branches, weighed by a gate.
 
@@ -29,7 +26,7 @@ class Gated(BaseFusionSpec):
         if self.gate and len(self.branches) == 1:
             raise invalid({("gate",): "a single branch has nothing to be weighed against; leave the gate out"})
         if not self.gate and len(self.branches) > 1:
-            known = ", ".join(contracts.gates.names())
+            known = ", ".join(gates.names())
             raise invalid({("gate",): f"{len(self.branches)} branches need a gate (known: {known})"})
         return self
 

@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import AnyNode, NodeSpec, Problems, Scope, Weights, fusions
-from fusiontree.core.modules import Norm, Normalise, total
+from fusiontree.components import AnyNode, Context, NodeSpec, Norm, Normalise, Problems, Scope, Weights, fusions, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, Stream, example_branches
 from fusiontree.fusions.parts import Features
 

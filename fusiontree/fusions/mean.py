@@ -2,9 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from fusiontree.core.contracts import Scope, Weights, fusions
-from fusiontree.core.modules import total
-from fusiontree.core.spec import Count
+from fusiontree.components import Count, Scope, Weights, fusions, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
 from fusiontree.fusions.parts import Features
 

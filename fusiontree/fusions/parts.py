@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.core.modules import Linear, Module, constant, total
-from fusiontree.core.spec import Count, Flag, Spec
+from fusiontree.components import Count, Flag, Linear, Module, Spec, constant, total
 
 Features = dict[str, Float[Tensor, "batch time features"]]
 

@@ -4,10 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from fusiontree.core.contracts import Scope, Weights, fusions
-from fusiontree.core.modules import scaled, total
-from fusiontree.core.spec import NamedMap, Real, invalid
-from fusiontree.errors import suggest
+from fusiontree.components import NamedMap, Real, Scope, Weights, fusions, invalid, scaled, suggest, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
 from fusiontree.fusions.parts import Features
 

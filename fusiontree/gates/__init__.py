@@ -3,7 +3,7 @@
 The spec classes, and the registry's `register`, `names` and `get`.
 """
 
-from fusiontree.core.contracts import gates as _registry
+from fusiontree.components import gates as _registry
 from fusiontree.gates.base import LearnedGateSpec, Logit
 from fusiontree.gates.constant import Constant
 from fusiontree.gates.hard_concrete import HardConcrete

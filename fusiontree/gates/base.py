@@ -7,10 +7,18 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree import products
-from fusiontree.core.contracts import GateScope, GateSpec, Problems
-from fusiontree.core.modules import Module, constant, fan_in
-from fusiontree.core.spec import Count, Flag, invalid
+from fusiontree.components import (
+    Count,
+    Flag,
+    GateScope,
+    GateSpec,
+    Module,
+    Problems,
+    constant,
+    fan_in,
+    invalid,
+    products,
+)
 
 Features = Float[Tensor, "batch time features"]
 

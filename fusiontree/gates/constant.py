@@ -4,10 +4,19 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Gate, GateScope, GateSpec, Problems, Weights, gates
-from fusiontree.core.spec import NamedMap, Real, invalid
-from fusiontree.errors import suggest
+from fusiontree.components import (
+    Context,
+    Gate,
+    GateScope,
+    GateSpec,
+    NamedMap,
+    Problems,
+    Real,
+    Weights,
+    gates,
+    invalid,
+    suggest,
+)
 from fusiontree.gates.base import Features
 
 

@@ -5,8 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusiontree.core.contracts import GateScope, gates
-from fusiontree.core.spec import Positive
+from fusiontree.components import GateScope, Positive, gates
 from fusiontree.gates.sigmoid import TwoWayGate, TwoWayGateSpec
 
 LOW, HIGH = -0.1, 1.1

@@ -5,8 +5,7 @@ from typing import Literal, Self
 
 from torch import Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Gate, GateScope, Problems, Weights, gates
+from fusiontree.components import Context, Gate, GateScope, Problems, Weights, gates
 from fusiontree.gates.base import Features, LearnedGateSpec, Logit
 
 

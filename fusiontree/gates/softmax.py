@@ -6,9 +6,7 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Gate, GateScope, Weights, gates
-from fusiontree.core.spec import Positive
+from fusiontree.components import Context, Gate, GateScope, Positive, Weights, gates
 from fusiontree.gates.base import Features, LearnedGateSpec, Logit
 
 

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.core.observation import Observation
-from fusiontree.core.spec import Natural, OrderedMap, Spec
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.probes.gate_statistics import Observation
+from fusiontree.core.spec.base import Natural, OrderedMap, Spec
 from fusiontree.errors import FusionTreeError, suggest
 
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6, allow_inf_nan=False)]

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable
 from typing import Literal
 
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.core.spec import Spec
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.spec.base import Spec
 from fusiontree.pruning.evidence import Evidence, PruneError
 from fusiontree.pruning.policies import Decision, Policy, PolicySpec
 from fusiontree.pruning.surgery import carry, drop_from_spec, with_weights

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fusiontree.core.contracts import branch_path
-from fusiontree.core.registry import Registry
-from fusiontree.core.spec import Count, Natural, Spec, invalid
+from fusiontree.core.contracts.fusion import branch_path
+from fusiontree.core.spec.base import Count, Natural, Spec, invalid
+from fusiontree.core.spec.registry import Registry
 from fusiontree.pruning.evidence import Evidence, PruneError
 
 

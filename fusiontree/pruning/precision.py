@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fusiontree.compiling import eagerly
-from fusiontree.core.contracts import Node
-from fusiontree.core.model import LanguageModel
+from fusiontree.core.contracts.node import Node
+from fusiontree.core.model.model import LanguageModel
 
 Held = list[tuple[dict[str, Any], dict[str, Any]]]
 """Dictionaries of parameters, and what belongs into them."""

@@ -3,10 +3,11 @@ is left is renumbered. Paths change; the map from old to new says how."""
 
 from typing import Any
 
-from fusiontree.core.contracts import FusionSpec, NodeSpec, branch_path
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.model_spec import Lineage, ModelSpec
-from fusiontree.core.stack import LayerSpec
+from fusiontree.core.contracts.fusion import FusionSpec, branch_path
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.layers import LayerSpec
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.model.spec import Lineage, ModelSpec
 from fusiontree.pruning.surgery import with_weights
 
 PathMap = dict[str, str]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.core import paths
-from fusiontree.core.contracts import BranchSpec, FusionSpec, nodes
-from fusiontree.core.model import LanguageModel, build
-from fusiontree.core.model_spec import Lineage, ModelSpec
-from fusiontree.core.stack import LayerSpec, Residual
+from fusiontree.core.contracts.fusion import FusionSpec, nodes
+from fusiontree.core.contracts.node import BranchSpec
+from fusiontree.core.model.layers import LayerSpec, Residual
+from fusiontree.core.model.model import LanguageModel, build
+from fusiontree.core.model.spec import Lineage, ModelSpec
+from fusiontree.core.spec import paths
 from fusiontree.errors import SpecError, suggest
 from fusiontree.pruning.evidence import PruneError
 

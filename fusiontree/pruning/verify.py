@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.probes import evaluating
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.probes.probes import evaluating
 from fusiontree.pruning.evidence import PruneError
 from fusiontree.pruning.plan import Plan
 from fusiontree.pruning.precision import computing_in

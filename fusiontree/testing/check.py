@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fusiontree.core.contracts import BranchSpec, EncodingSpec, FusionSpec, GateSpec, NodeSpec, branches, encodings
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.core.spec import Spec
+from fusiontree.core.contracts.encoding import EncodingSpec, encodings
+from fusiontree.core.contracts.fusion import FusionSpec
+from fusiontree.core.contracts.gate import GateSpec
+from fusiontree.core.contracts.node import BranchSpec, NodeSpec, branches
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.spec.base import Spec
 from fusiontree.testing.laws import LAWS, Law
 from fusiontree.testing.subject import Subject
 

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.core import axes, paths, probes
-from fusiontree.core.contracts import Gate, NodeSpec
-from fusiontree.core.cost import costs
-from fusiontree.core.fields import is_open
-from fusiontree.core.model import LanguageModel, build
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.core.modules import Module
+from fusiontree.core.contracts import axes
+from fusiontree.core.contracts.gate import Gate
+from fusiontree.core.contracts.modules import Module
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.cost import costs
+from fusiontree.core.model.model import LanguageModel, build
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.probes import probes
+from fusiontree.core.spec import paths
+from fusiontree.core.spec.fields import is_open
 from fusiontree.kernels import OPS, use_backend
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
 from fusiontree.testing.subject import Subject, far, randomised

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.core.model import LanguageModel, build
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.model import LanguageModel, build
+from fusiontree.core.model.spec import ModelSpec
 
 Ids = Int[Tensor, "batch time"]
 TOLERANCE = 1e-9

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from fusiontree.core.files import read_json, write_json
+from fusiontree.files import read_json, write_json
 from fusiontree.training.errors import RunError, TrainingFailed
 
 FORMAT = 1

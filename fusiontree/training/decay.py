@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fusiontree.core.modules import Module
+from fusiontree.core.contracts.modules import Module
 
 
 def decayed(model: nn.Module) -> list[str]:

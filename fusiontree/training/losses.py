@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.core.contracts import Gate, Weights
-from fusiontree.core.modules import wide
-from fusiontree.core.observation import Real
-from fusiontree.core.probes import watch
+from fusiontree.core.contracts.gate import Gate, Weights
+from fusiontree.core.contracts.modules import wide
+from fusiontree.core.probes.gate_statistics import Real
+from fusiontree.core.probes.probes import watch
 from fusiontree.data import IGNORED
 from fusiontree.training.sections import LossesSpec
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusiontree.core.files import write_text
+from fusiontree.files import write_text
 from fusiontree.training.errors import RunError
 
 Record = dict[str, Any]

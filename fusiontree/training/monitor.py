@@ -9,7 +9,7 @@
 on all rows of the step, because early gates say little about a trained model. The means and deviations of every
 time since the run began stay in `metrics.jsonl`. `steps_seen` is how many optimiser steps the run has made. The
 values are those of training, with the noise of gates that have some. Fields are those of
-`fusiontree.core.observation`.
+`fusiontree.core.probes.gate_statistics`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fusiontree.core.files import write_json
-from fusiontree.core.observation import Observation
+from fusiontree.core.probes.gate_statistics import Observation
+from fusiontree.files import write_json
 
 FORMAT = 1
 WINDOW = 10

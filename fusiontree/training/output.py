@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fusiontree.core import yaml
-from fusiontree.core.files import write_text
-from fusiontree.core.weights import SPEC_FILE, WEIGHTS_FILE, may_be_replaced
+from fusiontree.core.model.weights import SPEC_FILE, WEIGHTS_FILE, may_be_replaced
+from fusiontree.core.spec import yaml
 from fusiontree.errors import SpecError
+from fusiontree.files import write_text
 from fusiontree.training.errors import RunError
 from fusiontree.training.run import RunSpec
 from fusiontree.training.sections import ResolvedSpec

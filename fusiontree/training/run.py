@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fusiontree.core import paths, yaml
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.core.spec import Flag, Spec, invalid
-from fusiontree.core.weights import SPEC_FILE
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.model.weights import SPEC_FILE
+from fusiontree.core.spec import paths, yaml
+from fusiontree.core.spec.base import Flag, Spec, invalid
 from fusiontree.data import ByteTokenizer, DataSpec
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError

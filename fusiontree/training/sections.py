@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusiontree.core.spec import Count, Natural, Positive, Spec, invalid
+from fusiontree.core.spec.base import Count, Natural, Positive, Spec, invalid
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 """A part of the whole, from nothing to all of it."""

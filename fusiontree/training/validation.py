@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from fusiontree.compiling import eagerly
-from fusiontree.core import probes
-from fusiontree.core.model import LanguageModel
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.probes import probes
 from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fusiontree.branches import Attention
-from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.core.model.layers import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register

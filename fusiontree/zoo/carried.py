@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 
 LONGEST = "max_position_embeddings"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fusiontree.core.contracts import BranchSpec
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.contracts.node import BranchSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.encodings.rope import Rope
 from fusiontree.errors import WeightsError
 from fusiontree.zoo.tensors import Part

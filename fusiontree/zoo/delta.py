@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusiontree.branches import GatedDelta
-from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.core.model.layers import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Reader

@@ -20,14 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusiontree.core import weights
-from fusiontree.core.model import build
-from fusiontree.core.model_spec import Lineage, ModelSpec
+from fusiontree.core.model import weights
+from fusiontree.core.model.model import build
+from fusiontree.core.model.spec import Lineage, ModelSpec
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import tokenizer_files, write_byte_tokenizer
 from fusiontree.errors import FusionTreeError, WeightsError
 from fusiontree.zoo.carried import carried, carried_by
-from fusiontree.zoo.family import HEAD, Config, Family, family_of
+from fusiontree.zoo.families import family_of
+from fusiontree.zoo.family import HEAD, Config, Family
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"

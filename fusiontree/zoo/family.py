@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fusiontree.core.contracts import NodeSpec
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.computed import FREQUENCIES, check_computed, check_frequencies
 from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import Once, Part, to_ours, to_theirs
@@ -170,19 +170,6 @@ def register(family: Family) -> Family:
     assert family.name not in FAMILIES, f"two families are named {family.name!r}"
     FAMILIES[family.name] = family
     return family
-
-
-def family_of(name: object) -> Family:
-    """The family of a `model_type`.
-
-    Raises:
-        FusionTreeError: there is none.
-    """
-    from fusiontree.zoo import FAMILIES as known  # there every family's file is imported
-
-    if not isinstance(name, str) or name not in known:
-        raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), known)}")
-    return known[name]
 
 
 def _brief(value: Any) -> str:

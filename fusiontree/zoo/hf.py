@@ -25,13 +25,13 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fusiontree.core import weights
-from fusiontree.core.cross_entropy import NO_LABEL
-from fusiontree.core.initialise import own, start
-from fusiontree.core.layer import Layer
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.model_spec import ModelSpec
-from fusiontree.core.modules import Module
+from fusiontree.core.contracts.modules import Module
+from fusiontree.core.model import weights
+from fusiontree.core.model.chunked_loss import NO_LABEL
+from fusiontree.core.model.initialise import own, start
+from fusiontree.core.model.layer import Layer
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.data.file_tokenizer import FileTokenizer
 from fusiontree.data.tokenizer import ByteTokenizer
 from fusiontree.data.tokenizer_files import byte_tokenizer, tokenizer_files

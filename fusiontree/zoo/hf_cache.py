@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
-from fusiontree.core.cache import Cache
+from fusiontree.core.contracts.cache import Cache
 from fusiontree.errors import FusionTreeError
 
 

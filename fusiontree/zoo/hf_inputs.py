@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusiontree.core.cross_entropy import NO_LABEL
+from fusiontree.core.model.chunked_loss import NO_LABEL
 from fusiontree.errors import FusionTreeError
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")

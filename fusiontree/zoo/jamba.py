@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fusiontree.branches import Attention, Moe
-from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.core.model.layers import MAX_LAYERS
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options

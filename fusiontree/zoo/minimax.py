@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.branches import Lightning
-from fusiontree.core.stack import LayerSpec, Residual
+from fusiontree.core.model.layers import LayerSpec, Residual
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register

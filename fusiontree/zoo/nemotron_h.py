@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fusiontree.branches import Attention, Mamba2, Moe
-from fusiontree.core.stack import LayerSpec
+from fusiontree.core.model.layers import LayerSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register

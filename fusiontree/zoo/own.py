@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fusiontree.core.model import build
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.model import build
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import Same

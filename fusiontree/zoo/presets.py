@@ -4,8 +4,8 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from fusiontree.core import yaml
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.spec import yaml
 from fusiontree.errors import SpecError, suggest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusiontree.branches import Attention
-from fusiontree.core.stack import MAX_LAYERS
+from fusiontree.core.model.layers import MAX_LAYERS
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register

@@ -7,8 +7,8 @@ from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
 import fusiontree as ft
-from fusiontree.core.contracts import Scope
-from fusiontree.core.initialise import initialise
+from fusiontree.core.contracts.node import Scope
+from fusiontree.core.model.initialise import initialise
 from fusiontree.encodings.rope import Rope, Rotary
 from fusiontree.testing import check_spec
 from fusiontree.testing.subject import randomised

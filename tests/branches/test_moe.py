@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import fusiontree as ft
-from fusiontree.core.contracts import Scope
-from fusiontree.core.initialise import initialise
+from fusiontree.core.contracts.node import Scope
+from fusiontree.core.model.initialise import initialise
 from fusiontree.errors import SpecError
 from fusiontree.testing.subject import randomised
 

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusiontree as ft
-from fusiontree.core.initialise import initialise
+from fusiontree.core.model.initialise import initialise
 from fusiontree.errors import SpecError
 from fusiontree.testing.subject import randomised
 from fusiontree.training.parallel import shard, world

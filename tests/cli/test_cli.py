@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fusiontree as ft
 from fusiontree.cli.doctor import _lines, _same_answers
-from fusiontree.core.observation import Observation
+from fusiontree.core.probes.gate_statistics import Observation
 from fusiontree.kernels import OPS
 from fusiontree.pruning import Evidence
 from fusiontree.recipes.train import load_run

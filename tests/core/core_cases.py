@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusiontree import LanguageModel, ModelSpec, build
-from fusiontree.core.paths import put, split
+from fusiontree.core.spec.paths import put, split
 from fusiontree.errors import FusionTreeError
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from core_cases import ATTENTION, MAMBA, MIXER, MLP, complaint, data, edited
 
 from fusiontree import LayerSpec, ModelSpec, Norm, Repeat, build
 from fusiontree.branches import Attention, Mamba1, Mlp
-from fusiontree.core.spec import OrderedMap, Spec
+from fusiontree.core.spec.base import OrderedMap, Spec
 from fusiontree.errors import FusionTreeError, SpecError
 from fusiontree.fusions import Gated
 

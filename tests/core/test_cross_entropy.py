@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from core_cases import VOCABULARY, model, tokens
 
-from fusiontree.core import cross_entropy as module
-from fusiontree.core.cross_entropy import cross_entropy
+from fusiontree.core.model import chunked_loss as module
+from fusiontree.core.model.chunked_loss import cross_entropy
 from fusiontree.errors import FusionTreeError
 
 HEADS = {

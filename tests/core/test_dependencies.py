@@ -13,23 +13,31 @@ import pytest
 import fusiontree
 
 ROOT = Path(fusiontree.__file__).parent
-COMPONENTS = {"branches", "fusions", "gates", "encodings"}
-ABOVE = {"training", "evaluation", "pruning", "recipes", "zoo", "cli", "doctor", "testing"}
-MAY_USE: dict[str, set[str]] = {
-    "errors": set(),
-    "machine": {"errors"},
-    "compiling": set(),
-    "products": {"machine", "compiling"},
-    "kernels": {"errors", "compiling", "machine", "products"},
-    "core": {"errors", "compiling", "machine", "products"},
-    **{name: {"core", "kernels", "errors", "products"} for name in sorted(COMPONENTS)},
-    "bench": {"core", "kernels", "errors", "compiling", "machine"},
-    "data": {"core", "errors"},
-    "zoo": {"core", "errors", "data"} | COMPONENTS,
-    "evaluation": {"core", "kernels", "errors", "data", "zoo"} | COMPONENTS,
-    "training": {"core", "kernels", "errors", "compiling", "machine", "data", "zoo", "evaluation"} | COMPONENTS,
-    "pruning": {"core", "kernels", "errors", "compiling", "data", "zoo", "evaluation", "training"} | COMPONENTS,
+FLOORS = (
+    {"errors", "files", "machine", "compiling"},
+    {"products", "core.spec"},
+    {"kernels", "core.contracts"},
+    {"core.probes", "components"},
+    {"branches", "fusions", "gates", "encodings", "core.model"},
+    {"data", "bench", "doctor", "reference"},
+    {"zoo"},
+    {"evaluation"},
+    {"training"},
+    {"pruning", "recipes"},
+    {"testing"},
+    {"cli"},
+)
+"""The rooms of the house: each imports from floors below its own, annotations included."""
+COMPONENTS = ("branches", "fusions", "gates", "encodings")
+KIT = {"components", "kernels"}
+"""All that the file of a component imports of the library, beside files of its own package."""
+NEVER = {
+    "core.model": {"kernels"},
+    "core.probes": {"kernels"},
+    "data": {"core.model", "core.contracts"},
+    "training": {"pruning"},
 }
+"""Rooms that stand lower and are none of a room's business."""
 ONLY_IN = {
     "torchtitan": "training/titan/",
     "typer": "cli",
@@ -45,60 +53,77 @@ ONLY_IN = {
 }
 
 
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
+MODULES = {name.removesuffix(".__init__"): file for name, file in MODULES.items() if name != "__init__"}
+
+
 @cache
-def imports(file: Path) -> tuple[str, ...]:
-    """The dotted names that a file imports anywhere, those for type checkers left out."""
-    return tuple(_imports(file))
+def imports(file: Path, *, annotations: bool = True) -> tuple[str, ...]:
+    """The dotted names that a file imports anywhere, inside functions too, and where asked for type checkers alone."""
+    return tuple(_imports(ast.parse(file.read_text(encoding="utf-8")), annotations))
 
 
-def _imports(file: Path) -> Iterator[str]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    left_out = {id(node) for branch in for_types for statement in branch.body for node in ast.walk(statement)}
-    for node in ast.walk(tree):
-        if id(node) in left_out:
+def _imports(tree: ast.AST, annotations: bool) -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not annotations:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports are absolute"
+            assert node.level == 0, f"{ast.unparse(node)}: imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from _imports(node, annotations)
 
 
-def files(part: str) -> list[Path]:
-    return sorted((ROOT / part).rglob("*.py")) or [ROOT / f"{part}.py"]
+def uses(module: str) -> set[str]:
+    """The modules of the library that one imports."""
+    found = set()
+    for name in imports(MODULES[module]):
+        package, _, rest = name.partition(".")
+        while package == "fusiontree" and rest and rest not in MODULES:
+            rest = rest.rpartition(".")[0]
+        if package == "fusiontree" and rest and rest != module:
+            found.add(rest)
+    return found
 
 
-@pytest.mark.parametrize(
-    "part", [part for part in MAY_USE if (ROOT / part).is_dir() or (ROOT / f"{part}.py").is_file()]
-)
-def test_dependencies_point_one_way(part: str) -> None:
-    for file in files(part):
-        for name in imports(file):
-            package, _, rest = name.partition(".")
-            if package == "fusiontree":
-                used = rest.split(".")[0]
-                assert used in MAY_USE[part] | {part}, f"{file.relative_to(ROOT)} imports {name}"
+def room(module: str) -> str:
+    """The room of a module: a package, one of the core's packages, or a file that stands alone."""
+    return ".".join(module.split(".")[: 2 if module.startswith("core.") else 1])
 
 
-def test_every_package_has_a_rule() -> None:
-    packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
-    assert packages <= set(MAY_USE) | ABOVE
+FLOOR = {name: height for height, rooms in enumerate(FLOORS) for name in rooms}
 
 
-def test_the_rules_have_no_circle() -> None:
-    left = {part: set(used) for part, used in MAY_USE.items()}
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "core"])
+def test_imports_point_down(module: str) -> None:
+    here = room(module)
+    for used in uses(module):
+        there = room(used)
+        assert there == here or FLOOR[there] < FLOOR[here], f"{module} imports {used}"
+        assert there not in NEVER.get(here, ()), f"{module} imports {used}"
+
+
+def test_no_modules_import_each_other() -> None:
+    left = {module: uses(module) for module in MODULES}
     while left:
-        free = [part for part, used in left.items() if not used]
+        free = {module for module, used in left.items() if not used & left.keys()}
         assert free, f"a circle among {sorted(left)}"
-        left = {part: used - set(free) for part, used in left.items() if part not in free}
+        left = {module: used for module, used in left.items() if module not in free}
 
 
-def test_components_do_not_know_each_other() -> None:
-    for part in COMPONENTS:
-        for file in files(part):
-            others = [name for name in imports(file) if name.split(".")[:1] == ["fusiontree"]]
-            assert not [n for n in others if n.split(".")[1] in COMPONENTS - {part}], file
+@pytest.mark.parametrize("package", COMPONENTS)
+def test_components_need_the_kit_and_kernels_alone(package: str) -> None:
+    for module in MODULES:
+        if room(module) == package:
+            assert {room(used) for used in uses(module)} <= KIT | {package}, module
+
+
+@pytest.mark.parametrize("file", sorted((ROOT.parent / "examples").rglob("plugin/**/*.py")), ids=lambda file: file.name)
+def test_a_plugin_needs_what_is_public(file: Path) -> None:
+    used = {name.split(".")[1] for name in imports(file) if name.startswith("fusiontree.")}
+    assert used <= KIT | set(COMPONENTS), file
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -106,7 +131,7 @@ def test_heavy_packages_stay_in_their_place(package: str) -> None:
     for file in sorted(ROOT.rglob("*.py")):
         place = file.relative_to(ROOT).as_posix()
         if not place.startswith(ONLY_IN[package]):
-            assert package not in {name.split(".")[0] for name in imports(file)}, place
+            assert package not in {name.split(".")[0] for name in imports(file, annotations=False)}, place
 
 
 @pytest.mark.parametrize("name", ["pickle", "dill", "cloudpickle", "joblib"])

@@ -9,8 +9,8 @@ from core_cases import VOCABULARY, complaint, model, tokens
 from torch import Tensor
 
 from fusiontree import LanguageModel, build, machine
-from fusiontree.core import generation
-from fusiontree.core.generation import Sampling, stream
+from fusiontree.core.model import generation
+from fusiontree.core.model.generation import Sampling, stream
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 7]]
 

@@ -19,7 +19,10 @@ from fusiontree import encodings as encoding_package
 from fusiontree import fusions as fusion_package
 from fusiontree import gates as gate_package
 from fusiontree.branches import Mlp
-from fusiontree.core.contracts import branches, encodings, fusions, gates, nodes
+from fusiontree.core.contracts.encoding import encodings
+from fusiontree.core.contracts.fusion import fusions, nodes
+from fusiontree.core.contracts.gate import gates
+from fusiontree.core.contracts.node import branches
 from fusiontree.encodings import Rope
 from fusiontree.fusions import Mean
 from fusiontree.gates import Softmax
@@ -115,7 +118,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
         return [point for point in points if all(getattr(point, key) == value for key, value in wanted.items())]
 
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("fusiontree.core.registry.entry_points", found)
+    monkeypatch.setattr("fusiontree.core.spec.registry.entry_points", found)
     yield add
     branches.__dict__.pop("plugins", None)
     for module in written:

@@ -8,9 +8,9 @@ import pytest
 from core_cases import MIXER, MLP, complaint, data, spec
 
 from fusiontree import LayerSpec, Repeat, build
-from fusiontree.core import paths
-from fusiontree.core.spec import OrderedMap
-from fusiontree.core.stack import expand, fold
+from fusiontree.core.model.layers import expand, fold
+from fusiontree.core.spec import paths
+from fusiontree.core.spec.base import OrderedMap
 
 TREE = {"a": [{"x": 1, "y": {}}, {"x": 2}], "b": "text"}
 LAYERS = {letter: LayerSpec.parse({"ffn": MLP | {"hidden": 8 + index}}) for index, letter in enumerate("ABC")}

@@ -12,7 +12,7 @@ from core_cases import MIXER, MLP, complaint, edited, model, tokens
 from torch import Tensor
 
 from fusiontree import LanguageModel, ModelSpec, build
-from fusiontree.core.contracts import Gate
+from fusiontree.core.contracts.gate import Gate
 from fusiontree.testing.subject import randomised
 
 GATE = "layers.0.mixer.gate"

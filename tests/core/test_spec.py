@@ -10,8 +10,8 @@ from core_cases import ATTENTION, ENCODINGS, MAMBA, MIXER, MLP, complaint, data,
 
 from fusiontree import ModelSpec, load_spec, presets
 from fusiontree.branches import SwiGLU
-from fusiontree.core import yaml
-from fusiontree.core.stack import Repeat
+from fusiontree.core.model.layers import Repeat
+from fusiontree.core.spec import yaml
 
 VARIED = {
     "repeat": 3,

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 
 from fusiontree import ModelSpec, build, load, machine, save
 from fusiontree.branches import Mlp
-from fusiontree.core import weights
-from fusiontree.core.initialise import generator, initialise
+from fusiontree.core.model import weights
+from fusiontree.core.model.initialise import generator, initialise
 
 WEIGHT = "layers.0.mixer.branches.attention.q.weight"
 

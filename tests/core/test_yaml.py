@@ -8,7 +8,7 @@ from core_cases import complaint, spec
 from ruamel.yaml.scanner import Scanner
 
 from fusiontree import ModelSpec, load_spec
-from fusiontree.core import yaml
+from fusiontree.core.spec import yaml
 
 
 @pytest.mark.parametrize(

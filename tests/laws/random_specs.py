@@ -4,7 +4,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.spec import ModelSpec
 
 WIDTH = 16
 INNER = 24

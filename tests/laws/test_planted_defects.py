@@ -25,9 +25,9 @@ from fusiontree.branches import (
     rglru,
 )
 from fusiontree.branches.use import UseBranch
-from fusiontree.core import initialise as initialising
-from fusiontree.core.cache import Rows
-from fusiontree.core.modules import Module
+from fusiontree.core.contracts.cache import Rows
+from fusiontree.core.contracts.modules import Module
+from fusiontree.core.model import initialise as initialising
 from fusiontree.encodings import Alibi
 from fusiontree.encodings.rope import Rotary
 from fusiontree.encodings.srte import SincosTime, SrteSincos

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from random_specs import specs
 
-from fusiontree.core.cost import costs
+from fusiontree.core.model.cost import costs
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify, verify
 from fusiontree.testing import check_spec
 from fusiontree.testing.subject import Subject, far

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusiontree.core.contracts import REGISTRIES
+from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.testing import check, check_spec
 from fusiontree.zoo.presets import load_spec
 

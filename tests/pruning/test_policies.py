@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusiontree as ft
-from fusiontree.core.observation import BranchStatistics
+from fusiontree.core.probes.gate_statistics import BranchStatistics
 from fusiontree.errors import SpecError
 from fusiontree.pruning import (
     Evidence,

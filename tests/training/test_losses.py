@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree import ModelSpec, build
-from fusiontree.core import probes
+from fusiontree.core.probes import probes
 from fusiontree.data import IGNORED
 from fusiontree.testing.subject import randomised
 from fusiontree.training import LossesSpec

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import training_runs as runs
 
-from fusiontree import load
-from fusiontree.core import files, memory
+from fusiontree import files, load
+from fusiontree.core.model import memory
 from fusiontree.data.contents import Contents
 from fusiontree.recipes.train import main, run
 from fusiontree.training import RunError, TrainingFailed, checkpoint

@@ -8,7 +8,7 @@ import training_runs as runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.core.observation import Observation
+from fusiontree.core.probes.gate_statistics import Observation
 from fusiontree.training.monitor import WINDOW, GateMonitor, pooled
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import training_runs as runs
 
-from fusiontree.core.files import read_json, write_json
+from fusiontree.files import read_json, write_json
 from fusiontree.training import RunError
 from fusiontree.training.metrics import Metrics, latest, read
 from fusiontree.training.output import Output

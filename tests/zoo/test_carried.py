@@ -82,7 +82,7 @@ def test_keys_are_those_that_no_family_reads_as_a_part_of_the_function(name):
 def test_a_length_by_another_name_is_the_longest_text_too():
     lineage = [{"parent": "0", "edit": "imported", "config": {"model_max_length": 1048576}}]
     spec = ft.load_spec("tiny-llama").model_copy(
-        update={"lineage": tuple(ft.core.model_spec.Lineage.parse(each) for each in lineage)}
+        update={"lineage": tuple(ft.core.model.spec.Lineage.parse(each) for each in lineage)}
     )
     assert carried_by(spec) == {"max_position_embeddings": 1048576, "model_max_length": 1048576}
     assert carried_by(ft.load_spec("tiny-llama")) == {}

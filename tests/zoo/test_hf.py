@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 import fusiontree as ft
-from fusiontree.core.prefix import PrefixSpec
+from fusiontree.core.model.prefix import PrefixSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import family_of
 from fusiontree.zoo.directory import export_model, import_model

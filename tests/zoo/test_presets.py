@@ -6,8 +6,8 @@ from published import PUBLISHED, TINY
 from write_presets import MARKS, PAGE, SPECS, configs, table, text_of
 
 import fusiontree as ft
-from fusiontree.core import yaml
-from fusiontree.core.cost import costs
+from fusiontree.core.model.cost import costs
+from fusiontree.core.spec import yaml
 from fusiontree.zoo import FAMILIES, family_of
 from fusiontree.zoo.presets import load_spec, presets
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from fusiontree.core import yaml
+from fusiontree.core.spec import yaml
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import FAMILIES, family_of
 from fusiontree.zoo.directory import read_config

@@ -16,8 +16,8 @@ import torch
 from published import PUBLISHED, TINY
 
 import fusiontree as ft
-from fusiontree.core import yaml
-from fusiontree.core.cost import costs
+from fusiontree.core.model.cost import costs
+from fusiontree.core.spec import yaml
 from fusiontree.zoo import family_of
 
 ROOT = Path(__file__).parents[2]

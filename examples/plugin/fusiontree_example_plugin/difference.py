@@ -9,10 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from fusiontree.core.contracts import Scope, Weights, fusions
-from fusiontree.core.modules import constant, total
-from fusiontree.core.spec import Name, invalid
-from fusiontree.errors import suggest
+from fusiontree.components import Name, Scope, Weights, constant, fusions, invalid, suggest, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, example_branches
 from fusiontree.fusions.parts import Features
 

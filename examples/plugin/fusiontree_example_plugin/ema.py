@@ -13,10 +13,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import BranchSpec, Node, Scope, State, branches
-from fusiontree.core.modules import Linear, constant, fan_in, normal, wide
-from fusiontree.core.spec import Count
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Linear,
+    Node,
+    Scope,
+    State,
+    branches,
+    constant,
+    fan_in,
+    normal,
+    wide,
+)
 
 Stream = Float[Tensor, "batch time width"]
 Averages = Float[Tensor, "batch time hidden state"]

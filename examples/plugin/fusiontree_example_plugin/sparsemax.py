@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Gate, GateScope, Weights, gates
-from fusiontree.core.modules import wide
+from fusiontree.components import Context, Gate, GateScope, Weights, gates, wide
 from fusiontree.gates.base import Features, LearnedGateSpec, Logit
 
 

@@ -11,7 +11,7 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CommConfig, CompileConfig, DebugConfig
 from torchtitan.protocols import ModelSpec as TitanModelSpec
 
-from fusiontree.core.model import build
+from fusiontree.core.model.model import build
 from fusiontree.training.decay import decayed
 from fusiontree.training.output import Output
 from fusiontree.training.parallel import TIMEOUT, copies, rows_at_a_time

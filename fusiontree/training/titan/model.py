@@ -9,9 +9,9 @@ from torchtitan.config import CompileConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseModel
 
-from fusiontree.core.initialise import initialise
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.initialise import initialise
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.training.parallel import shard
 
 

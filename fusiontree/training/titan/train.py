@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from fusiontree import machine
-from fusiontree.core import memory
-from fusiontree.core.model import build
-from fusiontree.core.weights import save_weights
+from fusiontree.core.model import memory
+from fusiontree.core.model.model import build
+from fusiontree.core.model.weights import save_weights
 from fusiontree.errors import FusionTreeError
 from fusiontree.training.console import Console, Silent
 from fusiontree.training.errors import RunError

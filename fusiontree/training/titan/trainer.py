@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtitan.trainer import Trainer
 
-from fusiontree.core import probes
-from fusiontree.core.model import LanguageModel
-from fusiontree.core.observation import Observation
+from fusiontree.core.model.model import LanguageModel
+from fusiontree.core.probes import probes
+from fusiontree.core.probes.gate_statistics import Observation
 from fusiontree.data import HeldOut
 from fusiontree.training.errors import TrainingFailed
 from fusiontree.training.losses import captured, terms

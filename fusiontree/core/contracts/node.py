@@ -1,27 +1,24 @@
-"""What a component promises: the spec classes and modules that branches, fusions, gates and encodings derive from.
+"""What a branch promises, and what branches and fusions have in common.
 
 Shape letters everywhere: batch, time, width (of the residual stream), inner (of a branch), heads, head_dim,
 value_dim, state, groups, branches.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.core.context import Context, State, Table
-from fusiontree.core.modules import Module
-from fusiontree.core.registry import OneOf, Registry
-from fusiontree.core.spec import Name, NamedMap, Spec
+from fusiontree.core.contracts.context import Context, State
+from fusiontree.core.contracts.encoding import EncodingSpec, Hook
+from fusiontree.core.contracts.modules import Module
+from fusiontree.core.spec.base import Name, Problems, Spec
+from fusiontree.core.spec.registry import Registry
 from fusiontree.errors import suggest
-
-Hook = Literal["input", "rotate", "bias"]
-Problems = Iterator[tuple[str, str]]
-"""Pairs of a path inside the node and what is wrong there."""
 
 
 @dataclass(frozen=True)
@@ -206,193 +203,4 @@ class Binds(Node, ABC):
         raise NotImplementedError
 
 
-class EncodingSpec(Spec, ABC):
-    """A time base that branches share by naming it."""
-
-    hooks: ClassVar[frozenset[Hook]]
-
-    @classmethod
-    @abstractmethod
-    def example(cls, width: int) -> Self:
-        """A small valid instance; the laws are tested on it."""
-
-    @property
-    def limit(self) -> int | None:
-        """How many positions there are; None: any number."""
-        return None
-
-    @abstractmethod
-    def build(self, width: int, channels: Sequence[int]) -> "Encoding":
-        """The module; `channels` are the widths that branches let it rotate."""
-
-    def problems(self, channels: Iterator[int]) -> Iterator[str]:
-        """Why this encoding does not fit a branch that rotates these channels."""
-        yield from ()
-
-    def flops(self, width: int) -> float:
-        """Forward FLOPs per token of making the table."""
-        return 0.0
-
-    def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """As of a node."""
-        return {}
-
-    def sizes(self, width: int) -> Mapping[str, int]:
-        """As of a node."""
-        return {"width": width}
-
-
-class Encoding(Module, ABC):
-    """The module of an encoding."""
-
-    @abstractmethod
-    def forward(self, positions: Int[Tensor, "batch time"]) -> Table:
-        """Evaluate the encoding, once for each forward pass of the model."""
-        raise NotImplementedError
-
-
-Weights = dict[str, Tensor]
-"""Gate values by branch name, each [batch, time, units] or [units]; `units` equal groups of the width."""
-
-
-@dataclass(frozen=True)
-class GateScope:
-    """What surrounds a gate: the branches it weighs, the width it reads and the width it gates."""
-
-    branches: tuple[str, ...]
-    features: int
-    width: int
-
-
-class GateSpec(Spec, ABC):
-    """How much of each branch; the values of all branches sum to 1."""
-
-    @classmethod
-    @abstractmethod
-    def example(cls, branches: tuple[str, ...], width: int) -> Self:
-        """A small valid instance; the laws are tested on it."""
-
-    @abstractmethod
-    def build(self, scope: GateScope) -> "Gate":
-        """The module."""
-
-    def problems(self, scope: GateScope) -> Problems:
-        """Why the gate does not fit its fusion."""
-        yield from ()
-
-    @property
-    @abstractmethod
-    def reads_features(self) -> bool:
-        """Whether the values depend on the input."""
-
-    def units(self, width: int) -> int:
-        """How many groups of the width have a value of their own."""
-        return 1
-
-    def without(self, branch: str) -> "GateSpec":
-        """The gate of the same fusion less one branch; at least two are left."""
-        return self
-
-    def flops(self, scope: GateScope) -> float:
-        """Forward FLOPs per token."""
-        return 0.0
-
-    def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-        """As of a node; features, units and rank may be named."""
-        return {}
-
-    def sizes(self, scope: GateScope) -> Mapping[str, int]:
-        """As of a node."""
-        return {"features": scope.features, "units": self.units(scope.width)}
-
-
-class Told(Module):
-    """A module that is told of branches that are dropped. What it is told is a dictionary, which is one with that of
-    its twins where a shared node is used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: dict[str, Any] = {}
-
-    @property
-    def closed(self) -> frozenset[str]:
-        """The names of branches that are dropped for now."""
-        return self.told.get("closed", frozenset())
-
-    @closed.setter
-    def closed(self, names: frozenset[str]) -> None:
-        self.told["closed"] = names
-
-
-class Gate(Told, ABC):
-    """The module of a gate. `closed` branches have the value 0, and the others share theirs."""
-
-    @property
-    def forced(self) -> Mapping[str, float] | None:
-        """The values that `LanguageModel.force` puts in the place of what the gate returns."""
-        return self.told.get("forced")
-
-    @forced.setter
-    def forced(self, shares: Mapping[str, float] | None) -> None:
-        self.told["forced"] = shares
-
-    @abstractmethod
-    def forward(self, features: Float[Tensor, "batch time features"], context: Context) -> Weights:
-        """The value of every branch."""
-        raise NotImplementedError
-
-
-class Fusion(Told, Node, ABC):
-    """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
-
-    branches: nn.ModuleDict
-    gate: Gate | None
-
-
-def branch_path(fusion: str, branch: str) -> str:
-    """The path of a branch, from where the path of its fusion begins."""
-    return f"{fusion}.branches.{branch}" if fusion else f"branches.{branch}"
-
-
-class FusionSpec(NodeSpec, ABC):
-    """An inner node of the tree: how sibling branches meet. Its module has them in `branches`, a gate in `gate`."""
-
-    branches: "NamedMap[AnyNode]"
-
-    @property
-    def gate_spec(self) -> GateSpec | None:
-        """The gate, where the rule has one."""
-        return None
-
-    def gate_scope(self, scope: Scope) -> GateScope:
-        """What surrounds the gate, by what surrounds the fusion."""
-        return GateScope(tuple(self.branches), scope.width, scope.width)
-
-    @abstractmethod
-    def without(self, branch: str) -> "FusionSpec":
-        """The spec with one branch less and nothing left that only it used (law 8).
-
-        Raises:
-            SpecError: the branch is the last one.
-        """
-
-    def sole(self) -> str | None:
-        """The name of the one branch that the fusion passes on as it is; None if it does anything else."""
-        return None
-
-
 branches: Registry[BranchSpec] = Registry("branch", BranchSpec, home="fusiontree.branches")
-fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec, home="fusiontree.fusions")
-gates: Registry[GateSpec] = Registry("gate", GateSpec, home="fusiontree.gates")
-encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec, home="fusiontree.encodings")
-nodes: OneOf[NodeSpec] = OneOf("node", NodeSpec, (branches, fusions))
-
-AnyNode = Annotated[NodeSpec, nodes]
-"""A field that holds any branch or fusion."""
-FusionSpec.model_rebuild()  # whose branches are such fields
-AnyGate = Annotated[GateSpec, gates]
-"""A field that holds any gate."""
-AnyEncoding = Annotated[EncodingSpec, encodings]
-"""A field that holds any encoding."""
-REGISTRIES: dict[str, Registry[Any]] = {r.name: r for r in (branches, fusions, gates, encodings)}
-"""Every family by its name."""

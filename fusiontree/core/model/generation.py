@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree import machine
-from fusiontree.core import probes
-from fusiontree.core.boundaries import check_vocabulary
-from fusiontree.core.cache import Cache
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.contracts.cache import Cache
+from fusiontree.core.model.boundaries import check_vocabulary
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.core.probes import probes
 from fusiontree.errors import FusionTreeError
 
 Prompts = Int[Tensor, "batch time"] | Sequence[Sequence[int]]

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.compiling import eagerly
-from fusiontree.core.contracts import Fusion, Gate, Node, Weights, branch_path
-from fusiontree.core.observation import Observation, Real
+from fusiontree.core.contracts.fusion import Fusion, branch_path
+from fusiontree.core.contracts.gate import Gate, Weights
+from fusiontree.core.contracts.node import Node
+from fusiontree.core.probes.gate_statistics import Observation, Real
 from fusiontree.errors import SpecError, suggest
 
 

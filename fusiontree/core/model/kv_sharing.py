@@ -4,7 +4,7 @@ twice (cross-layer sharing; Hymba, arXiv 2411.13676; arXiv 2405.12981)."""
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fusiontree.core.context import Context, Shelf
+from fusiontree.core.contracts.context import Context, Shelf
 
 
 def split(path: str) -> tuple[int, str]:

@@ -3,10 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Node, Scope
-from fusiontree.core.modules import Normalise, scaled
-from fusiontree.core.stack import LayerSpec
+from fusiontree.core.contracts.context import Context
+from fusiontree.core.contracts.modules import Normalise, scaled
+from fusiontree.core.contracts.node import Node, Scope
+from fusiontree.core.model.layers import LayerSpec
 
 Stream = Float[Tensor, "batch time width"]
 PLACES = {"pre": ["before"], "post": ["after"], "sandwich": ["before", "after"], "none": []}

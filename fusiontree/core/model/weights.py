@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fusiontree.core import memory
-from fusiontree.core.model import LanguageModel, build
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model import memory
+from fusiontree.core.model.model import LanguageModel, build
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import WeightsError, suggest
 
 SPEC_FILE = "spec.yaml"

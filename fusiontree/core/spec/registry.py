@@ -12,7 +12,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema as cs
 
-from fusiontree.core.spec import Spec, invalid
+from fusiontree.core.spec.base import Spec, invalid
 from fusiontree.errors import SpecError, suggest
 
 S = TypeVar("S", bound=Spec)

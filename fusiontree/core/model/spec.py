@@ -9,11 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, StrictInt, ValidationError, model_validator
 
-from fusiontree.core import leftovers, paths, yaml
-from fusiontree.core.contracts import AnyEncoding, AnyNode, BranchSpec, FusionSpec, NodeSpec, Scope, branch_path
-from fusiontree.core.fields import is_open
-from fusiontree.core.modules import Norm
-from fusiontree.core.spec import (
+from fusiontree.core.contracts.encoding import AnyEncoding
+from fusiontree.core.contracts.fusion import AnyNode, FusionSpec, branch_path
+from fusiontree.core.contracts.modules import Norm
+from fusiontree.core.contracts.node import BranchSpec, NodeSpec, Scope
+from fusiontree.core.model.layers import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold, refold
+from fusiontree.core.spec import leftovers, paths, yaml
+from fusiontree.core.spec.base import (
     Count,
     Flag,
     NamedMap,
@@ -26,7 +28,7 @@ from fusiontree.core.spec import (
     parts,
     relocated,
 )
-from fusiontree.core.stack import MAX_LAYERS, Entry, LayerSpec, Repeat, expand, fold, refold
+from fusiontree.core.spec.fields import is_open
 from fusiontree.errors import SpecError, suggest
 
 

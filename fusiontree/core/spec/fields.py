@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from fusiontree.core.paths import Steps
-from fusiontree.core.registry import Family
-from fusiontree.core.spec import NamedMap, Spec
+from fusiontree.core.spec.base import NamedMap, Spec
+from fusiontree.core.spec.paths import Steps
+from fusiontree.core.spec.registry import Family
 from fusiontree.errors import SpecError
 
 

@@ -24,7 +24,7 @@ from pydantic_core import core_schema as cs
 from pydantic_core.core_schema import ErrorType
 from torch import nn
 
-from fusiontree.core import yaml
+from fusiontree.core.spec import yaml
 from fusiontree.errors import SpecError, suggest
 
 LARGEST = 2**31 - 1
@@ -62,6 +62,10 @@ class _SchemaGenerator(GenerateJsonSchema):
 
     def encode_default(self, dft: Any) -> Any:
         return super().encode_default(dict(dft) if isinstance(dft, OrderedMap) else dft)
+
+
+Problems = Iterator[tuple[str, str]]
+"""Pairs of a path inside a part and what is wrong there."""
 
 
 class Spec(BaseModel):

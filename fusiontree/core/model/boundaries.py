@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fusiontree.core.cache import Cache, Rows
+from fusiontree.core.contracts.cache import Cache, Rows
 from fusiontree.errors import FusionTreeError
 
 Ids = Int[Tensor, "batch time"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fusiontree.core.cache import Rows
+from fusiontree.core.contracts.cache import Rows
 
 Made = TypeVar("Made")
 State = dict[str, Tensor]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fusiontree.core.contracts import Weights
+from fusiontree.core.contracts.gate import Weights
 
 Real = Bool[Tensor, "batch time"]
 """Where tokens stand, and neither padding nor a prefix."""

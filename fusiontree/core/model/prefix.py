@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fusiontree.core.boundaries import Ids, Layout, readable
-from fusiontree.core.cache import Cache, Rows
-from fusiontree.core.model_spec import PrefixSpec
-from fusiontree.core.modules import Module, normal
+from fusiontree.core.contracts.cache import Cache, Rows
+from fusiontree.core.contracts.modules import Module, normal
+from fusiontree.core.model.boundaries import Ids, Layout, readable
+from fusiontree.core.model.spec import PrefixSpec
 
 Stream = Float[Tensor, "batch time width"]
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from fusiontree import products
-from fusiontree.core.spec import Positive, Spec
+from fusiontree.core.spec.base import Positive, Spec
 from fusiontree.errors import WeightsError
 
 Init = Callable[[Tensor, Generator], object]

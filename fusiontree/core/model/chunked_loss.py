@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.core.modules import wide
+from fusiontree.core.contracts.modules import wide
 
 Head = Callable[..., Float[Tensor, "tokens vocab"]]
 FEATURES = 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusiontree.core.model import build
-from fusiontree.core.model_spec import ModelSpec
+from fusiontree.core.model.model import build
+from fusiontree.core.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fusiontree.core import paths
-from fusiontree.core.spec import located
+from fusiontree.core.spec import paths
+from fusiontree.core.spec.base import located
 from fusiontree.errors import FEW
 
 Problem = tuple[tuple[str, ...], str]

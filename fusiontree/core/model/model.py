@@ -13,18 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fusiontree import products
 from fusiontree.compiling import allow_forms, any_size, eagerly
-from fusiontree.core import boundaries, generation, memory, probes
-from fusiontree.core.cache import Cache
-from fusiontree.core.context import Context
-from fusiontree.core.contracts import Binds, Encoding, Node, State
-from fusiontree.core.cross_entropy import NO_LABEL, cross_entropy
-from fusiontree.core.initialise import initialise
-from fusiontree.core.layer import Layer
-from fusiontree.core.lending import Ledger, Loans
-from fusiontree.core.model_spec import HeadSpec, ModelSpec
-from fusiontree.core.modules import Module, Normalise, constant, normal, scaled
-from fusiontree.core.observation import Observation
-from fusiontree.core.prefix import Places, Prefix, insert
+from fusiontree.core.contracts.cache import Cache
+from fusiontree.core.contracts.context import Context, State
+from fusiontree.core.contracts.encoding import Encoding
+from fusiontree.core.contracts.modules import Module, Normalise, constant, normal, scaled
+from fusiontree.core.contracts.node import Binds, Node
+from fusiontree.core.model import boundaries, generation, memory
+from fusiontree.core.model.chunked_loss import NO_LABEL, cross_entropy
+from fusiontree.core.model.initialise import initialise
+from fusiontree.core.model.kv_sharing import Ledger, Loans
+from fusiontree.core.model.layer import Layer
+from fusiontree.core.model.prefix import Places, Prefix, insert
+from fusiontree.core.model.spec import HeadSpec, ModelSpec
+from fusiontree.core.probes import probes
+from fusiontree.core.probes.gate_statistics import Observation
 from fusiontree.errors import FusionTreeError
 
 Ids = Int[Tensor, "batch time"]

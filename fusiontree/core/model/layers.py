@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import core_schema as cs
 
-from fusiontree.core import paths
-from fusiontree.core.contracts import AnyNode
-from fusiontree.core.modules import Norm
-from fusiontree.core.spec import Count, OrderedMap, Real, Spec, invalid
+from fusiontree.core.contracts.fusion import AnyNode
+from fusiontree.core.contracts.modules import Norm
+from fusiontree.core.spec import paths
+from fusiontree.core.spec.base import Count, OrderedMap, Real, Spec, invalid
 from fusiontree.errors import SpecError
 
 MAX_LAYERS = 10_000

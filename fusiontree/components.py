@@ -1,0 +1,93 @@
+"""What the author of a component imports: contracts, field types, the small modules, errors.
+
+A branch, a fusion, a gate or an encoding is one file, a spec class and its module, that needs this module and the
+operators of `fusiontree.kernels`; `docs/extend.md` writes one. What stands here is public; where `core` keeps it may
+change.
+"""
+
+from fusiontree import products
+from fusiontree.core.contracts.context import Context, State, Table
+from fusiontree.core.contracts.encoding import Encoding, EncodingSpec, Hook, encodings
+from fusiontree.core.contracts.fusion import AnyNode, Fusion, FusionSpec, branch_path, fusions
+from fusiontree.core.contracts.gate import AnyGate, Gate, GateScope, GateSpec, Weights, gates
+from fusiontree.core.contracts.modules import (
+    Linear,
+    Module,
+    Norm,
+    Normalise,
+    constant,
+    fan_in,
+    normal,
+    scaled,
+    total,
+    wide,
+)
+from fusiontree.core.contracts.node import Binds, BranchSpec, Node, NodeSpec, Scope, branches
+from fusiontree.core.spec.base import (
+    Count,
+    Flag,
+    Name,
+    NamedMap,
+    Natural,
+    NonNegative,
+    Positive,
+    Problems,
+    Real,
+    Spec,
+    invalid,
+)
+from fusiontree.core.spec.registry import Registry
+from fusiontree.errors import FusionTreeError, SpecError, suggest
+
+__all__ = [
+    "AnyGate",
+    "AnyNode",
+    "Binds",
+    "BranchSpec",
+    "Context",
+    "Count",
+    "Encoding",
+    "EncodingSpec",
+    "Flag",
+    "Fusion",
+    "FusionSpec",
+    "FusionTreeError",
+    "Gate",
+    "GateScope",
+    "GateSpec",
+    "Hook",
+    "Linear",
+    "Module",
+    "Name",
+    "NamedMap",
+    "Natural",
+    "Node",
+    "NodeSpec",
+    "NonNegative",
+    "Norm",
+    "Normalise",
+    "Positive",
+    "Problems",
+    "Real",
+    "Registry",
+    "Scope",
+    "Spec",
+    "SpecError",
+    "State",
+    "Table",
+    "Weights",
+    "branch_path",
+    "branches",
+    "constant",
+    "encodings",
+    "fan_in",
+    "fusions",
+    "gates",
+    "invalid",
+    "normal",
+    "products",
+    "scaled",
+    "suggest",
+    "total",
+    "wide",
+]

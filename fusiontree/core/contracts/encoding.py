@@ -1,0 +1,66 @@
+"""What an encoding promises: a time base that branches share by naming it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fusiontree.core.contracts.context import Table
+from fusiontree.core.contracts.modules import Module
+from fusiontree.core.spec.base import Spec
+from fusiontree.core.spec.registry import Registry
+
+Hook = Literal["input", "rotate", "bias"]
+
+
+class EncodingSpec(Spec, ABC):
+    """A time base that branches share by naming it."""
+
+    hooks: ClassVar[frozenset[Hook]]
+
+    @classmethod
+    @abstractmethod
+    def example(cls, width: int) -> Self:
+        """A small valid instance; the laws are tested on it."""
+
+    @property
+    def limit(self) -> int | None:
+        """How many positions there are; None: any number."""
+        return None
+
+    @abstractmethod
+    def build(self, width: int, channels: Sequence[int]) -> "Encoding":
+        """The module; `channels` are the widths that branches let it rotate."""
+
+    def problems(self, channels: Iterator[int]) -> Iterator[str]:
+        """Why this encoding does not fit a branch that rotates these channels."""
+        yield from ()
+
+    def flops(self, width: int) -> float:
+        """Forward FLOPs per token of making the table."""
+        return 0.0
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """As of a node."""
+        return {}
+
+    def sizes(self, width: int) -> Mapping[str, int]:
+        """As of a node."""
+        return {"width": width}
+
+
+class Encoding(Module, ABC):
+    """The module of an encoding."""
+
+    @abstractmethod
+    def forward(self, positions: Int[Tensor, "batch time"]) -> Table:
+        """Evaluate the encoding, once for each forward pass of the model."""
+        raise NotImplementedError
+
+
+encodings: Registry[EncodingSpec] = Registry("encoding", EncodingSpec, home="fusiontree.encodings")
+
+AnyEncoding = Annotated[EncodingSpec, encodings]
+"""A field that holds any encoding."""

@@ -1,0 +1,58 @@
+"""What a fusion promises: an inner node of the tree, where sibling branches meet."""
+
+from abc import ABC, abstractmethod
+from typing import Annotated
+
+from torch import nn
+
+from fusiontree.core.contracts.gate import Gate, GateScope, GateSpec, Told
+from fusiontree.core.contracts.node import Node, NodeSpec, Scope, branches
+from fusiontree.core.spec.base import NamedMap
+from fusiontree.core.spec.registry import OneOf, Registry
+
+
+class Fusion(Told, Node, ABC):
+    """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
+
+    branches: nn.ModuleDict
+    gate: Gate | None
+
+
+def branch_path(fusion: str, branch: str) -> str:
+    """The path of a branch, from where the path of its fusion begins."""
+    return f"{fusion}.branches.{branch}" if fusion else f"branches.{branch}"
+
+
+class FusionSpec(NodeSpec, ABC):
+    """An inner node of the tree: how sibling branches meet. Its module has them in `branches`, a gate in `gate`."""
+
+    branches: "NamedMap[AnyNode]"
+
+    @property
+    def gate_spec(self) -> GateSpec | None:
+        """The gate, where the rule has one."""
+        return None
+
+    def gate_scope(self, scope: Scope) -> GateScope:
+        """What surrounds the gate, by what surrounds the fusion."""
+        return GateScope(tuple(self.branches), scope.width, scope.width)
+
+    @abstractmethod
+    def without(self, branch: str) -> "FusionSpec":
+        """The spec with one branch less and nothing left that only it used (law 8).
+
+        Raises:
+            SpecError: the branch is the last one.
+        """
+
+    def sole(self) -> str | None:
+        """The name of the one branch that the fusion passes on as it is; None if it does anything else."""
+        return None
+
+
+fusions: Registry[FusionSpec] = Registry("fusion", FusionSpec, home="fusiontree.fusions")
+nodes: OneOf[NodeSpec] = OneOf("node", NodeSpec, (branches, fusions))
+
+AnyNode = Annotated[NodeSpec, nodes]
+"""A field that holds any branch or fusion."""
+FusionSpec.model_rebuild()  # whose branches are such fields

@@ -1,0 +1,110 @@
+"""What a gate promises: how much of each branch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fusiontree.core.contracts.context import Context
+from fusiontree.core.contracts.modules import Module
+from fusiontree.core.spec.base import Problems, Spec
+from fusiontree.core.spec.registry import Registry
+
+Weights = dict[str, Tensor]
+"""Gate values by branch name, each [batch, time, units] or [units]; `units` equal groups of the width."""
+
+
+@dataclass(frozen=True)
+class GateScope:
+    """What surrounds a gate: the branches it weighs, the width it reads and the width it gates."""
+
+    branches: tuple[str, ...]
+    features: int
+    width: int
+
+
+class GateSpec(Spec, ABC):
+    """How much of each branch; the values of all branches sum to 1."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls, branches: tuple[str, ...], width: int) -> Self:
+        """A small valid instance; the laws are tested on it."""
+
+    @abstractmethod
+    def build(self, scope: GateScope) -> "Gate":
+        """The module."""
+
+    def problems(self, scope: GateScope) -> Problems:
+        """Why the gate does not fit its fusion."""
+        yield from ()
+
+    @property
+    @abstractmethod
+    def reads_features(self) -> bool:
+        """Whether the values depend on the input."""
+
+    def units(self, width: int) -> int:
+        """How many groups of the width have a value of their own."""
+        return 1
+
+    def without(self, branch: str) -> "GateSpec":
+        """The gate of the same fusion less one branch; at least two are left."""
+        return self
+
+    def flops(self, scope: GateScope) -> float:
+        """Forward FLOPs per token."""
+        return 0.0
+
+    def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+        """As of a node; features, units and rank may be named."""
+        return {}
+
+    def sizes(self, scope: GateScope) -> Mapping[str, int]:
+        """As of a node."""
+        return {"features": scope.features, "units": self.units(scope.width)}
+
+
+class Told(Module):
+    """A module that is told of branches that are dropped. What it is told is a dictionary, which is one with that of
+    its twins where a shared node is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, Any] = {}
+
+    @property
+    def closed(self) -> frozenset[str]:
+        """The names of branches that are dropped for now."""
+        return self.told.get("closed", frozenset())
+
+    @closed.setter
+    def closed(self, names: frozenset[str]) -> None:
+        self.told["closed"] = names
+
+
+class Gate(Told, ABC):
+    """The module of a gate. `closed` branches have the value 0, and the others share theirs."""
+
+    @property
+    def forced(self) -> Mapping[str, float] | None:
+        """The values that `LanguageModel.force` puts in the place of what the gate returns."""
+        return self.told.get("forced")
+
+    @forced.setter
+    def forced(self, shares: Mapping[str, float] | None) -> None:
+        self.told["forced"] = shares
+
+    @abstractmethod
+    def forward(self, features: Float[Tensor, "batch time features"], context: Context) -> Weights:
+        """The value of every branch."""
+        raise NotImplementedError
+
+
+gates: Registry[GateSpec] = Registry("gate", GateSpec, home="fusiontree.gates")
+
+AnyGate = Annotated[GateSpec, gates]
+"""A field that holds any gate."""

@@ -1,0 +1,1 @@
+"""Data alone, no tensor: strict fields, errors by path, YAML, registries."""
