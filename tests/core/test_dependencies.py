@@ -14,7 +14,8 @@ import fusiontree
 
 ROOT = Path(fusiontree.__file__).parent
 FLOORS = (
-    {"errors", "files", "machine", "compiling"},
+    {"errors", "files", "compiling"},
+    {"machine"},
     {"products", "core.spec"},
     {"kernels", "core.contracts"},
     {"core.probes", "components"},

@@ -8,7 +8,7 @@ import torch
 import training_runs as runs
 
 from fusiontree import machine
-from fusiontree.core import yaml
+from fusiontree.core.spec import yaml
 from fusiontree.errors import SpecError
 from fusiontree.recipes.train import run
 from fusiontree.training import RunError, RunSpec
