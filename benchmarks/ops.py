@@ -21,7 +21,9 @@ from torch import Tensor
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from fusiontree.kernels import attention, selective_scan, ssd
+from fusiontree.kernels.attention import attention
+from fusiontree.kernels.selective_scan import selective_scan
+from fusiontree.kernels.ssd import ssd
 
 HEADS, KV_HEADS, HEAD_DIM, STATE = 16, 4, 64, 128
 ATTENTION_HEADS = 8

@@ -11,16 +11,13 @@ import fusiontree
 from fusiontree import machine
 from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import (
-    OPS,
-    AttentionRequest,
-    ConvRequest,
-    GatedDeltaRequest,
-    LinearRecurrenceRequest,
-    SelectiveScanRequest,
-    SSDRequest,
-    StepRequest,
-)
+from fusiontree.kernels import OPS
+from fusiontree.kernels.attention import AttentionRequest, StepRequest
+from fusiontree.kernels.causal_conv1d import ConvRequest
+from fusiontree.kernels.gated_delta import GatedDeltaRequest
+from fusiontree.kernels.linear_recurrence import LinearRecurrenceRequest
+from fusiontree.kernels.selective_scan import SelectiveScanRequest
+from fusiontree.kernels.ssd import SSDRequest
 
 PACKAGES = {
     "torchtitan": "training (fusiontree[train])",

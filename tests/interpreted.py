@@ -15,11 +15,13 @@ import torch
 from kernel_cases import TOLERANCE, Draw, assert_all_close, at_real, gradients
 from torch import Tensor
 
-from fusiontree.kernels import ATTENTION, CONV, SSD, AttentionInputs, ConvInputs, Op, SSDInputs
-from fusiontree.kernels.attn import fla as fla_attention
-from fusiontree.kernels.conv import fla as fla_conv
-from fusiontree.kernels.scan import fla as fla_scan
-from fusiontree.kernels.scan import mamba_ssm
+from fusiontree.kernels import Op
+from fusiontree.kernels.attention import ATTENTION, AttentionInputs
+from fusiontree.kernels.attention import fla as fla_attention
+from fusiontree.kernels.causal_conv1d import CONV, ConvInputs
+from fusiontree.kernels.causal_conv1d import fla as fla_conv
+from fusiontree.kernels.ssd import SSD, SSDInputs, mamba_ssm
+from fusiontree.kernels.ssd import fla as fla_scan
 
 TOLERANCE[torch.float16] = 3e-3
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fusiontree import build, load_spec, machine, products
-from fusiontree.kernels import attention, ssd
+from fusiontree.kernels.attention import attention
+from fusiontree.kernels.ssd import ssd
 
 ROUNDING = 2**-8
 """The most that rounding to bfloat16 once changes a number by."""

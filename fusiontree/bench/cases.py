@@ -15,15 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.bench.limits import Work
-from fusiontree.kernels import (
-    AttentionInputs,
-    ConvInputs,
-    GatedDeltaInputs,
-    LinearRecurrenceInputs,
-    SelectiveScanInputs,
-    SSDInputs,
-    StepInputs,
-)
+from fusiontree.kernels.attention import AttentionInputs, StepInputs
+from fusiontree.kernels.causal_conv1d import ConvInputs
+from fusiontree.kernels.gated_delta import GatedDeltaInputs
+from fusiontree.kernels.linear_recurrence import LinearRecurrenceInputs
+from fusiontree.kernels.selective_scan import SelectiveScanInputs
+from fusiontree.kernels.ssd import SSDInputs
 
 FORWARD, TRAINING = "forward", "training"
 TASKS = (FORWARD, TRAINING)

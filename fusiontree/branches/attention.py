@@ -32,7 +32,7 @@ from fusiontree.components import (
     invalid,
     scaled,
 )
-from fusiontree.kernels import Falling, Filled, Past, attention, attention_step
+from fusiontree.kernels.attention import Falling, Filled, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Channels = Float[Tensor, "batch time heads*channels"]

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.components import Module, fan_in, products
-from fusiontree.kernels.untraced import Untraced
+from fusiontree.kernels.common.untraced import Untraced
 
 Tokens = Float[Tensor, "tokens width"]
 Shares = Float[Tensor, "tokens top_k"]

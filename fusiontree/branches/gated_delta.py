@@ -31,7 +31,7 @@ from fusiontree.components import (
     invalid,
     wide,
 )
-from fusiontree.kernels import gated_delta, gated_delta_step
+from fusiontree.kernels.gated_delta import gated_delta, gated_delta_step
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]

@@ -32,8 +32,8 @@ from fusiontree.components import (
     invalid,
     wide,
 )
-from fusiontree.kernels import ssd, ssd_step
-from fusiontree.kernels.constants import constants
+from fusiontree.kernels.common.constants import constants
+from fusiontree.kernels.ssd import ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]

@@ -32,7 +32,7 @@ from fusiontree.components import (
     invalid,
     wide,
 )
-from fusiontree.kernels import selective_scan, selective_scan_step
+from fusiontree.kernels.selective_scan import selective_scan, selective_scan_step
 
 Stream = Float[Tensor, "batch time width"]
 Inner = Float[Tensor, "batch time inner"]

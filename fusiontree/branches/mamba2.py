@@ -36,7 +36,7 @@ from fusiontree.components import (
     scaled,
     wide,
 )
-from fusiontree.kernels import ssd, ssd_step
+from fusiontree.kernels.ssd import ssd, ssd_step
 
 Stream = Float[Tensor, "batch time width"]
 Inner = Float[Tensor, "batch time inner"]

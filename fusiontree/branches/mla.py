@@ -35,7 +35,7 @@ from fusiontree.components import (
     invalid,
     products,
 )
-from fusiontree.kernels import Past, attention, attention_step
+from fusiontree.kernels.attention import Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Heads = Float[Tensor, "batch time heads channels"]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from fusiontree.components import Context, Module, State, constant, fan_in
-from fusiontree.kernels import causal_conv1d, causal_conv1d_step
+from fusiontree.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 
 class Convolution(Module):

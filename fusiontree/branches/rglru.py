@@ -33,7 +33,7 @@ from fusiontree.components import (
     products,
     wide,
 )
-from fusiontree.kernels import linear_recurrence, linear_recurrence_step
+from fusiontree.kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
 Stream = Float[Tensor, "batch time width"]
 Inner = Float[Tensor, "batch time inner"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusiontree.components import Encoding, EncodingSpec, Hook, Positive, Table, encodings, invalid, scaled, wide
 from fusiontree.encodings.rope_scaling import AnyScaling
-from fusiontree.kernels.constants import constants
+from fusiontree.kernels.common.constants import constants
 
 Ids = Int[Tensor, "batch time"]
 Heads = Float[Tensor, "batch time heads channels"]

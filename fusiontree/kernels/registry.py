@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from fusiontree.errors import FusionTreeError, suggest
-from fusiontree.kernels.shapes import Shapes
+from fusiontree.kernels.common.shapes import Shapes
 
 
 class UnsupportedError(FusionTreeError):

@@ -14,7 +14,8 @@ from fusiontree.bench.kernels import Form, Settings, error_of, forms, measure_fo
 from fusiontree.bench.limits import Limits, measure_limits
 from fusiontree.bench.timing import FEWEST, measure
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import ATTENTION_STEP, OPS
+from fusiontree.kernels import OPS
+from fusiontree.kernels.attention import ATTENTION_STEP
 
 CPU = torch.device("cpu")
 QUICK = Settings(64, torch.float32, CPU, Limits(1e9, 1e9), seconds=0.0)

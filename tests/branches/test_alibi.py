@@ -8,7 +8,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi
 import fusiontree as ft
 from fusiontree.encodings.alibi import paper_slopes
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels.constants import kept
+from fusiontree.kernels.common.constants import kept
 from fusiontree.zoo.tensors import interleaved
 
 TIME, WIDTH = 40, 24

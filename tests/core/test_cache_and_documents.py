@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusiontree import LanguageModel, ModelSpec, build
 from fusiontree.branches import attention as branch
 from fusiontree.core.contracts.node import branches
-from fusiontree.kernels.attn import attention
+from fusiontree.kernels import attention
 from fusiontree.testing.check import models
 
 LEARNED: dict[str, Any] = {"encodings": {"time": {"kind": "srte_learned", "max_length": 8}}}

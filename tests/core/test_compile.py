@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fusiontree as ft
-from fusiontree.kernels.scan import chunked
+from fusiontree.kernels.ssd import chunked
 
 SPEC = {
     "vocab_size": 61,

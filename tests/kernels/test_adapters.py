@@ -12,30 +12,24 @@ import torch
 from kernel_cases import Draw, assert_all_close, assert_close, at_real, gradients, leaves
 from torch import Tensor
 
-from fusiontree.kernels import (
+from fusiontree.kernels import OPS, Op
+from fusiontree.kernels.attention import (
     ATTENTION,
-    CONV,
-    OPS,
-    SSD,
     AttentionInputs,
     AttentionRequest,
-    ConvInputs,
-    ConvRequest,
-    Op,
-    SSDInputs,
-    SSDRequest,
     attention,
-    causal_conv1d,
-    packages,
-    ssd,
+    flash_attn,
+    flex,
+    varlen,
+    xformers,
 )
-from fusiontree.kernels.attn import fla as fla_attention
-from fusiontree.kernels.attn import flash_attn, flex, varlen, xformers
-from fusiontree.kernels.conv import causal_conv1d_cuda
-from fusiontree.kernels.conv import fla as fla_conv
+from fusiontree.kernels.attention import fla as fla_attention
+from fusiontree.kernels.causal_conv1d import CONV, ConvInputs, ConvRequest, causal_conv1d, causal_conv1d_cuda
+from fusiontree.kernels.causal_conv1d import fla as fla_conv
+from fusiontree.kernels.common import packages
 from fusiontree.kernels.registry import serves_all
-from fusiontree.kernels.scan import fla as fla_scan
-from fusiontree.kernels.scan import mamba_ssm
+from fusiontree.kernels.ssd import SSD, SSDInputs, SSDRequest, mamba_ssm, ssd
+from fusiontree.kernels.ssd import fla as fla_scan
 
 TIME, ROWS = 13, 6
 REAL = {"mamba_ssm": mamba_ssm.load.__wrapped__, "varlen": varlen.load.__wrapped__}
@@ -304,7 +298,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
     monkeypatch.setattr(packages, "installed", found.get)
     monkeypatch.setattr(packages, "version", lambda name: "0.1")
     monkeypatch.setattr(fla_scan, "capability", lambda: (9, 0))
-    monkeypatch.setattr("fusiontree.kernels.attn.packing.capability", lambda: (9, 0))
+    monkeypatch.setattr("fusiontree.kernels.attention.packing.capability", lambda: (9, 0))
     monkeypatch.setattr(varlen, "built", lambda: True)
     monkeypatch.setattr(flex, "compiler", lambda: "cc")
     return found
@@ -428,7 +422,7 @@ def test_gradients_that_fla_refuses_on_hopper(
 
 
 def test_gpus_and_torch_that_lack_something(gpu: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusiontree.kernels.attn.packing.capability", lambda: (7, 5))
+    monkeypatch.setattr("fusiontree.kernels.attention.packing.capability", lambda: (7, 5))
     found = refusals(ATTENTION, cuda_request(ATTENTION))
     assert found["varlen"] == "only on GPUs of compute capability 8 to 12"
     assert found["flash_attn_3"] == "only on GPUs of compute capability 9 to 9"

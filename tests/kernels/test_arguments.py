@@ -4,17 +4,12 @@ import pytest
 import torch
 
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels import (
-    Falling,
-    Past,
-    attention,
-    attention_step,
-    causal_conv1d,
-    gated_delta,
-    linear_recurrence,
-    selective_scan,
-    ssd,
-)
+from fusiontree.kernels.attention import Falling, Past, attention, attention_step
+from fusiontree.kernels.causal_conv1d import causal_conv1d
+from fusiontree.kernels.gated_delta import gated_delta
+from fusiontree.kernels.linear_recurrence import linear_recurrence
+from fusiontree.kernels.selective_scan import selective_scan
+from fusiontree.kernels.ssd import ssd
 
 R = torch.randn
 Q, K = R(2, 6, 4, 8), R(2, 6, 2, 8)

@@ -20,8 +20,8 @@ from kernel_cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.kernels import ATTENTION, AttentionInputs, Past, UnsupportedError, attention
-from fusiontree.kernels.attn import blocked
+from fusiontree.kernels import UnsupportedError
+from fusiontree.kernels.attention import ATTENTION, AttentionInputs, Past, attention, blocked
 
 ROWS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 8
 SCALE = 0.4

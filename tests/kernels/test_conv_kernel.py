@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.kernels import CONV, ConvRequest, causal_conv1d
+from fusiontree.kernels.causal_conv1d import CONV, ConvRequest, causal_conv1d
 
 ROWS, CHANNELS = 6, 3
 REQUEST = ConvRequest("cpu", torch.float64, segments=True, taps=4, eights=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import Draw
 
-from fusiontree.kernels.documents import Packed, packed
+from fusiontree.kernels.common.documents import Packed, packed
 
 SEGMENTS = torch.tensor([[0, 0, 1, -1, -1], [-1, -1, -1, -1, -1], [2, 2, 2, 3, 3], [0, 0, 0, 0, -1]])
 VALUES = torch.arange(20.0).reshape(4, 5)

@@ -6,9 +6,9 @@ from kernel_cases import Draw, assert_close, at_real
 from torch import Tensor
 
 from fusiontree import compiling, machine
-from fusiontree.kernels import ATTENTION, AttentionInputs, UnsupportedError, attention
-from fusiontree.kernels.attn import flex
-from fusiontree.kernels.attn.op import sight
+from fusiontree.kernels import UnsupportedError
+from fusiontree.kernels.attention import ATTENTION, AttentionInputs, attention, flex
+from fusiontree.kernels.attention.visibility import visibility_of
 
 BLOCK = flex.BLOCK
 
@@ -27,7 +27,7 @@ def dense(blocks: flex.Blocks) -> Tensor:
 @pytest.mark.parametrize("window", [1, 2, 128, 129, 300, None])
 def test_blocks_are_those_with_visible_keys(window: int | None, time: int, packed: bool) -> None:
     segments = Draw(time).segments(time) if packed else None
-    first = sight(time, segments, None, (window, 0), torch.device("cpu")).first
+    first = visibility_of(time, segments, None, (window, 0), torch.device("cpu")).first_visible
     own = torch.arange(time)
     seen = (own >= first[..., None]) & (own <= own[:, None])
     blocks = -(-time // BLOCK)

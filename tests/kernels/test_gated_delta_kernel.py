@@ -21,8 +21,8 @@ from kernel_cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.kernels import GATED_DELTA, GatedDeltaRequest, gated_delta, gated_delta_step
-from fusiontree.kernels.scan import chunks
+from fusiontree.kernels.common import chunks
+from fusiontree.kernels.gated_delta import GATED_DELTA, GatedDeltaRequest, gated_delta, gated_delta_step
 
 ROWS, HEADS, KEY, VALUE = 6, 4, 5, 3
 REQUEST = GatedDeltaRequest("cpu", torch.float64, segments=True)

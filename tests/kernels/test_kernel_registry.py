@@ -4,8 +4,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fusiontree.kernels import OPS, Choice, Op, UnsupportedError, attention, ssd, use_backend
+from fusiontree.kernels import OPS, Choice, Op, UnsupportedError, use_backend
+from fusiontree.kernels.attention import attention
 from fusiontree.kernels.registry import UnsupportedError as Documented
+from fusiontree.kernels.ssd import ssd
 
 
 class Call(NamedTuple):

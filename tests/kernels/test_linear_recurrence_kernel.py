@@ -19,14 +19,14 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from fusiontree.kernels import (
+from fusiontree.kernels.common import tiling
+from fusiontree.kernels.common.tiling import Limits
+from fusiontree.kernels.linear_recurrence import (
     LINEAR_RECURRENCE,
     LinearRecurrenceRequest,
     linear_recurrence,
     linear_recurrence_step,
 )
-from fusiontree.kernels.scan import tiling
-from fusiontree.kernels.scan.tiling import Limits
 
 ROWS, CHANNELS = 6, 7
 BACKENDS = serving(LINEAR_RECURRENCE, LinearRecurrenceRequest("cpu", torch.float64, segments=True))

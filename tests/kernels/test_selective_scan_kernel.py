@@ -22,18 +22,17 @@ from kernel_cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.kernels import (
+from fusiontree.kernels.common import packages, tiling
+from fusiontree.kernels.common.tiling import Limits
+from fusiontree.kernels.registry import serves_all
+from fusiontree.kernels.selective_scan import (
     SELECTIVE_SCAN,
     SelectiveScanInputs,
     SelectiveScanRequest,
-    packages,
+    mamba_ssm,
     selective_scan,
     selective_scan_step,
 )
-from fusiontree.kernels.registry import serves_all
-from fusiontree.kernels.scan import tiling
-from fusiontree.kernels.scan.selective import mamba_ssm
-from fusiontree.kernels.scan.tiling import Limits
 
 ROWS, CHANNELS, STATE = 6, 4, 5
 ENTRIES = CHANNELS * STATE

@@ -18,7 +18,7 @@ from kernel_cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.kernels import SSD, SSDRequest, ssd, ssd_step
+from fusiontree.kernels.ssd import SSD, SSDRequest, ssd, ssd_step
 
 ROWS, HEADS, WIDTH, STATE = 6, 4, 3, 5
 REQUEST = SSDRequest("cpu", torch.float64, segments=True, gradients=True, even=False)

@@ -4,16 +4,9 @@ import pytest
 import torch
 from kernel_cases import Draw, assert_close, serving
 
-from fusiontree.kernels import (
-    ATTENTION_STEP,
-    Falling,
-    StepInputs,
-    UnsupportedError,
-    attention,
-    attention_step,
-    causal_conv1d,
-    causal_conv1d_step,
-)
+from fusiontree.kernels import UnsupportedError
+from fusiontree.kernels.attention import ATTENTION_STEP, Falling, StepInputs, attention, attention_step
+from fusiontree.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 HEADS, KV_HEADS, WIDTH, SCALE = 6, 2, 8, 0.3
 SLOPES = (0.013, 0.5, 1e-3, 0.11, 0.0, 2.0)

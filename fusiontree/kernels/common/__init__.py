@@ -1,0 +1,1 @@
+"""What operators share: documents, shapes, chunks, packages."""

@@ -1,1 +1,0 @@
-"""Short convolutions over time."""

@@ -1,1 +1,0 @@
-"""Linear recurrences with a matrix state."""
