@@ -30,7 +30,7 @@ class Visits(NamedTuple):
         return [torch.empty_like(self.x)]
 
 
-untraced = Untraced("experts", "Tensor x, Tensor counts, Tensor? gate, Tensor up, Tensor down", Visits)
+untraced = Untraced("experts", Visits)
 
 
 @untraced

@@ -34,7 +34,8 @@ def test_ten_thousand_decode_steps_drift_less_than_rounding():
 def megabytes_beyond_inputs(code):
     """Peak memory of a process that has its inputs, beyond what it had then."""
     peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
-    script = "import resource, torch\nfrom fusiontree.kernels import attention, ssd\n" + textwrap.dedent(code)
+    names = "from fusiontree.kernels.attention import attention\nfrom fusiontree.kernels.ssd import ssd\n"
+    script = f"import resource, torch\n{names}{textwrap.dedent(code)}"
     script = script.replace("RUN", f"before = {peak}\n") + f"\nprint({peak} - before)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     return float(done.stdout)

@@ -107,12 +107,8 @@ def per_head(op: str, slopes: Sequence[float], q: Float[Tensor, "... heads head_
 
 
 ATTENTION: Op[AttentionInputs] = Op("attention", Shapes(AttentionInputs, (("heads", "kv_heads"),)))
-untraced = Untraced(
-    "attention_untraced",
-    "Tensor q, Tensor k, Tensor v, int? window, float scale, float? softcap, Tensor? segments, float[]? slopes",
-    AttentionInputs,
-)
-"""Decorates backends, which serve no cached keys."""
+untraced = Untraced("attention_untraced", AttentionInputs, leave_out=("past", "prefix"))
+"""Decorates backends that `torch.compile` cannot look into; they serve no cached keys."""
 
 
 def attention(

@@ -55,12 +55,8 @@ class ConvInputs(NamedTuple):
 
 
 CONV: Op[ConvInputs] = Op("causal_conv1d", Shapes(ConvInputs))
-untraced = Untraced(
-    "causal_conv1d_untraced",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? segments",
-    ConvInputs,
-)
-"""Decorates backends."""
+untraced = Untraced("causal_conv1d_untraced", ConvInputs)
+"""Decorates backends that `torch.compile` cannot look into."""
 
 
 def causal_conv1d(

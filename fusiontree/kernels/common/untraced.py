@@ -7,7 +7,8 @@ operator cannot hold a graph of autograd; outside compiled models nothing is mad
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Generic, Protocol, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Generic, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -32,11 +33,30 @@ def _listed(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)
 
 
-class Untraced(Generic[InputsT]):
-    """Decorates backends of one operator; `schema` describes the fields of its inputs, as `torch.library` does."""
+def _schema(inputs: type, leave_out: Sequence[str]) -> list[str]:
+    """The fields of a named tuple as `torch.library` declares arguments."""
+    hints = {name: hint for name, hint in get_type_hints(inputs).items() if name not in leave_out}
+    return [f"{_declared(hint)} {name}" for name, hint in hints.items()]
 
-    def __init__(self, name: str, schema: str, make: Callable[..., InputsT]) -> None:
-        self.make, self.fields = make, schema.count(",") + 1
+
+def _declared(hint: Any) -> str:
+    """`Float[Tensor, "batch"] | None` is `Tensor?`, `int` is `int`, a tuple of floats `float[]`."""
+    if get_origin(hint) in (Union, UnionType):
+        kinds = {_declared(kind) for kind in get_args(hint) if kind is not NoneType}
+        (kind,) = kinds
+        return f"{kind}?" if NoneType in get_args(hint) else kind
+    if get_origin(hint) is tuple:
+        return f"{_declared(get_args(hint)[0])}[]"
+    return hint.__name__ if hint in (int, float, bool) else "Tensor"
+
+
+class Untraced(Generic[InputsT]):
+    """Decorates backends of one operator, whose arguments are the fields of a named tuple; those to `leave_out`, which
+    are the last ones, no such backend serves."""
+
+    def __init__(self, name: str, make: type[InputsT], *, leave_out: Sequence[str] = ()) -> None:
+        fields = _schema(make, leave_out)
+        schema, self.make, self.fields = ", ".join(fields), cast(Callable[..., InputsT], make), len(fields)
         self.runs: dict[str, Callable[[InputsT], Any]] = {}
         name, arguments = f"fusiontree::{name}", f"{schema}, str backend"
         self.forward = torch.library.custom_op(

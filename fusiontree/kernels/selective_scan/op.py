@@ -61,12 +61,8 @@ class SelectiveScanInputs(NamedTuple):
 
 
 SELECTIVE_SCAN: Op[SelectiveScanInputs] = Op("selective_scan", Shapes(SelectiveScanInputs, (("channels", "groups"),)))
-untraced = Untraced(
-    "selective_scan_untraced",
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? segments",
-    SelectiveScanInputs,
-)
-"""Decorates backends."""
+untraced = Untraced("selective_scan_untraced", SelectiveScanInputs)
+"""Decorates backends that `torch.compile` cannot look into."""
 
 
 def with_groups(values: Tensor, x: Tensor) -> Float[Tensor, "... groups state"]:

@@ -58,12 +58,8 @@ class SSDInputs(NamedTuple):
 
 
 SSD: Op[SSDInputs] = Op("ssd", Shapes(SSDInputs, (("heads", "groups"),)))
-untraced = Untraced(
-    "ssd_untraced",
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? segments",
-    SSDInputs,
-)
-"""Decorates backends."""
+untraced = Untraced("ssd_untraced", SSDInputs)
+"""Decorates backends that `torch.compile` cannot look into."""
 
 
 def ssd(
