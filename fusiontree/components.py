@@ -22,7 +22,7 @@ from fusiontree.core.contracts.modules import (
     total,
     wide,
 )
-from fusiontree.core.contracts.node import Binds, BranchSpec, Node, NodeSpec, Scope, branches
+from fusiontree.core.contracts.node import BranchSpec, Node, NodeSpec, Scope, SharedNodeUser, branches
 from fusiontree.core.spec.base import (
     Count,
     Flag,
@@ -42,7 +42,6 @@ from fusiontree.errors import FusionTreeError, SpecError, suggest
 __all__ = [
     "AnyGate",
     "AnyNode",
-    "Binds",
     "BranchSpec",
     "Context",
     "Count",
@@ -71,6 +70,7 @@ __all__ = [
     "Real",
     "Registry",
     "Scope",
+    "SharedNodeUser",
     "Spec",
     "SpecError",
     "State",

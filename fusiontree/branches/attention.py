@@ -97,7 +97,7 @@ class Attention(BranchSpec):
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate", "bias"})
-    lender_field: ClassVar[str | None] = "keys_from"
+    kv_source_field: ClassVar[str | None] = "keys_from"
     kind: Literal["attention"] = "attention"
     heads: Count
     kv_heads: Count
@@ -169,19 +169,19 @@ class Attention(BranchSpec):
         """The width of all heads side by side."""
         return self.heads * self.values
 
-    def refuses(self, lender: NodeSpec) -> str | None:
+    def sharing_problem(self, source: NodeSpec) -> str | None:
         """What differs of keys and values."""
-        if not isinstance(lender, Attention):
-            return f"keys_from: {self.keys_from} is no attention, found {getattr(lender, 'kind', None)}"
-        if lender.keys_from is not None:
-            return f"keys_from: {self.keys_from} uses those of {lender.keys_from}; name that"
+        if not isinstance(source, Attention):
+            return f"keys_from: {self.keys_from} is no attention, found {getattr(source, 'kind', None)}"
+        if source.keys_from is not None:
+            return f"keys_from: {self.keys_from} uses those of {source.keys_from}; name that"
         for name in ("kv_heads", "global_kv_heads", "head_dim", "values", "window"):
-            own, theirs = getattr(self, name), getattr(lender, name)
+            own, theirs = getattr(self, name), getattr(source, name)
             if own != theirs:
                 word = "value_dim" if name == "values" else name
                 return f"{word}: has to be that of {self.keys_from}, {theirs}, found {own}"
-        if self.encodings != lender.encodings:
-            have, found = (", ".join(each.encodings) or "none" for each in (lender, self))
+        if self.encodings != source.encodings:
+            have, found = (", ".join(each.encodings) or "none" for each in (source, self))
             return f"encodings: keys stand in those of {self.keys_from}, {have}, found {found}"
         return None
 
@@ -281,7 +281,7 @@ class AttentionBranch(Node):
         spec, groups = self.spec, self.groups
         x = scaled(context.encode(spec.encodings, x), spec.multipliers.input)
         q = self._by_head(self.q(x), spec.heads, self.q_norm, context)
-        keys = self._keys(x, context) if spec.keys_from is None else _borrowed(self, context)
+        keys = self._keys(x, context) if spec.keys_from is None else _received(self, context)
         parts = zip(groups, _split(q, [group.heads for group in groups]), keys, strict=True)
         heads = [self._attend(group, q, visible, context) for group, q, visible in parts]
         y = heads[0] if len(heads) == 1 else torch.cat(heads, 2)
@@ -303,9 +303,9 @@ class AttentionBranch(Node):
         v = self.v(x).view(*x.shape[:2], spec.kv_heads, spec.values)
         parts = zip(self.groups, _split(k, heads), _split(v, heads), strict=True)
         keys = [self._remember(group, k, v, context) for group, k, v in parts]
-        if self.lends:
-            assert context.lent is not None
-            context.lent.kept[self.place] = keys
+        if self.is_kv_source:
+            assert context.published is not None
+            context.published.values[self.local_path] = keys
         return keys
 
     def _remember(self, group: Group, k: Heads, v: Heads, context: Context) -> Keys:
@@ -358,9 +358,9 @@ class AttentionBranch(Node):
         }
 
 
-def _borrowed(node: Node, context: Context) -> list[Keys]:
-    assert context.borrowed is not None
-    return context.borrowed.kept[node.place]
+def _received(node: Node, context: Context) -> list[Keys]:
+    assert context.received is not None
+    return context.received.values[node.local_path]
 
 
 def _split(x: Heads, heads: list[int]) -> Sequence[Heads]:

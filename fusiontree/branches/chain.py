@@ -73,7 +73,7 @@ class Chain(BranchSpec):
         """The links."""
         yield from ((f"links.{name}", node) for name, node in self.links.items())
 
-    def around(self, child: str, scope: Scope) -> Scope:
+    def child_scope(self, child: str, scope: Scope) -> Scope:
         """What a link reads has a width of its own. Shared nodes have that of the stream, and fit in no other."""
         width = self._widths(scope)[child.removeprefix("links.")]
         return scope if width == scope.width else replace(scope, width=width, shared={})
@@ -89,7 +89,7 @@ class Chain(BranchSpec):
     def output_width(self, scope: Scope) -> int:
         """What the last link returns."""
         name, last = list(self.links.items())[-1]
-        return last.output_width(self.around(f"links.{name}", scope))
+        return last.output_width(self.child_scope(f"links.{name}", scope))
 
     def build(self, scope: Scope) -> "ChainBranch":
         """The module."""
@@ -115,7 +115,7 @@ class ChainBranch(Node):
     def __init__(self, spec: Chain, scope: Scope) -> None:
         super().__init__()
         self.spec = spec
-        around = {name: spec.around(f"links.{name}", scope) for name in spec.links}
+        around = {name: spec.child_scope(f"links.{name}", scope) for name in spec.links}
         self.links = nn.ModuleDict({name: node.build(around[name]) for name, node in spec.links.items()})
         self.norms = nn.ModuleDict({name: Normalise(norm, around[name].width) for name, norm in spec.norms.items()})
 

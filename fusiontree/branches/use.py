@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fusiontree.components import (
-    Binds,
     BranchSpec,
     Context,
     Count,
@@ -27,6 +26,7 @@ from fusiontree.components import (
     NodeSpec,
     Problems,
     Scope,
+    SharedNodeUser,
     Spec,
     branches,
     constant,
@@ -99,7 +99,7 @@ class Use(BranchSpec):
 
     def _shared(self, scope: Scope) -> Iterator[tuple[str, NodeSpec, Scope]]:
         """The nodes that run here, by their paths in the shared one."""
-        yield from scope.shared[self.of].within(scope.for_shared)
+        yield from scope.shared[self.of].walk(scope.for_shared)
 
     def _maps(self, scope: Scope) -> dict[str, Shape]:
         """The shape of every linear map of the shared node, by its path."""
@@ -172,7 +172,7 @@ class Adapted(nn.Module):
         return self.shared(x) + self.up(self.down(x))
 
 
-class UseBranch(Binds):
+class UseBranch(SharedNodeUser):
     """The module of `Use`. It runs a twin of the shared node, which has the same parameters but its own path.
 
     The twin is no submodule, so that parameters are found once, where they are shared.
@@ -187,7 +187,7 @@ class UseBranch(Binds):
         self.adapters = nn.ModuleDict(built)
         self.parts: list[tuple[nn.Module, dict[str, Any], Any]] = []
 
-    def bind(self, shared: nn.ModuleDict) -> None:
+    def attach(self, shared: nn.ModuleDict) -> None:
         """Make the twin.
 
         Raises:
@@ -205,12 +205,12 @@ class UseBranch(Binds):
         for path, module in twin.named_modules():
             if isinstance(module, Node):
                 below = f".{path}" if path else ""
-                module.path, module.place = self.path + below, self.place + below
+                module.path, module.local_path = self.path + below, self.local_path + below
         object.__setattr__(self, "twin", twin)  # nn.Module's own would register it
         parts = [*shared[self.spec.of].modules(), *self.adapters.modules()]
         self.parts = [(part, dict(part._modules), vars(part).get("forward")) for part in parts]
 
-    def is_current(self) -> bool:
+    def is_attached(self) -> bool:
         """Whether no part of the shared node, and no adapter, has been replaced by another module or `forward`."""
         current = (part._modules == then and vars(part).get("forward") is around for part, then, around in self.parts)
         return bool(self.parts) and all(current)
@@ -224,7 +224,7 @@ class UseBranch(Binds):
         self.twin.train(mode)
         return super().train(mode)
 
-    def stands(self) -> Iterator[Node]:
+    def stateful_nodes(self) -> Iterator[Node]:
         """The shared nodes at this place."""
         yield from (module for module in self.twin.modules() if isinstance(module, Node))
 

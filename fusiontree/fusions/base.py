@@ -135,7 +135,7 @@ class BaseFusionSpec(FusionSpec):
         """How many features the projection reads."""
         return self.fused_width(scope)
 
-    def without(self, branch: str) -> Self:
+    def without_branch(self, branch: str) -> Self:
         """The fusion less one branch, and less all that only the branch made useful."""
         if branch not in self.branches:
             raise SpecError(f"no branch is called {branch!r}{suggest(branch, self.branches)}")
@@ -143,7 +143,7 @@ class BaseFusionSpec(FusionSpec):
         if not left:
             raise SpecError(f"{branch!r} is the last branch; drop the fusion itself")
         data: dict[str, Any] = self.data() | {"branches": {name: node.data() for name, node in left.items()}}
-        data |= self.edit_rule(branch, len(left))
+        data |= self.rule_without(branch, len(left))
         if len(left) == 1:
             data["exchange"] = None
         gate = data.get("gate")
@@ -152,17 +152,17 @@ class BaseFusionSpec(FusionSpec):
             data["align"] = None
         return type(self).parse(data)
 
-    def sole(self) -> str | None:
+    def passthrough_branch(self) -> str | None:
         """The branch, if it is the only one and there is no part and no rule that changes it."""
         parts = (self.branch_norm, self.exchange, self.align, self.projection, self.mlp)
-        alone = len(self.branches) == 1 and not any(parts) and self.passes(next(iter(self.branches)))
+        alone = len(self.branches) == 1 and not any(parts) and self.is_identity(next(iter(self.branches)))
         return next(iter(self.branches)) if alone else None
 
-    def passes(self, branch: str) -> bool:
+    def is_identity(self, branch: str) -> bool:
         """Whether the rule leaves a single branch as it is."""
         return True
 
-    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def rule_without(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
         return {}
 
@@ -219,5 +219,5 @@ class BaseFusion(Fusion):
         return out if self.mlp is None else out + self.mlp(common, context)
 
     def _silent(self, features: Features) -> Features:
-        """No message wakes a closed branch."""
-        return {n: torch.zeros_like(h) if n in self.closed else h for n, h in features.items()}
+        """No message wakes a dropped branch."""
+        return {n: torch.zeros_like(h) if n in self.dropped else h for n, h in features.items()}

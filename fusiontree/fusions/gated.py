@@ -54,9 +54,9 @@ class Gated(BaseFusionSpec):
         """The module."""
         return GatedFusion(self, scope)
 
-    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def rule_without(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
-        return {"gate": self.gate.without(branch).data() if self.gate and left > 1 else None}
+        return {"gate": self.gate.without_branch(branch).data() if self.gate and left > 1 else None}
 
 
 class GatedFusion(BaseFusion):

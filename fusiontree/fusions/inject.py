@@ -46,7 +46,7 @@ class Inject(BaseFusionSpec):
         own = {"norm.weight": ("width",)} if self.norm and self.norm.gain != "none" else {}
         return {**super().axes(), **own}
 
-    def passes(self, branch: str) -> bool:
+    def is_identity(self, branch: str) -> bool:
         """The branch is not what is returned."""
         return False
 

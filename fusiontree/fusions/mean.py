@@ -31,11 +31,11 @@ class Mean(BaseFusionSpec):
         """The module."""
         return MeanFusion(self, scope)
 
-    def passes(self, branch: str) -> bool:
+    def is_identity(self, branch: str) -> bool:
         """Whether the rule leaves a single branch as it is."""
         return self.divisor == 1
 
-    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def rule_without(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
         return {"over": self.divisor}
 

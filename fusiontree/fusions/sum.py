@@ -36,11 +36,11 @@ class Sum(BaseFusionSpec):
         """The module."""
         return SumFusion(self, scope)
 
-    def passes(self, branch: str) -> bool:
+    def is_identity(self, branch: str) -> bool:
         """Whether the rule leaves a single branch as it is."""
         return self.multipliers.get(branch, 1.0) == 1.0
 
-    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def rule_without(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
         return {"multipliers": {name: value for name, value in self.multipliers.items() if name != branch}}
 

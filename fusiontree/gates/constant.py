@@ -59,7 +59,7 @@ class Constant(GateSpec):
         if missing:
             yield "values", f"every branch needs a share, found none for {', '.join(missing)}"
 
-    def without(self, branch: str) -> "Constant":
+    def without_branch(self, branch: str) -> "Constant":
         """The others' shares, grown to sum to 1."""
         return Constant(values=NamedMap(shared({n: v for n, v in self.values.items() if n != branch})))
 
@@ -71,7 +71,7 @@ def shared(values: dict[str, float]) -> dict[str, float]:
 
 
 class ConstantGate(Gate):
-    """The module of `Constant`; closed branches leave their share to the others."""
+    """The module of `Constant`; dropped branches leave their share to the others."""
 
     def __init__(self, spec: Constant) -> None:
         super().__init__()
@@ -79,5 +79,5 @@ class ConstantGate(Gate):
 
     def forward(self, features: Features, context: Context) -> Weights:
         """The shares."""
-        open_shares = shared({name: value for name, value in self.values.items() if name not in self.closed})
+        open_shares = shared({name: value for name, value in self.values.items() if name not in self.dropped})
         return {name: features.new_full((1,), open_shares.get(name, 0.0)) for name in self.values}

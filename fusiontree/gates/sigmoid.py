@@ -60,8 +60,8 @@ class TwoWayGate(Gate):
         """Both branches' values."""
         first, second = self.branches
         g = self.value(self.logit(features))
-        if self.closed:
-            g = g.new_full(g.shape, float(second in self.closed))
+        if self.dropped:
+            g = g.new_full(g.shape, float(second in self.dropped))
         return {first: g, second: 1 - g}
 
 

@@ -36,7 +36,7 @@ class Softmax(LearnedGateSpec):
 
 
 class SoftmaxGate(Gate):
-    """The module of `Softmax`; a closed branch has the logit -inf."""
+    """The module of `Softmax`; a dropped branch has the logit -inf."""
 
     def __init__(self, spec: Softmax, scope: GateScope) -> None:
         super().__init__()
@@ -46,6 +46,6 @@ class SoftmaxGate(Gate):
     def forward(self, features: Features, context: Context) -> Weights:
         """Every branch's values."""
         logits = {branch: logit(features) / self.temperature for branch, logit in self.logits.items()}
-        open_logits = [x if b not in self.closed else torch.full_like(x, -torch.inf) for b, x in logits.items()]
+        open_logits = [x if b not in self.dropped else torch.full_like(x, -torch.inf) for b, x in logits.items()]
         values = torch.stack(open_logits).softmax(0)
         return dict(zip(logits, values, strict=True))

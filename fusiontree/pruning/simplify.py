@@ -43,13 +43,13 @@ def _simple_layer(layer: LayerSpec, old: str, new: str, moved: PathMap) -> dict[
 
 def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any]:
     """A node's data without fusions that do nothing; notes where its parts have gone."""
-    if isinstance(node, FusionSpec) and (sole := node.sole()) is not None:
+    if isinstance(node, FusionSpec) and (sole := node.passthrough_branch()) is not None:
         inside = branch_path(old, sole)
         moved[inside] = new
         return _simple(node.branches[sole], inside, new, moved)
     data = node.data()
-    if node.borrows is not None and node.lender_field is not None:
-        data[node.lender_field] = new_path(node.borrows, moved)  # whose layer has been here before
+    if node.kv_source is not None and node.kv_source_field is not None:
+        data[node.kv_source_field] = new_path(node.kv_source, moved)  # whose layer has been here before
     for step, child in node.children():
         place = data
         *above, last = step.split(".")
@@ -61,7 +61,9 @@ def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any
 
 def still_needed(spec: ModelSpec) -> list[str]:
     """The fusions of a single branch that stay, since their norm, projection or rule changes what the branch gives."""
-    return [path for path, fusion in spec.fusions() if len(fusion.branches) == 1 and fusion.sole() is None]
+    return [
+        path for path, fusion in spec.fusions() if len(fusion.branches) == 1 and fusion.passthrough_branch() is None
+    ]
 
 
 def new_path(path: str, moved: PathMap) -> str:

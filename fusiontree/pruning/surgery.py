@@ -46,10 +46,12 @@ def _outermost(drops: Iterable[str]) -> list[str]:
 
 def _check_loans(spec: ModelSpec, drops: list[str]) -> None:
     """Nobody is left who uses keys and values of what goes."""
-    gone = {path for path, *_ in spec.running() if any(path == drop or path.startswith(f"{drop}.") for drop in drops)}
-    for path, node, _ in spec.running():
-        if node.borrows in gone and path not in gone:
-            raise PruneError(f"{node.borrows}: cannot be dropped exactly: {path} reads its keys; drop that, too")
+    gone = {
+        path for path, *_ in spec.layer_nodes() if any(path == drop or path.startswith(f"{drop}.") for drop in drops)
+    }
+    for path, node, _ in spec.layer_nodes():
+        if node.kv_source in gone and path not in gone:
+            raise PruneError(f"{node.kv_source}: cannot be dropped exactly: {path} reads its keys; drop that, too")
 
 
 def _drop(data: dict[str, Any], path: str, spec: ModelSpec) -> None:
@@ -62,7 +64,7 @@ def _drop(data: dict[str, Any], path: str, spec: ModelSpec) -> None:
         fusion = nodes.parse(paths.get(data, place))
         assert isinstance(fusion, FusionSpec)
         try:
-            paths.put(data, place, fusion.without(name).data())
+            paths.put(data, place, fusion.without_branch(name).data())
         except SpecError as error:
             raise PruneError(f"{path}: {error}") from None
     else:
@@ -83,14 +85,14 @@ def _drop_sublayer(data: dict[str, Any], path: str) -> None:
 def droppable(spec: ModelSpec) -> list[str]:
     """Every path that a plan may drop: branches, sub-layers and layers."""
     branches = dict(spec.branches())
-    found = [path for path, *_ in spec.running() if path in branches or path.count(".") == 2]
+    found = [path for path, *_ in spec.layer_nodes() if path in branches or path.count(".") == 2]
     layers = [f"layers.{index}" for index, layer in enumerate(spec.expanded_layers()) if layer.mixer or layer.ffn]
     return [*layers, *found]
 
 
 def _drop_unnamed(data: dict[str, Any]) -> None:
     """Shared nodes that nobody uses any more go, then encodings that nobody names."""
-    used = {node.uses for _, node, _ in ModelSpec.parse(data).running()}
+    used = {node.uses for _, node, _ in ModelSpec.parse(data).layer_nodes()}
     data["shared"] = {name: node for name, node in data["shared"].items() if name in used}
     branches = (node for _, node in ModelSpec.parse(data).nodes() if isinstance(node, BranchSpec))
     named = {name for branch in branches for name in branch.encodings}

@@ -103,10 +103,10 @@ def _tables(subject: Subject) -> str | None:
 
 
 def _axis_tables(spec: ModelSpec) -> dict[str, tuple]:
-    lenders = {node.borrows for _, node in spec.nodes()}
+    sources = {node.kv_source for _, node in spec.nodes()}
     tables: dict[str, tuple] = {}
-    for path, node, scope in spec.placed():
-        tied = path.startswith("shared.") or path in lenders or node.borrows is not None
+    for path, node, scope in spec.nodes_with_scope():
+        tied = path.startswith("shared.") or path in sources or node.kv_source is not None
         tables[path] = (node.axes(), node.sizes(scope), _rigid(node, tied=tied))
     for name, encoding in spec.encodings.items():
         rigid = frozenset({"width", "max_length"})
@@ -371,7 +371,7 @@ def cache_size(subject: Subject) -> str | None:
 
 def _cache_size(subject: Subject, length: int, dtype: torch.dtype) -> str | None:
     cache = build(subject.spec, device="meta", dtype=dtype).new_cache(3, length)
-    for path, node, scope in subject.spec.running():
+    for path, node, scope in subject.spec.layer_nodes():
         predicted = 3 * node.cache_bytes(scope, length + scope.prefix, dtype)
         here = [state for place, state in cache.states.items() if place == path or (node.uses and _below(place, path))]
         found = sum(tensor.nbytes for state in here for tensor in state.values())

@@ -213,9 +213,9 @@ class TestDrop:
 
 
 def traces(built: LanguageModel) -> int:
-    """Hooks and closed branches that are still there."""
+    """Hooks and dropped branches that are still there."""
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in built.modules())
-    return hooks + sum(len(getattr(module, "closed", ())) for module in built.modules())
+    return hooks + sum(len(getattr(module, "dropped", ())) for module in built.modules())
 
 
 PROBES: dict[str, Callable[[LanguageModel], AbstractContextManager[Any]]] = {
@@ -252,4 +252,4 @@ def test_nested_drops_end_one_by_one() -> None:
         assert torch.equal(built(tokens(1, 4)), outer)
         gate = built.get_submodule(GATE)
         assert isinstance(gate, Gate)
-        assert gate.closed == {"mamba"}
+        assert gate.dropped == {"mamba"}

@@ -339,7 +339,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     """A model of one or two layers, perhaps repeated, with the encodings that it names."""
     stack = draw(st.lists(layers(), min_size=1, max_size=2))
     stack = [{"repeat": 2, "layers": stack}] if draw(st.booleans()) and len(stack) == 1 else stack
-    stack += draw(borrowers(stack))
+    stack += draw(readers_of_keys(stack))
     head = {"tied": draw(st.booleans()), "softcap": draw(st.sampled_from([None, 5.0])), "bias": draw(st.booleans())}
     shared = {"ffn": {"kind": "swiglu", "hidden": 4}, "attention": draw(attentions())}
     shared = {name: node for name, node in shared.items() if f"'use', 'of': '{name}'" in str(stack)}
@@ -359,13 +359,13 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 
 
 @st.composite
-def borrowers(draw: st.DrawFn, stack: list[Data]) -> list[Data]:
+def readers_of_keys(draw: st.DrawFn, stack: list[Data]) -> list[Data]:
     """Perhaps a layer that uses keys and values of the first."""
-    lender = stack[0].get("mixer", {})
-    if lender.get("kind") != "attention" or draw(st.booleans()):
+    source = stack[0].get("mixer", {})
+    if source.get("kind") != "attention" or draw(st.booleans()):
         return []
     own = draw(attentions())
-    keys = {name: lender[name] for name in ("heads", "kv_heads", "head_dim", "window")}
-    keys |= {name: lender.get(name, 0) for name in ("global_heads", "global_kv_heads")}
-    keys |= {"encodings": lender["encodings"]}
+    keys = {name: source[name] for name in ("heads", "kv_heads", "head_dim", "window")}
+    keys |= {name: source.get(name, 0) for name in ("global_heads", "global_kv_heads")}
+    keys |= {"encodings": source["encodings"]}
     return [{"mixer": own | keys | {"keys_from": "layers.0.mixer"}}]

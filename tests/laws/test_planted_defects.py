@@ -267,6 +267,6 @@ def test_message_wakes_a_closed_branch(monkeypatch):
 
 def test_closed_branch_keeps_its_share(monkeypatch):
     monkeypatch.setattr(
-        SigmoidGate, "closed", property(lambda self: frozenset(), lambda self, value: None), raising=False
+        SigmoidGate, "dropped", property(lambda self: frozenset(), lambda self, value: None), raising=False
     )
     assert broken_laws(Sigmoid) == "pruned"

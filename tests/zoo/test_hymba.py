@@ -166,7 +166,7 @@ def test_the_published_cache():
     and of 128 meta tokens, and four taps of convolutions. The paper does not say what it counts; this is one of the two
     counts that give its figure. What a cache takes here has three taps and the states, in float32."""
     spec, attention, convolutions, others = ft.load_spec("hymba-1.5b"), 0, 0, 0
-    for _, node, scope in spec.running():
+    for _, node, scope in spec.layer_nodes():
         bytes_ = node.cache_bytes(scope, 8000 + 128, torch.float16)
         if node.kind == "attention":
             attention += bytes_

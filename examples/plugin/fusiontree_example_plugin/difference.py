@@ -44,10 +44,10 @@ class Difference(BaseFusionSpec):
         """The parts' axes, and one value for each fused channel."""
         return {**super().axes(), **({"scale": ("fused_width",)} if self.minus else {})}
 
-    def passes(self, branch: str) -> bool:
+    def is_identity(self, branch: str) -> bool:
         return branch != self.minus
 
-    def edit_rule(self, branch: str, left: int) -> dict[str, Any]:
+    def rule_without(self, branch: str, left: int) -> dict[str, Any]:
         return {"minus": None} if branch == self.minus else {}
 
 

@@ -39,7 +39,7 @@ class Sparsemax(LearnedGateSpec):
 
 
 class SparsemaxGate(Gate):
-    """The module of `Sparsemax`; a closed branch has the logit -inf."""
+    """The module of `Sparsemax`; a dropped branch has the logit -inf."""
 
     def __init__(self, spec: Sparsemax, scope: GateScope) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class SparsemaxGate(Gate):
     def forward(self, features: Features, context: Context) -> Weights:
         """Every branch's values."""
         logits = {branch: logit(features) for branch, logit in self.logits.items()}
-        open_logits = [x if b not in self.closed else torch.full_like(x, -torch.inf) for b, x in logits.items()]
+        open_logits = [x if b not in self.dropped else torch.full_like(x, -torch.inf) for b, x in logits.items()]
         return dict(zip(logits, sparsemax(torch.stack(open_logits)), strict=True))
 
 

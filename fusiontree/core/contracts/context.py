@@ -34,23 +34,30 @@ class Table:
         return None
 
 
-class Shelf:
-    """What nodes of a layer lend, by their places. No dictionary, of which FSDP would give a layer a copy."""
+class SharedValues:
+    """Values that nodes of one layer publish for later layers, by local path. Not a dict: FSDP copies dict arguments,
+    and writes to the copy would be lost."""
 
-    def __init__(self, kept: Mapping[str, Any] | None = None) -> None:
-        self.kept: dict[str, Any] = dict(kept or {})
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        self.values: dict[str, Any] = dict(values or {})
 
 
 @dataclass(frozen=True)
 class Context:
     """Where each token stands, and what came before.
 
-    `segments` numbers the documents of each row from 0: segment 0 continues what the cache holds, any other
-    starts from nothing, -1 is padding and only ever trails. None means one document and no padding. `states` are
-    those of one layer, by the place of the node in it, so that equal layers have equal contexts; so is what its
-    nodes have `borrowed` from earlier layers, and what they have `lent` to later ones. `embedding` is what the first
-    layer reads, where a node reads it again. `text` is where tokens stand and no prefix; None: everywhere. `made` holds
-    what `once` has made.
+    Attributes:
+        positions: of the tokens; they restart at each document and go on behind what the cache holds.
+        segments: numbers the documents of each row from 0. Segment 0 continues what the cache holds, any other starts
+            from nothing; -1 is padding, which only ever trails. None: one document and no padding.
+        tables: the encodings at these positions, by name.
+        rows: where the rows stand; None without a cache.
+        states: the current layer's cache, keyed by path within the layer, so that equal layers compile to one graph.
+        embedding: what the first layer reads, for nodes that read it again.
+        received: values that earlier layers published, by the local path of the node that reads them.
+        published: where nodes of this layer leave values for later layers, by their local paths.
+        text: where tokens stand and no prefix; None: everywhere.
+        made: what `once` has made.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -59,8 +66,8 @@ class Context:
     rows: Rows | None = None
     states: Mapping[str, State] | None = None
     embedding: Float[Tensor, "batch time width"] | None = None
-    borrowed: Shelf | None = None
-    lent: Shelf | None = None
+    received: SharedValues | None = None
+    published: SharedValues | None = None
     text: Bool[Tensor, "batch time"] | None = None
     made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 

@@ -5,14 +5,14 @@ from typing import Annotated
 
 from torch import nn
 
-from fusiontree.core.contracts.gate import Gate, GateScope, GateSpec, Told
+from fusiontree.core.contracts.gate import Gate, GateScope, GateSpec, Probed
 from fusiontree.core.contracts.node import Node, NodeSpec, Scope, branches
 from fusiontree.core.spec.base import NamedMap
 from fusiontree.core.spec.registry import OneOf, Registry
 
 
-class Fusion(Told, Node, ABC):
-    """The module of a fusion. `closed` branches count as 0 wherever their features are read."""
+class Fusion(Probed, Node, ABC):
+    """The module of a fusion. `dropped` branches count as 0 wherever their features are read."""
 
     branches: nn.ModuleDict
     gate: Gate | None
@@ -38,14 +38,14 @@ class FusionSpec(NodeSpec, ABC):
         return GateScope(tuple(self.branches), scope.width, scope.width)
 
     @abstractmethod
-    def without(self, branch: str) -> "FusionSpec":
+    def without_branch(self, branch: str) -> "FusionSpec":
         """The spec with one branch less and nothing left that only it used (law 8).
 
         Raises:
             SpecError: the branch is the last one.
         """
 
-    def sole(self) -> str | None:
+    def passthrough_branch(self) -> str | None:
         """The name of the one branch that the fusion passes on as it is; None if it does anything else."""
         return None
 

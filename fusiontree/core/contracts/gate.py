@@ -51,7 +51,7 @@ class GateSpec(Spec, ABC):
         """How many groups of the width have a value of their own."""
         return 1
 
-    def without(self, branch: str) -> "GateSpec":
+    def without_branch(self, branch: str) -> "GateSpec":
         """The gate of the same fusion less one branch; at least two are left."""
         return self
 
@@ -68,35 +68,35 @@ class GateSpec(Spec, ABC):
         return {"features": scope.features, "units": self.units(scope.width)}
 
 
-class Told(Module):
-    """A module that is told of branches that are dropped. What it is told is a dictionary, which is one with that of
-    its twins where a shared node is used."""
+class Probed(Module):
+    """Holds what `drop` and `force` set. Clones of a shared node share this dictionary, so setting it once reaches all
+    of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: dict[str, Any] = {}
+        self.probe_state: dict[str, Any] = {}
 
     @property
-    def closed(self) -> frozenset[str]:
+    def dropped(self) -> frozenset[str]:
         """The names of branches that are dropped for now."""
-        return self.told.get("closed", frozenset())
+        return self.probe_state.get("dropped", frozenset())
 
-    @closed.setter
-    def closed(self, names: frozenset[str]) -> None:
-        self.told["closed"] = names
+    @dropped.setter
+    def dropped(self, names: frozenset[str]) -> None:
+        self.probe_state["dropped"] = names
 
 
-class Gate(Told, ABC):
-    """The module of a gate. `closed` branches have the value 0, and the others share theirs."""
+class Gate(Probed, ABC):
+    """The module of a gate. `dropped` branches have the value 0, and the others share theirs."""
 
     @property
     def forced(self) -> Mapping[str, float] | None:
         """The values that `LanguageModel.force` puts in the place of what the gate returns."""
-        return self.told.get("forced")
+        return self.probe_state.get("forced")
 
     @forced.setter
     def forced(self, shares: Mapping[str, float] | None) -> None:
-        self.told["forced"] = shares
+        self.probe_state["forced"] = shares
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "batch time features"], context: Context) -> Weights:

@@ -41,12 +41,12 @@ class Scope:
 class NodeSpec(Spec, ABC):
     """A branch or a fusion: something that maps [batch, time, width] to [batch, time, width], causally.
 
-    `rigid` axes have an order that matters; along any other axis parts may change places. `lender_field` is the field
-    that holds the path of a node whose `Context.lent` the module reads.
+    `rigid` axes have an order that matters; along any other axis parts may change places. `kv_source_field`
+    is the field that holds the path of a node of an earlier layer, whose published values the module reads.
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width"})
-    lender_field: ClassVar[str | None] = None
+    kv_source_field: ClassVar[str | None] = None
 
     @classmethod
     @abstractmethod
@@ -61,15 +61,15 @@ class NodeSpec(Spec, ABC):
         """The nodes directly inside, each with its path from here."""
         yield from ()
 
-    def around(self, child: str, scope: Scope) -> Scope:
+    def child_scope(self, child: str, scope: Scope) -> Scope:
         """What surrounds a node inside, by its path from here."""
         return scope
 
-    def within(self, scope: Scope, path: str = "") -> Iterator[tuple[str, "NodeSpec", Scope]]:
+    def walk(self, scope: Scope, path: str = "") -> Iterator[tuple[str, "NodeSpec", Scope]]:
         """This node and all inside, each with its path (that of this one is given) and what surrounds it."""
         yield path, self, scope
         for step, child in self.children():
-            yield from child.within(self.around(step, scope), f"{path}.{step}" if path else step)
+            yield from child.walk(self.child_scope(step, scope), f"{path}.{step}" if path else step)
 
     def problems(self, scope: Scope) -> Problems:
         """What only the surroundings can show to be wrong."""
@@ -86,13 +86,13 @@ class NodeSpec(Spec, ABC):
         return False
 
     @property
-    def borrows(self) -> str | None:
-        """The path of the node of an earlier layer whose `Context.lent` the module reads, if there is one."""
-        return None if self.lender_field is None else getattr(self, self.lender_field)
+    def kv_source(self) -> str | None:
+        """The path of the node of an earlier layer whose published values the module reads; None: it reads none."""
+        return None if self.kv_source_field is None else getattr(self, self.kv_source_field)
 
-    def refuses(self, lender: "NodeSpec") -> str | None:
-        """Why that node's cannot be read, or None."""
-        return f"{getattr(lender, 'kind', 'it')} lends nothing"
+    def sharing_problem(self, source: "NodeSpec") -> str | None:
+        """Why the values of the node at `kv_source` do not fit, or None."""
+        return f"{getattr(source, 'kind', 'it')} shares nothing"
 
     @property
     def uses(self) -> str | None:
@@ -164,12 +164,13 @@ def _has_hook(scope: Scope, name: str, hook: Hook) -> bool:
 
 
 class Node(Module, ABC):
-    """The module of a branch or a fusion. The model tells it its `path` in the tree, and its `place` in its layer."""
+    """The module of a branch or a fusion. The model tells it its `path` in the tree, and its `local_path`, which
+    begins in its layer."""
 
     path: str = ""
-    place: str = ""
-    lends: bool = False
-    """Whether a node of a later layer borrows from it."""
+    local_path: str = ""
+    is_kv_source: bool = False
+    """Whether a node of a later layer reads the values that this one publishes."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time features"]:
@@ -182,24 +183,24 @@ class Node(Module, ABC):
 
     def state(self, context: Context) -> State | None:
         """The cache of this node, None when there is no cache."""
-        return None if context.states is None else context.states[self.place]
+        return None if context.states is None else context.states[self.local_path]
 
-    def stands(self) -> Iterator["Node"]:
+    def stateful_nodes(self) -> Iterator["Node"]:
         """The nodes that keep a cache here: this one, and where it uses shared nodes, those in its place."""
         yield self
 
 
-class Binds(Node, ABC):
+class SharedNodeUser(Node, ABC):
     """A node that runs a shared one, to which the model introduces it once both know their paths."""
 
     @abstractmethod
-    def bind(self, shared: nn.ModuleDict) -> None:
+    def attach(self, shared: nn.ModuleDict) -> None:
         """Find the shared node by its name."""
         raise NotImplementedError
 
     @abstractmethod
-    def is_current(self) -> bool:
-        """Whether the shared node is still made of what it was when `bind` found it."""
+    def is_attached(self) -> bool:
+        """Whether the shared node is still made of what it was when `attach` found it."""
         raise NotImplementedError
 
 

@@ -39,7 +39,9 @@ def costs(spec: ModelSpec, *, length: int, dtype: torch.dtype = torch.float32) -
     """
     modules, stream = dict(build(spec, device="meta").named_modules()), length + spec.prefix_length
     share = stream / length  # what a prefix costs is spread over the tokens
-    own = {p: (share * n.flops(scope, stream), n.cache_bytes(scope, stream, dtype)) for p, n, scope in spec.running()}
+    own = {
+        p: (share * n.flops(scope, stream), n.cache_bytes(scope, stream, dtype)) for p, n, scope in spec.layer_nodes()
+    }
     encodings = [(f"encodings.{name}", encoding) for name, encoding in spec.encodings.items()]
     kinds = {path: str(getattr(part, "kind", "")) for path, part in [*spec.nodes(), *encodings]}
     own["head"] = (2.0 * spec.width * spec.vocab_size, 0)

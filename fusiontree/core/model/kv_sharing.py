@@ -1,47 +1,48 @@
-"""What nodes of earlier layers lend to nodes of later ones within a forward pass: keys and values that are not made
-twice (cross-layer sharing; Hymba, arXiv 2411.13676; arXiv 2405.12981)."""
+"""Keys and values that later layers read instead of making their own, within one forward pass (cross-layer sharing;
+Hymba, arXiv 2411.13676; arXiv 2405.12981)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fusiontree.core.contracts.context import Context, Shelf
+from fusiontree.core.contracts.context import Context, SharedValues
 
 
 def split(path: str) -> tuple[int, str]:
-    """The layer of a path, and the place in it."""
-    _, layer, place = path.split(".", 2)
-    return int(layer), place
+    """The layer of a path, and the path within the layer."""
+    _, layer, local_path = path.split(".", 2)
+    return int(layer), local_path
 
 
-class Loans:
-    """Who borrows from whom in a model: by the layer of a borrower and its place there, the layer and the place of who
-    lends; and by the layer of a lender, the last that reads."""
+class SharingPlan:
+    """Which node reads the values of which: by reading layer and local path, the source's layer and local path; and
+    by source layer, the last layer that reads from it."""
 
-    def __init__(self, borrows: Mapping[str, str]) -> None:
-        self.places: dict[int, dict[str, tuple[int, str]]] = {}
-        self.last: dict[int, int] = {}
-        for borrower, lender in borrows.items():
-            layer, place = split(borrower)
-            self.places.setdefault(layer, {})[place] = split(lender)
-            self.last[split(lender)[0]] = max(layer, self.last.get(split(lender)[0], 0))
+    def __init__(self, kv_sources: Mapping[str, str]) -> None:
+        self.sources: dict[int, dict[str, tuple[int, str]]] = {}
+        self.last_reader: dict[int, int] = {}
+        for reader, source in kv_sources.items():
+            layer, local_path = split(reader)
+            self.sources.setdefault(layer, {})[local_path] = split(source)
+            self.last_reader[split(source)[0]] = max(layer, self.last_reader.get(split(source)[0], 0))
 
     def __bool__(self) -> bool:
-        return bool(self.places)
+        return bool(self.sources)
 
 
-class Ledger:
-    """The loans of one forward pass."""
+class SharingPass:
+    """The values shared in one forward pass; values are kept until their last reader has run."""
 
-    def __init__(self, loans: Loans) -> None:
-        self.loans = loans
-        self.lent: dict[int, Shelf] = {}
+    def __init__(self, plan: SharingPlan) -> None:
+        self.plan = plan
+        self.published: dict[int, SharedValues] = {}
 
     def enter(self, layer: int, context: Context) -> Context:
-        """What a layer is told: what its nodes borrow, and where they may leave what they lend."""
-        places = self.loans.places.get(layer, {}).items()
-        borrowed = Shelf({place: self.lent[there].kept[name] for place, (there, name) in places})
-        lent = Shelf()
-        self.lent = {there: kept for there, kept in self.lent.items() if self.loans.last[there] > layer}
-        if layer in self.loans.last:
-            self.lent[layer] = lent
-        return replace(context, borrowed=borrowed, lent=lent)
+        """The context of a layer: the values that its nodes read, and a place for the values that they publish."""
+        sources = self.plan.sources.get(layer, {}).items()
+        received = SharedValues({path: self.published[there].values[name] for path, (there, name) in sources})
+        published = SharedValues()
+        last = self.plan.last_reader
+        self.published = {there: values for there, values in self.published.items() if last[there] > layer}
+        if layer in last:
+            self.published[layer] = published
+        return replace(context, received=received, published=published)

@@ -105,7 +105,7 @@ class ModelSpec(Spec):
     def _problems(self) -> Iterator[tuple[str, str]]:
         """What does not fit its surroundings, by path: for nodes what they say, and widths that are not the
         stream's (what is inside a fusion, the fusion looks at)."""
-        for path, node, scope in self.placed():
+        for path, node, scope in self.nodes_with_scope():
             yield from ((f"{path}.{where}", text) for where, text in node.problems(scope))
             width = node.output_width(scope)
             if _is_sublayer(path) and width != scope.width:
@@ -129,24 +129,24 @@ class ModelSpec(Spec):
         """The layers, one by one."""
         return expand(self.layers)
 
-    def placed(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
+    def nodes_with_scope(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
         """Every branch and fusion with its path and what surrounds it, parents before children, shared ones first."""
         scope = self.scope
         for name, node in self.shared.items():
-            yield from node.within(scope.for_shared, f"shared.{name}")
+            yield from node.walk(scope.for_shared, f"shared.{name}")
         for index, layer in enumerate(self.expanded_layers()):
             for slot in ("mixer", "ffn"):
                 node = getattr(layer, slot)
                 if node is not None:
-                    yield from node.within(scope, f"layers.{index}.{slot}")
+                    yield from node.walk(scope, f"layers.{index}.{slot}")
 
-    def running(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
+    def layer_nodes(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
         """Those that a forward pass meets on its way through the layers; shared ones run where they are used."""
-        yield from (found for found in self.placed() if found[0].startswith("layers."))
+        yield from (found for found in self.nodes_with_scope() if found[0].startswith("layers."))
 
     def nodes(self) -> Iterator[tuple[str, NodeSpec]]:
         """Every branch and fusion with its path."""
-        yield from ((path, node) for path, node, _ in self.placed())
+        yield from ((path, node) for path, node, _ in self.nodes_with_scope())
 
     def fusions(self) -> Iterator[tuple[str, FusionSpec]]:
         """Every fusion with its path."""
@@ -164,7 +164,7 @@ class ModelSpec(Spec):
     def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence's cache of `length` tokens takes, keys stored in `dtype`."""
         length += self.prefix_length
-        return sum(node.cache_bytes(scope, length, dtype) for _, node, scope in self.running())
+        return sum(node.cache_bytes(scope, length, dtype) for _, node, scope in self.layer_nodes())
 
     def rotated_channels(self, encoding: str) -> tuple[int, ...]:
         """How many channels branches let this encoding rotate, each number once."""
@@ -305,20 +305,20 @@ def _is_sublayer(path: str) -> bool:
 
 
 def _sharing_problems(nodes: Mapping[str, NodeSpec]) -> Iterator[tuple[str, str]]:
-    """Lenders that are not there, come too late, or lend what does not fit, by the path of who borrows."""
-    lenders = {path: node for path, node in nodes.items() if path.startswith("layers.")}
+    """Sources of shared keys that do not exist, come too late, or do not fit, by the path of the node that reads."""
+    sources = {path: node for path, node in nodes.items() if path.startswith("layers.")}
     for path, node in nodes.items():
-        if node.borrows is None:
+        if node.kv_source is None:
             continue
-        lender = lenders.get(node.borrows)
-        if path not in lenders:
+        source = sources.get(node.kv_source)
+        if path not in sources:
             found = "a shared node cannot read those of another"
-        elif lender is None:
-            found = f"no node is at {node.borrows!r}{suggest(node.borrows, lenders)}"
-        elif _layer(node.borrows) >= _layer(path):
-            found = f"an earlier layer is needed, found {node.borrows}"
+        elif source is None:
+            found = f"no node is at {node.kv_source!r}{suggest(node.kv_source, sources)}"
+        elif _layer(node.kv_source) >= _layer(path):
+            found = f"an earlier layer is needed, found {node.kv_source}"
         else:
-            found = node.refuses(lender)
+            found = node.sharing_problem(source)
         if found is not None:
             yield path, found
 

@@ -126,7 +126,7 @@ def drop(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
         for path in dict.fromkeys([paths] if isinstance(paths, str) else paths):
             for place, node in _dropped(modules, path):
                 stack.callback(node.register_forward_hook(_zero).remove)
-                _close(modules, place, stack)
+                _mark_dropped(modules, place, stack)
         yield
 
 
@@ -143,13 +143,13 @@ def _zero(node: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
-def _close(modules: Mapping[str, nn.Module], place: str, stack: ExitStack) -> None:
-    """Tell the fusion around a branch, and its gate, that the branch is closed."""
+def _mark_dropped(modules: Mapping[str, nn.Module], place: str, stack: ExitStack) -> None:
+    """Tell the fusion around a branch, and its gate, that the branch is dropped."""
     fusion, name = _branches(modules).get(place, (None, ""))
     for module in (fusion, fusion and fusion.gate):
         if module is not None:
-            stack.callback(setattr, module, "closed", module.closed)
-            module.closed = module.closed | {name}
+            stack.callback(setattr, module, "dropped", module.dropped)
+            module.dropped = module.dropped | {name}
 
 
 def _branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Fusion, str]]:
