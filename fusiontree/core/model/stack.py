@@ -16,7 +16,7 @@ from fusiontree.core.contracts.cache import Cache
 from fusiontree.core.contracts.context import Context, State
 from fusiontree.core.contracts.encoding import Encoding
 from fusiontree.core.contracts.modules import Module, Normalise, normal, scaled
-from fusiontree.core.contracts.node import Binds, Node
+from fusiontree.core.contracts.node import Node, SharedNodeUser
 from fusiontree.core.model import boundaries, memory
 from fusiontree.core.model.arguments import Ids, check_count, check_positions, check_shapes, checked_tokens
 from fusiontree.core.model.kv_sharing import SharingPass, SharingPlan
@@ -67,7 +67,7 @@ class Stack(nn.Module):
         for path, node in self.nodes():
             node.path, node.local_path = path, ".".join(path.split(".")[2:])
             node.is_kv_source = path in kv_sources.values()
-        self.users = [node for _, node in self.nodes() if isinstance(node, Binds)]
+        self.users = [node for _, node in self.nodes() if isinstance(node, SharedNodeUser)]
         self.attach()
 
     @property
@@ -78,7 +78,7 @@ class Stack(nn.Module):
     def attach(self) -> None:
         """Let uses of shared nodes find them, again where a tool (LoRA, quantisation) has replaced parts of a node."""
         for node in self.users:
-            if not node.is_current():
+            if not node.is_attached():
                 node.attach(self.shared)
 
     def compile(self, **options: Any) -> None:
@@ -103,7 +103,7 @@ class Stack(nn.Module):
         """Every node that a forward pass meets; shared ones once for each use, with the path of the use."""
         for path, node in self.nodes():
             if path.startswith("layers."):
-                yield from node.stands()
+                yield from node.stateful_nodes()
 
     def new_states(self, batch_size: int, capacity: int | None, like: Tensor) -> dict[str, State]:
         """The empty cache of every node that has one, by path; a compiled stack takes any capacity in one form."""
