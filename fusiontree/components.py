@@ -11,10 +11,10 @@ from fusiontree.core.contracts.encoding import Encoding, EncodingSpec, Hook, enc
 from fusiontree.core.contracts.fusion import AnyNode, Fusion, FusionSpec, branch_path, fusions
 from fusiontree.core.contracts.gate import AnyGate, Gate, GateScope, GateSpec, Weights, gates
 from fusiontree.core.contracts.modules import (
-    Linear,
+    LinearModule,
     Module,
     Norm,
-    Normalise,
+    NormModule,
     constant,
     fan_in,
     normal,
@@ -55,7 +55,7 @@ __all__ = [
     "GateScope",
     "GateSpec",
     "Hook",
-    "Linear",
+    "LinearModule",
     "Module",
     "Name",
     "NamedMap",
@@ -64,7 +64,7 @@ __all__ = [
     "NodeSpec",
     "NonNegative",
     "Norm",
-    "Normalise",
+    "NormModule",
     "Positive",
     "Problems",
     "Real",

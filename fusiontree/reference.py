@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic_core import PydanticUndefined
 
 from fusiontree.core.spec.base import LARGEST, OrderedMap, Spec
-from fusiontree.core.spec.registry import Family
+from fusiontree.core.spec.registry import KindFamily
 
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "mapping"}
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
@@ -96,7 +96,7 @@ def _allowed(annotation: Any) -> str:
 
 def _annotated(base: Any, marks: tuple[Any, ...]) -> str:
     for mark in marks:
-        if isinstance(mark, Family):
+        if isinstance(mark, KindFamily):
             return f"any {mark.name}"
     bounds = " and ".join(_bounds(marks))
     return f"{_allowed(base)} {bounds}".strip()
@@ -129,7 +129,7 @@ def below(spec: type[Spec]) -> list[type[Spec]]:
 
 def _classes(annotation: Any) -> Iterator[type[Spec]]:
     inside = get_args(annotation)
-    if any(isinstance(mark, Family) for mark in inside):
+    if any(isinstance(mark, KindFamily) for mark in inside):
         return
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         yield annotation

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusiontree import compiling, machine
 from fusiontree.bench.cases import CASES, FORWARD, TASKS, TRAINING, Case
-from fusiontree.bench.limits import Limits, measure_limits
+from fusiontree.bench.limits import MachineLimits, measure_limits
 from fusiontree.bench.timing import measure
 from fusiontree.core.model.memory import usable
 from fusiontree.errors import FusionTreeError, suggest
@@ -42,7 +42,7 @@ class Settings:
     tokens: int
     dtype: torch.dtype
     device: torch.device
-    limits: Limits
+    limits: MachineLimits
     tasks: tuple[str, ...] = TASKS
     seconds: float = 1.0
 

@@ -19,7 +19,7 @@ class Work(NamedTuple):
     bytes: float
 
 
-class Limits(NamedTuple):
+class MachineLimits(NamedTuple):
     """A machine's rates, a second; a copy counts what it reads and what it writes."""
 
     flops: float
@@ -28,7 +28,7 @@ class Limits(NamedTuple):
     def seconds(self, work: Work) -> float:
         """The least time that the work can take where both are done at once.
 
-        >>> Limits(flops=100.0, bytes=10.0).seconds(Work(flops=100.0, bytes=20.0))
+        >>> MachineLimits(flops=100.0, bytes=10.0).seconds(Work(flops=100.0, bytes=20.0))
         2.0
         """
         return max(work.flops / self.flops, work.bytes / self.bytes)
@@ -36,11 +36,11 @@ class Limits(NamedTuple):
 
 def measure_limits(
     dtype: torch.dtype, device: torch.device, *, side: int = SIDE, copied: int = COPIED, seconds: float = 0.5
-) -> Limits:
+) -> MachineLimits:
     """The best of several products in `dtype` and of several copies, each repeated for about `seconds`."""
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     product = min(repeat(lambda: a @ b, device, seconds=seconds))
     copy = min(repeat(lambda: target.copy_(source), device, seconds=seconds))
-    return Limits(2 * side**3 / product, 2 * copied / copy)
+    return MachineLimits(2 * side**3 / product, 2 * copied / copy)

@@ -17,12 +17,12 @@ from fusiontree.components import (
     Count,
     Flag,
     Hook,
-    Linear,
+    LinearModule,
     Natural,
     Node,
     NodeSpec,
     Norm,
-    Normalise,
+    NormModule,
     Positive,
     Real,
     Scope,
@@ -198,9 +198,9 @@ class Attention(BranchSpec):
         """Queries and keys rotate."""
         yield self.head_dim
 
-    def build(self, scope: Scope) -> "AttentionBranch":
+    def build(self, scope: Scope) -> "AttentionModule":
         """The module."""
-        return AttentionBranch(self, scope)
+        return AttentionModule(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, and scores and values over the mean number of visible keys."""
@@ -253,26 +253,26 @@ def mean_visible(window: int | None, length: int) -> float:
     return w - w * (w - 1) / (2 * length)
 
 
-def _qk_norm(spec: Attention, heads: int) -> Normalise | None:
+def _qk_norm(spec: Attention, heads: int) -> NormModule | None:
     if spec.qk_norm is None:
         return None
-    return Normalise(spec.qk_norm, spec.head_dim if spec.qk_norm.over == "head" else heads * spec.head_dim)
+    return NormModule(spec.qk_norm, spec.head_dim if spec.qk_norm.over == "head" else heads * spec.head_dim)
 
 
-class AttentionBranch(Node):
+class AttentionModule(Node):
     """The module of `Attention`: separate q, k, v and out; windowed heads come first."""
 
     def __init__(self, spec: Attention, scope: Scope) -> None:
         super().__init__()
         self.spec, self.prefix, width = spec, scope.prefix, scope.width
-        self.q = Linear(width, spec.heads * spec.head_dim, bias=spec.bias)
+        self.q = LinearModule(width, spec.heads * spec.head_dim, bias=spec.bias)
         self.q_norm = _qk_norm(spec, spec.heads)
         if spec.keys_from is None:
-            self.k = Linear(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
-            self.v = Linear(width, spec.kv_heads * spec.values, bias=spec.bias)
+            self.k = LinearModule(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
+            self.v = LinearModule(width, spec.kv_heads * spec.values, bias=spec.bias)
             self.k_norm = _qk_norm(spec, spec.kv_heads)
-        self.gate = Linear(width, spec.inner, bias=spec.bias) if spec.gate else None
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.gate = LinearModule(width, spec.inner, bias=spec.bias) if spec.gate else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
         self.scale = spec.scale or spec.head_dim**-0.5
         self.groups = spec.groups()
 
@@ -288,7 +288,7 @@ class AttentionBranch(Node):
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return y if self.out is None else self.out(y)
 
-    def _by_head(self, x: Channels, heads: int, norm: Normalise | None, context: Context) -> Heads:
+    def _by_head(self, x: Channels, heads: int, norm: NormModule | None, context: Context) -> Heads:
         """Queries or keys, normalised and rotated."""
         spec, together = self.spec, self.spec.qk_norm is not None and self.spec.qk_norm.over == "all"
         x = norm(x) if norm and together else x

@@ -19,7 +19,7 @@ from fusiontree.components import (
     Node,
     NodeSpec,
     Norm,
-    Normalise,
+    NormModule,
     Scope,
     branches,
     invalid,
@@ -91,9 +91,9 @@ class Chain(BranchSpec):
         name, last = list(self.links.items())[-1]
         return last.output_width(self.child_scope(f"links.{name}", scope))
 
-    def build(self, scope: Scope) -> "ChainBranch":
+    def build(self, scope: Scope) -> "ChainModule":
         """The module."""
-        return ChainBranch(self, scope)
+        return ChainModule(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
         """None but the links'."""
@@ -109,7 +109,7 @@ class Chain(BranchSpec):
         return {"width": scope.width} | {f"{name}_width": width for name, width in self._widths(scope).items()}
 
 
-class ChainBranch(Node):
+class ChainModule(Node):
     """The module of `Chain`."""
 
     def __init__(self, spec: Chain, scope: Scope) -> None:
@@ -117,7 +117,7 @@ class ChainBranch(Node):
         self.spec = spec
         around = {name: spec.child_scope(f"links.{name}", scope) for name in spec.links}
         self.links = nn.ModuleDict({name: node.build(around[name]) for name, node in spec.links.items()})
-        self.norms = nn.ModuleDict({name: Normalise(norm, around[name].width) for name, norm in spec.norms.items()})
+        self.norms = nn.ModuleDict({name: NormModule(norm, around[name].width) for name, norm in spec.norms.items()})
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Link by link."""

@@ -9,7 +9,19 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.components import BranchSpec, Context, Count, Flag, Linear, Node, Real, Scope, Spec, invalid, scaled
+from fusiontree.components import (
+    BranchSpec,
+    Context,
+    Count,
+    Flag,
+    LinearModule,
+    Node,
+    Real,
+    Scope,
+    Spec,
+    invalid,
+    scaled,
+)
 
 Stream = Float[Tensor, "batch time width"]
 Activation = Callable[[Tensor], Tensor]
@@ -63,9 +75,9 @@ class FeedForwardSpec(BranchSpec):
         """Whether a second map gates the first."""
         raise NotImplementedError
 
-    def build(self, scope: Scope) -> "FeedForward":
+    def build(self, scope: Scope) -> "FeedForwardModule":
         """The module."""
-        return FeedForward(self, scope.width)
+        return FeedForwardModule(self, scope.width)
 
     def maps(self) -> tuple[str, ...]:
         """The maps into the hidden features."""
@@ -88,16 +100,16 @@ class FeedForwardSpec(BranchSpec):
         return {"width": scope.width, "hidden": self.hidden}
 
 
-class FeedForward(Node):
+class FeedForwardModule(Node):
     """The module of a feed-forward spec."""
 
     def __init__(self, spec: FeedForwardSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
         self.activation = ACTIVATIONS[spec.activation_name]
-        self.gate = Linear(width, spec.hidden, bias=spec.bias) if spec.gated else None
-        self.up = Linear(width, spec.hidden, bias=spec.bias)
-        self.down = Linear(spec.hidden, width, bias=spec.bias)
+        self.gate = LinearModule(width, spec.hidden, bias=spec.bias) if spec.gated else None
+        self.up = LinearModule(width, spec.hidden, bias=spec.bias)
+        self.down = LinearModule(spec.hidden, width, bias=spec.bias)
 
     def forward(self, x: Stream, context: Context) -> Stream:
         """Each position on its own."""

@@ -21,10 +21,10 @@ from fusiontree.components import (
     Count,
     Flag,
     Hook,
-    Linear,
+    LinearModule,
     Node,
     Norm,
-    Normalise,
+    NormModule,
     Scope,
     State,
     branches,
@@ -125,9 +125,9 @@ class GatedDelta(BranchSpec):
         """Queries and keys rotate."""
         yield self.head_dim
 
-    def build(self, scope: Scope) -> "GatedDeltaBranch":
+    def build(self, scope: Scope) -> "GatedDeltaModule":
         """The module."""
-        return GatedDeltaBranch(self, scope.width)
+        return GatedDeltaModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, the convolution, and the recurrence: two reads of every state and one outer product."""
@@ -169,26 +169,26 @@ class GatedDelta(BranchSpec):
         return {"width": scope.width, **own, **shares, **ranks}
 
 
-class GatedDeltaBranch(Node):
+class GatedDeltaModule(Node):
     """The module of `GatedDelta`: q, k, v, z, beta and dt are separate parameters."""
 
     def __init__(self, spec: GatedDelta, width: int) -> None:
         super().__init__()
         self.spec = spec
         self.value_dim = spec.value_dim or spec.head_dim
-        self.q, self.k, self.v = (Linear(width, rows, bias=spec.bias) for rows in spec.convolved.values())
+        self.q, self.k, self.v = (LinearModule(width, rows, bias=spec.bias) for rows in spec.convolved.values())
         self.z_down, self.dt_down = (
-            Linear(width, rank) if rank else None for rank in (spec.gate_rank, spec.decay_rank)
+            LinearModule(width, rank) if rank else None for rank in (spec.gate_rank, spec.decay_rank)
         )
-        self.z = Linear(spec.gate_rank or width, spec.inner, bias=spec.bias)
-        self.beta = Linear(width, spec.heads, bias=spec.bias)
-        self.dt = Linear(spec.decay_rank or width, spec.decays)
+        self.z = LinearModule(spec.gate_rank or width, spec.inner, bias=spec.bias)
+        self.beta = LinearModule(width, spec.heads, bias=spec.bias)
+        self.dt = LinearModule(spec.decay_rank or width, spec.decays)
         convolutions = {n: Convolution(rows, spec.conv, bias=spec.conv_bias) for n, rows in spec.convolved.items()}
         self.conv = nn.ModuleDict(convolutions)
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
         self.dt_bias = self.declare("dt_bias", (spec.decays,), inverse_softplus_of_dt)
-        self.norm = Normalise(spec.norm, self.value_dim) if spec.norm else None
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.norm = NormModule(spec.norm, self.value_dim) if spec.norm else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, normalise, gate."""

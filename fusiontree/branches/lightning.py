@@ -21,11 +21,11 @@ from fusiontree.components import (
     Count,
     Flag,
     Hook,
-    Linear,
+    LinearModule,
     Node,
     NonNegative,
     Norm,
-    Normalise,
+    NormModule,
     Scope,
     State,
     branches,
@@ -101,9 +101,9 @@ class Lightning(BranchSpec):
         """Queries and keys rotate."""
         yield self.head_dim
 
-    def build(self, scope: Scope) -> "LightningBranch":
+    def build(self, scope: Scope) -> "LightningModule":
         """The module."""
-        return LightningBranch(self, scope.width)
+        return LightningModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, and the recurrence: one outer product and one read of every state."""
@@ -130,15 +130,15 @@ class Lightning(BranchSpec):
         return {"width": scope.width, **own}
 
 
-class LightningBranch(Node):
+class LightningModule(Node):
     """The module of `Lightning`: q, k, v and z are separate parameters."""
 
     def __init__(self, spec: Lightning, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.q, self.k, self.v, self.z = (Linear(width, rows, bias=spec.bias) for rows in spec.maps.values())
-        self.norm = Normalise(spec.norm, spec.inner)
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.q, self.k, self.v, self.z = (LinearModule(width, rows, bias=spec.bias) for rows in spec.maps.values())
+        self.norm = NormModule(spec.norm, spec.inner)
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Scan, normalise, gate."""

@@ -6,8 +6,7 @@ from typing import Literal, Self
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.components import BranchSpec, Context, Count, Flag, Node, Scope, branches
-from fusiontree.components import Linear as LinearMap
+from fusiontree.components import BranchSpec, Context, Count, Flag, LinearModule, Node, Scope, branches
 
 Stream = Float[Tensor, "batch time width"]
 
@@ -34,9 +33,9 @@ class Linear(BranchSpec):
         """The features that it returns."""
         return self.outputs or scope.width
 
-    def build(self, scope: Scope) -> "LinearBranch":
+    def build(self, scope: Scope) -> "LinearNode":
         """The module."""
-        return LinearBranch(self, scope)
+        return LinearNode(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The map."""
@@ -51,13 +50,13 @@ class Linear(BranchSpec):
         return {"width": scope.width, "output_width": self.output_width(scope)}
 
 
-class LinearBranch(Node):
+class LinearNode(Node):
     """The module of `Linear`."""
 
     def __init__(self, spec: Linear, scope: Scope) -> None:
         super().__init__()
         self.spec = spec
-        self.map = LinearMap(scope.width, spec.output_width(scope), bias=spec.bias)
+        self.map = LinearModule(scope.width, spec.output_width(scope), bias=spec.bias)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time outputs"]:
         """Each position on its own."""

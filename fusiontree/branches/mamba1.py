@@ -21,10 +21,10 @@ from fusiontree.components import (
     Context,
     Count,
     Flag,
-    Linear,
+    LinearModule,
     Node,
     Norm,
-    Normalise,
+    NormModule,
     Scope,
     State,
     branches,
@@ -80,9 +80,9 @@ class Mamba1(BranchSpec):
         """The stream's width, or that of the channels."""
         return scope.width if self.project else self.inner
 
-    def build(self, scope: Scope) -> "Mamba1Branch":
+    def build(self, scope: Scope) -> "Mamba1Module":
         """The module."""
-        return Mamba1Branch(self, scope.width)
+        return Mamba1Module(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, the convolution, and the recurrence: one outer product and one read of every state."""
@@ -111,22 +111,22 @@ class Mamba1(BranchSpec):
         return {"width": scope.width, **{name: getattr(self, name) for name in ("inner", "state", "rank", "conv")}}
 
 
-class Mamba1Branch(Node):
+class Mamba1Module(Node):
     """The module of `Mamba1`: z, x, dt, B and C are separate parameters."""
 
     def __init__(self, spec: Mamba1, width: int) -> None:
         super().__init__()
         self.spec = spec
         shared = {"dt": spec.rank, "B": spec.state, "C": spec.state}
-        self.z, self.x = (Linear(width, spec.inner, bias=spec.bias) for _ in ("z", "x"))
+        self.z, self.x = (LinearModule(width, spec.inner, bias=spec.bias) for _ in ("z", "x"))
         self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
-        self.dt_down, self.B, self.C = (Linear(spec.inner, rows) for rows in shared.values())
-        self.norm = nn.ModuleDict({name: Normalise(spec.norm, rows) for name, rows in shared.items() if spec.norm})
-        self.dt_up = Linear(spec.rank, spec.inner, init=_uniform_of_rank)
+        self.dt_down, self.B, self.C = (LinearModule(spec.inner, rows) for rows in shared.values())
+        self.norm = nn.ModuleDict({name: NormModule(spec.norm, rows) for name, rows in shared.items() if spec.norm})
+        self.dt_up = LinearModule(spec.rank, spec.inner, init=_uniform_of_rank)
         self.dt_bias = self.declare("dt_bias", (spec.inner,), inverse_softplus_of_dt)
         self.A_log = self.declare("A_log", (spec.inner, spec.state), _log_of_one_to_state)
         self.D = self.declare("D", (spec.inner,), constant(1.0))
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, select, scan, gate."""

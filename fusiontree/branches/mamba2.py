@@ -20,11 +20,11 @@ from fusiontree.components import (
     Count,
     Flag,
     Hook,
-    Linear,
+    LinearModule,
     Node,
     NonNegative,
     Norm,
-    Normalise,
+    NormModule,
     Positive,
     Real,
     Scope,
@@ -122,9 +122,9 @@ class Mamba2(BranchSpec):
         """B and C rotate."""
         yield self.state
 
-    def build(self, scope: Scope) -> "Mamba2Branch":
+    def build(self, scope: Scope) -> "Mamba2Module":
         """The module."""
-        return Mamba2Branch(self, scope.width)
+        return Mamba2Module(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, the convolution, and the recurrence: one outer product and one read of every state."""
@@ -158,23 +158,23 @@ class Mamba2(BranchSpec):
         return {"width": scope.width, "group_heads": self.heads // self.groups, **own}
 
 
-class Mamba2Branch(Node):
+class Mamba2Module(Node):
     """The module of `Mamba2`: z, x, B, C and dt are separate parameters."""
 
     def __init__(self, spec: Mamba2, width: int) -> None:
         super().__init__()
         self.spec = spec
         convolved = {"x": spec.inner, "B": spec.shared, "C": spec.shared}
-        self.z = Linear(width, spec.inner, bias=spec.bias)
-        self.x, self.B, self.C = (Linear(width, rows, bias=spec.bias) for rows in convolved.values())
-        self.dt = Linear(width, spec.heads, bias=spec.bias)
+        self.z = LinearModule(width, spec.inner, bias=spec.bias)
+        self.x, self.B, self.C = (LinearModule(width, rows, bias=spec.bias) for rows in convolved.values())
+        self.dt = LinearModule(width, spec.heads, bias=spec.bias)
         convolutions = {n: Convolution(rows, spec.conv, bias=spec.conv_bias) for n, rows in convolved.items()}
         self.conv = nn.ModuleDict(convolutions)
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
         self.D = self.declare("D", (spec.heads,), constant(1.0))
         self.dt_bias = self.declare("dt_bias", (spec.heads,), inverse_softplus_of_dt)
-        self.norm = Normalise(spec.norm, spec.inner, groups=spec.norm.groups) if spec.norm else None
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.norm = NormModule(spec.norm, spec.inner, groups=spec.norm.groups) if spec.norm else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, gate."""

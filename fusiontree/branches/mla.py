@@ -22,11 +22,11 @@ from fusiontree.components import (
     Count,
     Flag,
     Hook,
-    Linear,
+    LinearModule,
     Module,
     Node,
     Norm,
-    Normalise,
+    NormModule,
     Positive,
     Scope,
     State,
@@ -105,9 +105,9 @@ class Mla(BranchSpec):
         """What is shared rotates, and the queries for it."""
         yield self.shared_dim
 
-    def build(self, scope: Scope) -> "MlaBranch":
+    def build(self, scope: Scope) -> "MlaModule":
         """The module."""
-        return MlaBranch(self, scope)
+        return MlaModule(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, and scores and values over the mean number of visible keys."""
@@ -169,23 +169,23 @@ class HeadMap(Module):
         return rearrange(self.forward(each[None]), "1 r h d -> h d r")
 
 
-class MlaBranch(Node):
+class MlaModule(Node):
     """The module of `Mla`."""
 
     def __init__(self, spec: Mla, scope: Scope) -> None:
         super().__init__()
         self.spec, self.prefix, width = spec, scope.prefix, scope.width
         asked = spec.query_rank or width
-        self.q_latent = Linear(width, spec.query_rank, bias=spec.bias) if spec.query_rank else None
-        self.q_latent_norm = Normalise(spec.norm, spec.query_rank) if spec.query_rank and spec.norm else None
-        self.q = Linear(asked, spec.heads * spec.head_dim)
-        self.q_shared = Linear(asked, spec.heads * spec.shared_dim)
-        self.latent = Linear(width, spec.rank, bias=spec.bias)
-        self.latent_norm = Normalise(spec.norm, spec.rank) if spec.norm else None
-        self.shared = Linear(width, spec.shared_dim, bias=spec.bias)
+        self.q_latent = LinearModule(width, spec.query_rank, bias=spec.bias) if spec.query_rank else None
+        self.q_latent_norm = NormModule(spec.norm, spec.query_rank) if spec.query_rank and spec.norm else None
+        self.q = LinearModule(asked, spec.heads * spec.head_dim)
+        self.q_shared = LinearModule(asked, spec.heads * spec.shared_dim)
+        self.latent = LinearModule(width, spec.rank, bias=spec.bias)
+        self.latent_norm = NormModule(spec.norm, spec.rank) if spec.norm else None
+        self.shared = LinearModule(width, spec.shared_dim, bias=spec.bias)
         self.k = HeadMap(spec.rank, spec.heads, spec.head_dim)
         self.v = HeadMap(spec.rank, spec.heads, spec.value_dim or spec.head_dim)
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
         self.scale = spec.scale or (spec.head_dim + spec.shared_dim) ** -0.5
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:

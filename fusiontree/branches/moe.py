@@ -18,7 +18,7 @@ from fusiontree.components import (
     Context,
     Count,
     Flag,
-    Linear,
+    LinearModule,
     Module,
     Node,
     Positive,
@@ -122,9 +122,9 @@ class Moe(BranchSpec):
         """The maps into the hidden features."""
         return ("gate", "up") if self.gated else ("up",)
 
-    def build(self, scope: Scope) -> "MoeBranch":
+    def build(self, scope: Scope) -> "MoeModule":
         """The module."""
-        return MoeBranch(self, scope.width)
+        return MoeModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The router, the visited experts, and the shared network."""
@@ -150,18 +150,18 @@ class Moe(BranchSpec):
         return sizes | ({"shared_hidden": self.shared_hidden} if self.shared_hidden else {})
 
 
-class MoeBranch(Node):
+class MoeModule(Node):
     """The module of `Moe`."""
 
     def __init__(self, spec: Moe, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.router = Linear(width, spec.experts)
+        self.router = LinearModule(width, spec.experts)
         added, start = (spec.experts,), constant(0.0)
         self.correction = self.declare_unlearned("correction", added, start) if spec.router.correction else None
         self.experts = Experts((spec.experts, spec.hidden, width), gated=spec.gated)
         self.shared = Shared(spec.shared_hidden, width, gated=spec.gated) if spec.shared_hidden else None
-        self.shared_gate = Linear(width, 1) if spec.shared_gate else None
+        self.shared_gate = LinearModule(width, 1) if spec.shared_gate else None
 
     def forward(self, x: Stream, context: Context) -> Stream:
         """Each position on its own."""
@@ -207,8 +207,8 @@ class Shared(Module):
 
     def __init__(self, inner: int, width: int, *, gated: bool) -> None:
         super().__init__()
-        self.gate = Linear(width, inner) if gated else None
-        self.up, self.down = Linear(width, inner), Linear(inner, width)
+        self.gate = LinearModule(width, inner) if gated else None
+        self.up, self.down = LinearModule(width, inner), LinearModule(inner, width)
 
     def forward(self, x: Tokens) -> Tokens:
         """Each token on its own."""

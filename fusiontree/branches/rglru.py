@@ -21,7 +21,7 @@ from fusiontree.components import (
     Context,
     Count,
     Flag,
-    Linear,
+    LinearModule,
     Module,
     Node,
     Scope,
@@ -88,9 +88,9 @@ class RgLru(BranchSpec):
         """The stream's width, or that of the channels."""
         return scope.width if self.project else self.inner
 
-    def build(self, scope: Scope) -> "RgLruBranch":
+    def build(self, scope: Scope) -> "RgLruModule":
         """The module."""
-        return RgLruBranch(self, scope.width)
+        return RgLruModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, the convolution and the gates; the recurrence has no matrix product."""
@@ -132,17 +132,17 @@ class HeadGate(Module):
         return torch.sigmoid(logits.reshape(x.shape).to(wide(x.dtype)))
 
 
-class RgLruBranch(Node):
+class RgLruModule(Node):
     """The module of `RgLru`."""
 
     def __init__(self, spec: RgLru, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.x, self.z = (Linear(width, spec.inner, bias=spec.bias) for _ in MAPS)
+        self.x, self.z = (LinearModule(width, spec.inner, bias=spec.bias) for _ in MAPS)
         self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
         self.input_gate, self.recurrence_gate = (HeadGate(spec.heads, spec.head_dim) for _ in GATES)
         self.Lambda = self.declare("Lambda", (spec.inner,), _slow_decay)
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, remember, gate."""

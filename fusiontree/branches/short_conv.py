@@ -12,7 +12,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.branches.recurrent import Convolution, kept
-from fusiontree.components import BranchSpec, Context, Count, Flag, Linear, Node, Scope, State, branches, invalid
+from fusiontree.components import BranchSpec, Context, Count, Flag, LinearModule, Node, Scope, State, branches, invalid
 
 Stream = Float[Tensor, "batch time width"]
 
@@ -49,9 +49,9 @@ class ShortConv(BranchSpec):
         """The stream's width, or that inside."""
         return scope.width if self.project else self.inner
 
-    def build(self, scope: Scope) -> "ShortConvBranch":
+    def build(self, scope: Scope) -> "ShortConvModule":
         """The module."""
-        return ShortConvBranch(self, scope.width)
+        return ShortConvModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps and the convolution."""
@@ -76,15 +76,15 @@ class ShortConv(BranchSpec):
         return {"width": scope.width, "inner": self.inner, "conv": self.conv}
 
 
-class ShortConvBranch(Node):
+class ShortConvModule(Node):
     """The module of `ShortConv`: B, C and x are separate parameters."""
 
     def __init__(self, spec: ShortConv, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.B, self.C, self.x = (Linear(width, spec.inner, bias=spec.bias) for _ in range(3))
+        self.B, self.C, self.x = (LinearModule(width, spec.inner, bias=spec.bias) for _ in range(3))
         self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
-        self.out = Linear(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Gate, convolve, gate."""

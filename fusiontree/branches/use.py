@@ -18,7 +18,7 @@ from fusiontree.components import (
     Count,
     FusionTreeError,
     Hook,
-    Linear,
+    LinearModule,
     Module,
     Name,
     NamedMap,
@@ -107,16 +107,16 @@ class Use(BranchSpec):
             return {}
         with torch.device("meta"):
             built = scope.shared[self.of].build(scope.for_shared)
-        maps = ((path, part) for path, part in built.named_modules() if isinstance(part, Linear))
+        maps = ((path, part) for path, part in built.named_modules() if isinstance(part, LinearModule))
         return {path: (part.out_features, part.in_features) for path, part in maps}
 
     def output_width(self, scope: Scope) -> int:
         """What the shared node returns."""
         return scope.shared[self.of].output_width(scope.for_shared) if self.of in scope.shared else scope.width
 
-    def build(self, scope: Scope) -> "UseBranch":
+    def build(self, scope: Scope) -> "UseModule":
         """The module."""
-        return UseBranch(self, self._maps(scope))
+        return UseModule(self, self._maps(scope))
 
     def flops(self, scope: Scope, length: int) -> float:
         """Those of the shared node, and of the adapters."""
@@ -151,13 +151,13 @@ class Use(BranchSpec):
         return self.of
 
 
-class AdapterMaps(Module):
+class AdapterModule(Module):
     """The module of an `Adapter`."""
 
     def __init__(self, spec: Adapter, shapes: list[Shape]) -> None:
         super().__init__()
-        self.down = Linear(shapes[0][1], spec.rank)
-        self.up = nn.ModuleList(Linear(spec.rank, shape[0], init=constant(0.0)) for shape in shapes)
+        self.down = LinearModule(shapes[0][1], spec.rank)
+        self.up = nn.ModuleList(LinearModule(spec.rank, shape[0], init=constant(0.0)) for shape in shapes)
 
 
 class Adapted(nn.Module):
@@ -172,7 +172,7 @@ class Adapted(nn.Module):
         return self.shared(x) + self.up(self.down(x))
 
 
-class UseBranch(SharedNodeUser):
+class UseModule(SharedNodeUser):
     """The module of `Use`. It runs a twin of the shared node, which has the same parameters but its own path.
 
     The twin is no submodule, so that parameters are found once, where they are shared.
@@ -183,7 +183,7 @@ class UseBranch(SharedNodeUser):
     def __init__(self, spec: Use, maps: Mapping[str, Shape]) -> None:
         super().__init__()
         self.spec = spec
-        built = {name: AdapterMaps(a, [maps[path] for path in a.maps]) for name, a in spec.adapters.items()}
+        built = {name: AdapterModule(a, [maps[path] for path in a.maps]) for name, a in spec.adapters.items()}
         self.adapters = nn.ModuleDict(built)
         self.parts: list[tuple[nn.Module, dict[str, Any], Any]] = []
 
@@ -199,7 +199,7 @@ class UseBranch(SharedNodeUser):
                 raise FusionTreeError(f"{found}, which runs in more than one place")
         adapted = {}
         for name, adapter in self.spec.adapters.items():
-            maps = cast(AdapterMaps, self.adapters[name])
+            maps = cast(AdapterModule, self.adapters[name])
             adapted |= {path: (maps.down, maps.up[index]) for index, path in enumerate(adapter.maps)}
         twin = _twin(shared[self.spec.of], "", adapted)
         for path, module in twin.named_modules():

@@ -12,7 +12,7 @@ from fusiontree.data.source import Document
 
 
 @dataclass
-class Part:
+class PlaceContents:
     """The documents of a split that come from one place.
 
     Attributes:
@@ -43,12 +43,12 @@ class Contents:
     """The places that a split was read from, in order. It costs a hash of the text that is used and no more reading."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[PlaceContents] = []
 
     def add(self, document: Document) -> None:
         """Count one more document."""
         if not self.parts or self.parts[-1].origin != document.origin:
-            self.parts.append(Part(document.origin))
+            self.parts.append(PlaceContents(document.origin))
         self.parts[-1].add(document.text)
 
     def data(self) -> list[dict[str, Any]]:

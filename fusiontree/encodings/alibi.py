@@ -22,12 +22,12 @@ class Alibi(EncodingSpec):
         """The only one."""
         return cls()
 
-    def build(self, width: int, channels: Sequence[int]) -> "LinearBias":
+    def build(self, width: int, channels: Sequence[int]) -> "AlibiModule":
         """The module."""
-        return LinearBias()
+        return AlibiModule()
 
 
-class LinearBias(Encoding):
+class AlibiModule(Encoding):
     """Holds no parameters."""
 
     def forward(self, positions: Int[Tensor, "batch time"]) -> "Slopes":

@@ -47,9 +47,9 @@ class Rope(EncodingSpec):
         """The defaults."""
         return cls()
 
-    def build(self, width: int, channels: Sequence[int]) -> "Rotary":
+    def build(self, width: int, channels: Sequence[int]) -> "RopeModule":
         """The module."""
-        return Rotary(self, channels)
+        return RopeModule(self, channels)
 
     def frequencies(self, dim: int, device: torch.device | None = None) -> Float[Tensor, "pairs"]:
         """Radians a position, in float64, where `dim` channels turn."""
@@ -65,7 +65,7 @@ class Rope(EncodingSpec):
                 yield f"rotates pairs of channels, the branch has {count}"
 
 
-class Rotary(Encoding):
+class RopeModule(Encoding):
     """Holds no parameters."""
 
     def __init__(self, spec: Rope, channels: Sequence[int]) -> None:

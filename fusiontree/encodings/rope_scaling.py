@@ -45,7 +45,7 @@ AnyScaling = Annotated[RopeScaling, scalings]
 
 
 @scalings.register
-class Linear(RopeScaling):
+class LinearScaling(RopeScaling):
     """Position interpolation (arXiv 2306.15595): every pair of channels slows down."""
 
     kind: Literal["linear"] = "linear"
@@ -56,7 +56,7 @@ class Linear(RopeScaling):
 
 
 @scalings.register
-class Yarn(RopeScaling):
+class YarnScaling(RopeScaling):
     """YaRN (arXiv 2309.00071): pairs of channels that turn slowly slow down.
 
     Pairs that turn `beta_fast` times or more within the `original_length` stay as they are, those that turn
@@ -104,7 +104,7 @@ def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
 
 
 @scalings.register
-class Llama3(RopeScaling):
+class Llama3Scaling(RopeScaling):
     """The rule of Llama 3.1 (arXiv 2407.21783): pairs of channels that turn slowly slow down.
 
     Pairs that turn `high_freq_factor` times or more within the `original_length` stay as they are, those that turn

@@ -60,9 +60,9 @@ class SrteLearned(EncodingSpec):
         """How many positions there are."""
         return self.max_length
 
-    def build(self, width: int, channels: Sequence[int]) -> "LearnedTime":
+    def build(self, width: int, channels: Sequence[int]) -> "SrteLearnedModule":
         """The module."""
-        return LearnedTime(self, width)
+        return SrteLearnedModule(self, width)
 
     def flops(self, width: int) -> float:
         """The low-rank product."""
@@ -78,7 +78,7 @@ class SrteLearned(EncodingSpec):
         return {"width": width, "max_length": self.max_length, "rank": self.rank or width}
 
 
-class LearnedTime(Encoding):
+class SrteLearnedModule(Encoding):
     """A table of vectors, times `up` where it is low-rank."""
 
     def __init__(self, spec: SrteLearned, width: int) -> None:
@@ -110,12 +110,12 @@ class SrteSincos(EncodingSpec):
         """The defaults."""
         return cls()
 
-    def build(self, width: int, channels: Sequence[int]) -> "SincosTime":
+    def build(self, width: int, channels: Sequence[int]) -> "SrteSincosModule":
         """The module."""
-        return SincosTime(self, width)
+        return SrteSincosModule(self, width)
 
 
-class SincosTime(Encoding):
+class SrteSincosModule(Encoding):
     """Sines in the first half of the width, cosines in the second (an odd width loses the last cosine)."""
 
     def __init__(self, spec: SrteSincos, width: int) -> None:

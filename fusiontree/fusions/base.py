@@ -17,11 +17,11 @@ from fusiontree.components import (
     Fusion,
     FusionSpec,
     GateScope,
-    Linear,
+    LinearModule,
     NamedMap,
     NodeSpec,
     Norm,
-    Normalise,
+    NormModule,
     Problems,
     Scope,
     SpecError,
@@ -184,8 +184,8 @@ class BaseFusion(Fusion):
         self.spec = spec
         widths, gate = spec.widths(scope), spec.gate_spec
         self.branches = nn.ModuleDict({name: node.build(scope) for name, node in spec.branches.items()})
-        norms = {name: Normalise(spec.branch_norm, width) for name, width in widths.items()} if spec.branch_norm else {}
-        self.branch_norm = nn.ModuleDict(norms)
+        norm = spec.branch_norm
+        self.branch_norm = nn.ModuleDict({name: NormModule(norm, w) for name, w in widths.items()} if norm else {})
         self.exchange = Exchange(spec.exchange, widths) if spec.exchange else None
         self.align = Align(spec.align, widths, scope.width) if spec.align else None
         self.gate = gate.build(spec.gate_scope(scope)) if gate else None
@@ -195,7 +195,7 @@ class BaseFusion(Fusion):
     def build_projection(self, spec: BaseFusionSpec, scope: Scope) -> nn.Module:
         """The way back to the stream."""
         assert spec.projection is not None
-        return Linear(spec.fused_width(scope), scope.width, bias=spec.projection.bias)
+        return LinearModule(spec.fused_width(scope), scope.width, bias=spec.projection.bias)
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
         """The rule."""

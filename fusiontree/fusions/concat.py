@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import nn
 
-from fusiontree.components import Linear, Module, Scope, Weights, constant, fusions, invalid, normal, total
+from fusiontree.components import LinearModule, Module, Scope, Weights, constant, fusions, invalid, normal, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Stream, example_branches
 from fusiontree.fusions.parts import Features
 
@@ -32,9 +32,9 @@ class Concat(BaseFusionSpec):
         """All the branches' features."""
         return sum(self.widths(scope).values())
 
-    def build(self, scope: Scope) -> "ConcatFusion":
+    def build(self, scope: Scope) -> "ConcatModule":
         """The module."""
-        return ConcatFusion(self, scope)
+        return ConcatModule(self, scope)
 
     def projection_axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of the projection."""
@@ -42,7 +42,7 @@ class Concat(BaseFusionSpec):
         return axes | ({"projection.bias": ("width",)} if self.projection and self.projection.bias else {})
 
 
-class ConcatFusion(BaseFusion):
+class ConcatModule(BaseFusion):
     """The module of `Concat`."""
 
     def build_projection(self, spec: BaseFusionSpec, scope: Scope) -> "Projection":
@@ -62,7 +62,7 @@ class Projection(Module):
     def __init__(self, widths: dict[str, int], width: int, *, bias: bool) -> None:
         super().__init__()
         init = normal(sum(widths.values()) ** -0.5)
-        self.inputs = nn.ModuleDict({name: Linear(w, width, init=init) for name, w in widths.items()})
+        self.inputs = nn.ModuleDict({name: LinearModule(w, width, init=init) for name, w in widths.items()})
         self.bias = self.declare("bias", (width,), constant(0.0)) if bias else None
 
     def forward(self, features: Features) -> Stream:

@@ -50,16 +50,16 @@ class Gated(BaseFusionSpec):
         """The gate."""
         return self.gate
 
-    def build(self, scope: Scope) -> "GatedFusion":
+    def build(self, scope: Scope) -> "GatedModule":
         """The module."""
-        return GatedFusion(self, scope)
+        return GatedModule(self, scope)
 
     def rule_without(self, branch: str, left: int) -> dict[str, Any]:
         """The fields of the rule that change as a branch leaves."""
         return {"gate": self.gate.without_branch(branch).data() if self.gate and left > 1 else None}
 
 
-class GatedFusion(BaseFusion):
+class GatedModule(BaseFusion):
     """The module of `Gated`."""
 
     def fuse(self, features: Features, weights: Weights) -> Fused:

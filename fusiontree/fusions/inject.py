@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
-from fusiontree.components import AnyNode, Context, NodeSpec, Norm, Normalise, Problems, Scope, Weights, fusions, total
+from fusiontree.components import AnyNode, Context, NodeSpec, Norm, NormModule, Problems, Scope, Weights, fusions, total
 from fusiontree.fusions.base import BaseFusion, BaseFusionSpec, Fused, Stream, example_branches
 from fusiontree.fusions.parts import Features
 
@@ -50,18 +50,18 @@ class Inject(BaseFusionSpec):
         """The branch is not what is returned."""
         return False
 
-    def build(self, scope: Scope) -> "InjectFusion":
+    def build(self, scope: Scope) -> "InjectModule":
         """The module."""
-        return InjectFusion(self, scope)
+        return InjectModule(self, scope)
 
 
-class InjectFusion(BaseFusion):
+class InjectModule(BaseFusion):
     """The module of `Inject`."""
 
     def __init__(self, spec: Inject, scope: Scope) -> None:
         super().__init__(spec, scope)
         self.into = spec.into.build(scope)
-        self.norm = Normalise(spec.norm, scope.width) if spec.norm else None
+        self.norm = NormModule(spec.norm, scope.width) if spec.norm else None
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
         """The sum of the branches."""

@@ -27,9 +27,9 @@ class Mean(BaseFusionSpec):
         """What the sum is divided by."""
         return self.over or len(self.branches)
 
-    def build(self, scope: Scope) -> "MeanFusion":
+    def build(self, scope: Scope) -> "MeanModule":
         """The module."""
-        return MeanFusion(self, scope)
+        return MeanModule(self, scope)
 
     def is_identity(self, branch: str) -> bool:
         """Whether the rule leaves a single branch as it is."""
@@ -40,7 +40,7 @@ class Mean(BaseFusionSpec):
         return {"over": self.divisor}
 
 
-class MeanFusion(BaseFusion):
+class MeanModule(BaseFusion):
     """The module of `Mean`."""
 
     def __init__(self, spec: Mean, scope: Scope) -> None:

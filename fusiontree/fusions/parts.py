@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.components import Count, Flag, Linear, Module, Spec, constant, total
+from fusiontree.components import Count, Flag, LinearModule, Module, Spec, constant, total
 
 Features = dict[str, Float[Tensor, "batch time features"]]
 
@@ -31,8 +31,8 @@ class Exchange(Module):
 
     def __init__(self, spec: ExchangeSpec, widths: Mapping[str, int]) -> None:
         super().__init__()
-        self.down = nn.ModuleDict({name: Linear(width, spec.rank) for name, width in widths.items()})
-        self.up = nn.ModuleDict({n: Linear(spec.rank, w, init=constant(0.0)) for n, w in widths.items()})
+        self.down = nn.ModuleDict({name: LinearModule(width, spec.rank) for name, width in widths.items()})
+        self.up = nn.ModuleDict({n: LinearModule(spec.rank, w, init=constant(0.0)) for n, w in widths.items()})
 
     def forward(self, features: Features) -> Features:
         """Every branch's features with the others' messages added."""
@@ -57,9 +57,9 @@ class Align(Module):
 
     def __init__(self, spec: AlignSpec, widths: Mapping[str, int], width: int) -> None:
         super().__init__()
-        self.inputs = nn.ModuleDict({name: Linear(w, spec.hidden) for name, w in widths.items()})
+        self.inputs = nn.ModuleDict({name: LinearModule(w, spec.hidden) for name, w in widths.items()})
         self.bias = self.declare("bias", (spec.hidden,), constant(0.0))
-        self.out = Linear(spec.hidden, width)
+        self.out = LinearModule(spec.hidden, width)
 
     def forward(self, features: Features) -> Float[Tensor, "batch time width"]:
         """The common features."""

@@ -32,9 +32,9 @@ class Sum(BaseFusionSpec):
         branches = example_branches(width)
         return cls.model_validate({"branches": branches, "multipliers": {next(iter(branches)): 0.5}})
 
-    def build(self, scope: Scope) -> "SumFusion":
+    def build(self, scope: Scope) -> "SumModule":
         """The module."""
-        return SumFusion(self, scope)
+        return SumModule(self, scope)
 
     def is_identity(self, branch: str) -> bool:
         """Whether the rule leaves a single branch as it is."""
@@ -45,7 +45,7 @@ class Sum(BaseFusionSpec):
         return {"multipliers": {name: value for name, value in self.multipliers.items() if name != branch}}
 
 
-class SumFusion(BaseFusion):
+class SumModule(BaseFusion):
     """The module of `Sum`."""
 
     def __init__(self, spec: Sum, scope: Scope) -> None:

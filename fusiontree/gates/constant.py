@@ -41,9 +41,9 @@ class Constant(GateSpec):
         weights = range(1, len(branches) + 1)
         return cls(values=NamedMap({b: w / sum(weights) for b, w in zip(branches, weights, strict=True)}))
 
-    def build(self, scope: GateScope) -> "ConstantGate":
+    def build(self, scope: GateScope) -> "ConstantModule":
         """The module."""
-        return ConstantGate(self)
+        return ConstantModule(self)
 
     @property
     def reads_features(self) -> bool:
@@ -70,7 +70,7 @@ def shared(values: dict[str, float]) -> dict[str, float]:
     return {name: value / total if total else 1 / len(values) for name, value in values.items()}
 
 
-class ConstantGate(Gate):
+class ConstantModule(Gate):
     """The module of `Constant`; dropped branches leave their share to the others."""
 
     def __init__(self, spec: Constant) -> None:

@@ -21,12 +21,12 @@ class HardConcrete(TwoWayGateSpec):
     kind: Literal["hard_concrete"] = "hard_concrete"
     temperature: Positive = 2 / 3
 
-    def build(self, scope: GateScope) -> "HardConcreteGate":
+    def build(self, scope: GateScope) -> "HardConcreteModule":
         """The module."""
-        return HardConcreteGate(self, scope)
+        return HardConcreteModule(self, scope)
 
 
-class HardConcreteGate(TwoWayGate):
+class HardConcreteModule(TwoWayGate):
     """The module of `HardConcrete`; its noise comes from torch's global generator."""
 
     def __init__(self, spec: HardConcrete, scope: GateScope) -> None:

@@ -41,7 +41,7 @@ class Sigmoid(TwoWayGateSpec):
 
     def build(self, scope: GateScope) -> "TwoWayGate":
         """The module."""
-        return SigmoidGate(self, scope)
+        return SigmoidModule(self, scope)
 
 
 class TwoWayGate(Gate):
@@ -65,7 +65,7 @@ class TwoWayGate(Gate):
         return {first: g, second: 1 - g}
 
 
-class SigmoidGate(TwoWayGate):
+class SigmoidModule(TwoWayGate):
     """The module of `Sigmoid`."""
 
     def value(self, logit: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ class Softmax(LearnedGateSpec):
         """Four groups of the width."""
         return cls(granularity="head", heads=4)
 
-    def build(self, scope: GateScope) -> "SoftmaxGate":
+    def build(self, scope: GateScope) -> "SoftmaxModule":
         """The module."""
-        return SoftmaxGate(self, scope)
+        return SoftmaxModule(self, scope)
 
     def flops(self, scope: GateScope) -> float:
         """A logit for each branch and unit."""
@@ -35,7 +35,7 @@ class Softmax(LearnedGateSpec):
         return {k: v for branch in branches for k, v in self.logit_axes(f"logits.{branch}.").items()}
 
 
-class SoftmaxGate(Gate):
+class SoftmaxModule(Gate):
     """The module of `Softmax`; a dropped branch has the logit -inf."""
 
     def __init__(self, spec: Softmax, scope: GateScope) -> None:

@@ -205,20 +205,20 @@ def _through_pickle(model: LanguageModel) -> LanguageModel:
     """A copy by way of pickle. Classes that no module holds, as those of a doctest, are handed over as they are."""
     classes: dict[str, type] = {}
 
-    class Writer(pickle.Pickler):
+    class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> str | None:
             if not isinstance(obj, type) or getattr(sys.modules.get(obj.__module__), obj.__qualname__, None) is obj:
                 return None
             classes[str(id(obj))] = obj
             return str(id(obj))
 
-    class Reader(pickle.Unpickler):
+    class Unpickler(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> type:
             return classes[pid]
 
     written = io.BytesIO()
-    Writer(written).dump(model)
-    return Reader(io.BytesIO(written.getvalue())).load()
+    Pickler(written).dump(model)
+    return Unpickler(io.BytesIO(written.getvalue())).load()
 
 
 def _copied(subject: Subject, copy: Callable[[LanguageModel], LanguageModel]) -> str | None:

@@ -15,7 +15,7 @@ LONG = 2000
 `quickstart` takes four fifths of its time where bfloat16 has units, and no less where it has none."""
 
 
-class Choice(NamedTuple):
+class AutoChoice(NamedTuple):
     """A value, and the reason for it in a few words."""
 
     value: str | bool
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
         return f"{str(self.value).lower()} ({self.reason})"
 
 
-def resolved(run: RunSpec, began: ResolvedSpec | None) -> tuple[RunSpec, Choice]:
+def resolved(run: RunSpec, began: ResolvedSpec | None) -> tuple[RunSpec, AutoChoice]:
     """The run with its precision decided, and the reason. Every process of a run calls this.
 
     A run that began keeps the precision it began with (`began`), on any machine. A new run takes bfloat16 where the
@@ -35,25 +35,25 @@ def resolved(run: RunSpec, began: ResolvedSpec | None) -> tuple[RunSpec, Choice]
     native = torch.tensor(int(choice.value == "bfloat16"))
     dist.all_reduce(native, dist.ReduceOp.MIN)
     if choice.value == "bfloat16" and not native:
-        choice = Choice("float32", "the machine of another process has no units for bfloat16")
+        choice = AutoChoice("float32", "the machine of another process has no units for bfloat16")
     name: Literal["float32", "bfloat16"] = "bfloat16" if native else "float32"
     return run.model_copy(update={"resolved": ResolvedSpec(precision=name)}), choice
 
 
-def _precision(run: RunSpec, began: ResolvedSpec | None) -> Choice:
+def _precision(run: RunSpec, began: ResolvedSpec | None) -> AutoChoice:
     if run.training.precision != "auto":
-        return Choice(run.training.precision, "as the run says")
+        return AutoChoice(run.training.precision, "as the run says")
     kept = began or run.resolved
     if kept is not None:
-        return Choice(kept.precision, "as the run began")
+        return AutoChoice(kept.precision, "as the run began")
     if machine.device_type() == "cuda":
-        return Choice("bfloat16", "on a GPU")
+        return AutoChoice("bfloat16", "on a GPU")
     if machine.multiplies(torch.bfloat16):
-        return Choice("bfloat16", "the processor has units for it")
-    return Choice("float32", "the processor has no units for bfloat16")
+        return AutoChoice("bfloat16", "the processor has units for it")
+    return AutoChoice("float32", "the processor has no units for bfloat16")
 
 
-def compiles(run: RunSpec) -> Choice:
+def compiles(run: RunSpec) -> AutoChoice:
     """Whether layers are to be compiled.
 
     Raises:
@@ -61,13 +61,13 @@ def compiles(run: RunSpec) -> Choice:
     """
     asked, device = run.training.compile, machine.device_type()
     if asked is False:
-        return Choice(False, "as the run says")
+        return AutoChoice(False, "as the run says")
     if asked == "auto" and device == "cpu" and (why := _too_little_gain(run)):
-        return Choice(False, why)
+        return AutoChoice(False, why)
     refusal = machine.compile_refusal(device)
     if refusal is not None and asked is True:
         raise RunError(f"training.compile: found true, nothing can be compiled here ({refusal}); use auto or false")
-    return Choice(refusal is None, refusal or "in the first step, which takes a minute or more")
+    return AutoChoice(refusal is None, refusal or "in the first step, which takes a minute or more")
 
 
 def _too_little_gain(run: RunSpec) -> str | None:

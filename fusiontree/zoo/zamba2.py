@@ -59,7 +59,7 @@ def _name(block: int) -> str:
     return f"block{block}"
 
 
-class Use(NamedTuple):
+class BlockUse(NamedTuple):
     """A place where a block runs: its layer, how many uses of any block come before, the block, and the layer of the
     block's first use, under whose name transformers keeps it."""
 
@@ -69,11 +69,11 @@ class Use(NamedTuple):
     first: int
 
 
-def _uses(options: Options) -> list[Use]:
+def _uses(options: Options) -> list[BlockUse]:
     """Blocks take turns."""
     layers = [index for index, kind in enumerate(_kinds(options)) if kind == "hybrid"]
     blocks = options.count("num_mem_blocks")
-    return [Use(layer, index, index % blocks, layers[index % blocks]) for index, layer in enumerate(layers)]
+    return [BlockUse(layer, index, index % blocks, layers[index % blocks]) for index, layer in enumerate(layers)]
 
 
 def _kinds(options: Options) -> list[str]:
@@ -242,7 +242,7 @@ def _mamba_tensors(options: Options) -> Iterator[Same]:
     yield from below("mamba", "mixer", _mixer_tensors(options))
 
 
-def _hybrid_tensors(options: Options, use: Use) -> Iterator[Same]:
+def _hybrid_tensors(options: Options, use: BlockUse) -> Iterator[Same]:
     yield from linear("linear", "mixer.projection")
     yield Same("mamba_decoder.input_layernorm.weight", ("mixer.norm.weight",))
     yield from below("mamba_decoder.mamba", "mixer.into", _mixer_tensors(options))

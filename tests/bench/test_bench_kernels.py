@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusiontree.bench import kernels, table
 from fusiontree.bench.cases import CASES, FORWARD, TASKS, TRAINING
 from fusiontree.bench.kernels import Form, Settings, error_of, forms, measure_form
-from fusiontree.bench.limits import Limits, measure_limits
+from fusiontree.bench.limits import MachineLimits, measure_limits
 from fusiontree.bench.timing import FEWEST, measure
 from fusiontree.errors import FusionTreeError
 from fusiontree.kernels import OPS
 from fusiontree.kernels.attention import ATTENTION_STEP
 
 CPU = torch.device("cpu")
-QUICK = Settings(64, torch.float32, CPU, Limits(1e9, 1e9), seconds=0.0)
+QUICK = Settings(64, torch.float32, CPU, MachineLimits(1e9, 1e9), seconds=0.0)
 
 
 @pytest.fixture(autouse=True)

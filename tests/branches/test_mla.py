@@ -9,7 +9,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 import fusiontree as ft
 from fusiontree.core.contracts.node import Scope
 from fusiontree.core.model.initialise import initialise
-from fusiontree.encodings.rope import Rope, Rotary
+from fusiontree.encodings.rope import Rope, RopeModule
 from fusiontree.testing import check_spec
 from fusiontree.testing.subject import randomised
 from fusiontree.zoo.tensors import interleaved
@@ -24,7 +24,7 @@ def built(**options):
     rope = Rope(theta=100.0)
     branch = ft.branches.Mla.model_validate(SPEC | options).build(Scope(WIDTH, {"rope": rope}))
     initialise(branch, 0)
-    return randomised(branch, 1).double(), Rotary(rope, [SHARED])
+    return randomised(branch, 1).double(), RopeModule(rope, [SHARED])
 
 
 def in_pairs(weight, heads):

@@ -20,7 +20,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from fusiontree.kernels.common import tiling
-from fusiontree.kernels.common.tiling import Limits
+from fusiontree.kernels.common.tiling import TilingLimits
 from fusiontree.kernels.linear_recurrence import (
     LINEAR_RECURRENCE,
     LinearRecurrenceRequest,
@@ -31,9 +31,9 @@ from fusiontree.kernels.linear_recurrence import (
 ROWS, CHANNELS = 6, 7
 BACKENDS = serving(LINEAR_RECURRENCE, LinearRecurrenceRequest("cpu", torch.float64, segments=True))
 CUTS = {
-    "many blocks of one chunk": Limits(32 * CHANNELS, whole=512, chunk=64),
-    "two rows at once": Limits(2 * 40 * CHANNELS, whole=64, chunk=64),
-    "chunks side by side": Limits(6 * 40 * CHANNELS, whole=8, chunk=5),
+    "many blocks of one chunk": TilingLimits(32 * CHANNELS, whole=512, chunk=64),
+    "two rows at once": TilingLimits(2 * 40 * CHANNELS, whole=64, chunk=64),
+    "chunks side by side": TilingLimits(6 * 40 * CHANNELS, whole=8, chunk=5),
 }
 
 

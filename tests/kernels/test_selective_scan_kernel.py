@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.kernels.common import packages, tiling
-from fusiontree.kernels.common.tiling import Limits
+from fusiontree.kernels.common.tiling import TilingLimits
 from fusiontree.kernels.registry import serves_all
 from fusiontree.kernels.selective_scan import (
     SELECTIVE_SCAN,
@@ -40,9 +40,9 @@ REQUEST = SelectiveScanRequest("cpu", torch.float64, segments=True, state=STATE)
 ON_GPU = SelectiveScanRequest("cuda", torch.bfloat16, segments=False, state=16)
 BACKENDS = serving(SELECTIVE_SCAN, REQUEST)
 CUTS = {
-    "many blocks of one chunk": Limits(32 * ENTRIES, whole=512, chunk=64),
-    "two rows at once": Limits(2 * 40 * ENTRIES, whole=64, chunk=64),
-    "chunks side by side": Limits(6 * 40 * ENTRIES, whole=8, chunk=5),
+    "many blocks of one chunk": TilingLimits(32 * ENTRIES, whole=512, chunk=64),
+    "two rows at once": TilingLimits(2 * 40 * ENTRIES, whole=64, chunk=64),
+    "chunks side by side": TilingLimits(6 * 40 * ENTRIES, whole=8, chunk=5),
 }
 
 

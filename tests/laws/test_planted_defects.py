@@ -24,18 +24,18 @@ from fusiontree.branches import (
     recurrent,
     rglru,
 )
-from fusiontree.branches.use import UseBranch
+from fusiontree.branches.use import UseModule
 from fusiontree.core.contracts.cache import Rows
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.model import initialise as initialising
 from fusiontree.encodings import Alibi
-from fusiontree.encodings.rope import Rotary
-from fusiontree.encodings.srte import SincosTime, SrteSincos
+from fusiontree.encodings.rope import RopeModule
+from fusiontree.encodings.srte import SrteSincos, SrteSincosModule
 from fusiontree.fusions import Gated
 from fusiontree.fusions.base import BaseFusion
 from fusiontree.gates import Sigmoid, Softmax
-from fusiontree.gates.sigmoid import SigmoidGate
-from fusiontree.gates.softmax import SoftmaxGate
+from fusiontree.gates.sigmoid import SigmoidModule
+from fusiontree.gates.softmax import SoftmaxModule
 from fusiontree.testing import LawBroken, check
 
 torch.set_num_threads(1)
@@ -152,21 +152,23 @@ def test_distances_stand_still_in_decode(monkeypatch):
 
 
 def test_positions_stand_still_in_decode(monkeypatch):
-    forward = Rotary.forward
-    monkeypatch.setattr(Rotary, "forward", lambda self, p: forward(self, p - p[:, :1]))
+    forward = RopeModule.forward
+    monkeypatch.setattr(RopeModule, "forward", lambda self, p: forward(self, p - p[:, :1]))
     assert broken_laws(Attention) == "split"
 
 
 def test_positions_do_not_restart(monkeypatch):
-    forward = SincosTime.forward
+    forward = SrteSincosModule.forward
     steps = torch.arange(1000)
-    monkeypatch.setattr(SincosTime, "forward", lambda self, p: forward(self, steps[None, : p.shape[1]].expand_as(p)))
+    monkeypatch.setattr(
+        SrteSincosModule, "forward", lambda self, p: forward(self, steps[None, : p.shape[1]].expand_as(p))
+    )
     assert broken_laws(SrteSincos) == "split"
 
 
 @pytest.mark.parametrize("gate", [Sigmoid, Softmax])
 def test_gate_ignores_granularity(monkeypatch, gate):
-    module = {Sigmoid: SigmoidGate, Softmax: SoftmaxGate}[gate]
+    module = {Sigmoid: SigmoidModule, Softmax: SoftmaxModule}[gate]
     forward = module.forward
 
     def flat(self, features, context):
@@ -177,18 +179,20 @@ def test_gate_ignores_granularity(monkeypatch, gate):
 
 
 def test_gate_looks_ahead(monkeypatch):
-    forward = SigmoidGate.forward
+    forward = SigmoidModule.forward
 
     def whole(self, features, context):
         return forward(self, features.mean(1, keepdim=True).expand_as(features), context)
 
-    monkeypatch.setattr(SigmoidGate, "forward", whole)
+    monkeypatch.setattr(SigmoidModule, "forward", whole)
     assert broken_laws(Sigmoid) == "causal"
 
 
 def test_gate_values_do_not_sum_to_one(monkeypatch):
-    forward = SigmoidGate.forward
-    monkeypatch.setattr(SigmoidGate, "forward", lambda self, f, c: {n: 1.1 * g for n, g in forward(self, f, c).items()})
+    forward = SigmoidModule.forward
+    monkeypatch.setattr(
+        SigmoidModule, "forward", lambda self, f, c: {n: 1.1 * g for n, g in forward(self, f, c).items()}
+    )
     assert broken_laws(Sigmoid) == "gates"
 
 
@@ -242,12 +246,12 @@ def test_start_cannot_be_pickled(monkeypatch):
 
 
 def test_a_copy_of_a_shared_node_keeps_the_old_parameters(monkeypatch):
-    monkeypatch.setattr(UseBranch, "__deepcopy__", with_a_twin_of_its_own, raising=False)
+    monkeypatch.setattr(UseModule, "__deepcopy__", with_a_twin_of_its_own, raising=False)
     assert broken_laws(Use) == "pickled"
 
 
 def with_a_twin_of_its_own(node, memo):
-    copied = object.__new__(UseBranch)
+    copied = object.__new__(UseModule)
     memo[id(node)] = copied
     for name, value in node.__dict__.items():
         copied.__dict__[name] = deepcopy(value, {} if name == "twin" else memo)
@@ -267,6 +271,6 @@ def test_message_wakes_a_closed_branch(monkeypatch):
 
 def test_closed_branch_keeps_its_share(monkeypatch):
     monkeypatch.setattr(
-        SigmoidGate, "dropped", property(lambda self: frozenset(), lambda self, value: None), raising=False
+        SigmoidModule, "dropped", property(lambda self: frozenset(), lambda self, value: None), raising=False
     )
     assert broken_laws(Sigmoid) == "pruned"

@@ -36,9 +36,9 @@ class Difference(BaseFusionSpec):
         branches = example_branches(width)
         return cls.model_validate({"branches": branches, "minus": list(branches)[-1]})
 
-    def build(self, scope: Scope) -> "DifferenceFusion":
+    def build(self, scope: Scope) -> "DifferenceModule":
         """The module."""
-        return DifferenceFusion(self, scope)
+        return DifferenceModule(self, scope)
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """The parts' axes, and one value for each fused channel."""
@@ -51,7 +51,7 @@ class Difference(BaseFusionSpec):
         return {"minus": None} if branch == self.minus else {}
 
 
-class DifferenceFusion(BaseFusion):
+class DifferenceModule(BaseFusion):
     """The module of `Difference`; `scale` is lambda."""
 
     def __init__(self, spec: Difference, scope: Scope) -> None:

@@ -17,7 +17,7 @@ from fusiontree.components import (
     BranchSpec,
     Context,
     Count,
-    Linear,
+    LinearModule,
     Node,
     Scope,
     State,
@@ -45,9 +45,9 @@ class Ema(BranchSpec):
         """Half as wide inside."""
         return cls(hidden=width // 2, state=3)
 
-    def build(self, scope: Scope) -> "EmaBranch":
+    def build(self, scope: Scope) -> "EmaModule":
         """The module."""
-        return EmaBranch(self, scope.width)
+        return EmaModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
         """The three maps; the averages have no matrix product."""
@@ -67,18 +67,18 @@ class Ema(BranchSpec):
         return {"width": scope.width, "hidden": self.hidden, "state": self.state}
 
 
-class EmaBranch(Node):
+class EmaModule(Node):
     """The module of `Ema`; alpha and delta are kept as logits."""
 
     def __init__(self, spec: Ema, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.x, self.gate = Linear(width, spec.hidden), Linear(width, spec.hidden)
+        self.x, self.gate = LinearModule(width, spec.hidden), LinearModule(width, spec.hidden)
         shape = (spec.hidden, spec.state)
         self.alpha = self.declare("alpha", shape, normal(1.0))
         self.delta = self.declare("delta", shape, constant(0.0))
         self.eta = self.declare("eta", shape, fan_in())
-        self.out = Linear(spec.hidden, width)
+        self.out = LinearModule(spec.hidden, width)
 
     def forward(self, x: Stream, context: Context) -> Stream:
         """Average, weigh, gate."""

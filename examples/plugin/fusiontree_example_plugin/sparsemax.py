@@ -25,9 +25,9 @@ class Sparsemax(LearnedGateSpec):
         """Channel-wise and low-rank."""
         return cls(granularity="channel", rank=4)
 
-    def build(self, scope: GateScope) -> "SparsemaxGate":
+    def build(self, scope: GateScope) -> "SparsemaxModule":
         """The module."""
-        return SparsemaxGate(self, scope)
+        return SparsemaxModule(self, scope)
 
     def flops(self, scope: GateScope) -> float:
         """A logit for each branch and unit."""
@@ -38,7 +38,7 @@ class Sparsemax(LearnedGateSpec):
         return {name: axes for branch in branches for name, axes in self.logit_axes(f"logits.{branch}.").items()}
 
 
-class SparsemaxGate(Gate):
+class SparsemaxModule(Gate):
     """The module of `Sparsemax`; a dropped branch has the logit -inf."""
 
     def __init__(self, spec: Sparsemax, scope: GateScope) -> None:

@@ -87,7 +87,7 @@ class Module(nn.Module):
         return self.get_buffer(name)
 
 
-class Linear(nn.Linear, Module):
+class LinearModule(nn.Linear, Module):
     """y = x W^T + b. One of torch's, so that tools that look for those (LoRA, quantisation) find it."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
@@ -110,7 +110,7 @@ class Norm(Spec):
     eps: Positive = 1e-5
 
 
-class Normalise(Module):
+class NormModule(Module):
     """The module of a `Norm`, over each of `groups` equal parts of the width; statistics in float32 or better."""
 
     def __init__(self, spec: Norm, width: int, *, groups: int = 1) -> None:
@@ -121,7 +121,7 @@ class Normalise(Module):
         self.eps = torch.tensor(spec.eps, dtype=torch.float64, device="cpu")
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        """Normalise the last dimension."""
+        """NormModule the last dimension."""
         if self._counts_operations(x):
             return self._by_length(x)
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm

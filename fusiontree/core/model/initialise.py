@@ -30,7 +30,7 @@ def start(module: nn.Module, prefix: str, seed: int, *, but: Container[str] = ()
     for name, parameter in own(module):
         if not isinstance(module, Module):
             found = f"{prefix}: {type(module).__name__} has parameters but does not say how they start"
-            raise FusionTreeError(f"{found}; use fusiontree.core.contracts.modules.Linear, or `declare` of its Module")
+            raise FusionTreeError(f"{found}; use fusiontree.components.LinearModule, or `declare` of its Module")
         if name not in but:
             path = f"{prefix}.{name}" if prefix else name
             value = torch.empty(parameter.shape, dtype=torch.float32)

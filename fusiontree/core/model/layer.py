@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fusiontree.core.contracts.context import Context
-from fusiontree.core.contracts.modules import Normalise, scaled
+from fusiontree.core.contracts.modules import NormModule, scaled
 from fusiontree.core.contracts.node import Node, Scope
 from fusiontree.core.model.layers import LayerSpec
 
@@ -24,7 +24,7 @@ class Layer(nn.Module):
         self.norm, self.places = nn.ModuleDict(), PLACES[spec.placement]
         for name, node in (("mixer", self.mixer), ("ffn", self.ffn)):
             if node is not None:
-                self.norm[name] = nn.ModuleDict({p: Normalise(spec.norm, scope.width) for p in self.places})
+                self.norm[name] = nn.ModuleDict({p: NormModule(spec.norm, scope.width) for p in self.places})
 
     def forward(self, x: Stream, context: Context) -> Stream:
         """Run the sub-layers that there are."""

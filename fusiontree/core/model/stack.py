@@ -15,7 +15,7 @@ from fusiontree.compiling import allow_forms, any_size, eagerly
 from fusiontree.core.contracts.cache import Cache
 from fusiontree.core.contracts.context import Context, State
 from fusiontree.core.contracts.encoding import Encoding
-from fusiontree.core.contracts.modules import Module, Normalise, normal, scaled
+from fusiontree.core.contracts.modules import Module, NormModule, normal, scaled
 from fusiontree.core.contracts.node import Node, SharedNodeUser
 from fusiontree.core.model import boundaries, memory
 from fusiontree.core.model.arguments import Ids, check_count, check_positions, check_shapes, checked_tokens
@@ -59,7 +59,7 @@ class Stack(nn.Module):
         )
         self.shared = nn.ModuleDict({name: node.build(scope.for_shared) for name, node in spec.shared.items()})
         self.layers = nn.ModuleList(Layer(layer, scope) for layer in spec.expanded_layers())
-        self.norm = Normalise(spec.norm, spec.width)
+        self.norm = NormModule(spec.norm, spec.width)
         self.prefix = Prefix(spec.prefix, spec.width) if spec.prefix else None
         self.reads_embedding = any(node.reads_embedding for _, node in spec.nodes())
         kv_sources = {path: node.kv_source for path, node in spec.nodes() if node.kv_source is not None}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from fusiontree.core.spec.base import NamedMap, Spec
 from fusiontree.core.spec.paths import Steps
-from fusiontree.core.spec.registry import Family
+from fusiontree.core.spec.registry import KindFamily
 from fusiontree.errors import SpecError
 
 
@@ -22,7 +22,7 @@ def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
 
 def _plain(kind: Any, data: Any) -> Iterator[Any]:
     """The types that data of a field's type may have: choices one by one, a family as the kind that is named."""
-    if isinstance(kind, Family):
+    if isinstance(kind, KindFamily):
         name = data.get("kind") if isinstance(data, Mapping) else None
         try:
             yield kind.get(str(name))
@@ -30,7 +30,7 @@ def _plain(kind: Any, data: Any) -> Iterator[Any]:
             return
     elif get_origin(kind) is Annotated:
         inner, *marks = get_args(kind)
-        families = [mark for mark in marks if isinstance(mark, Family)]
+        families = [mark for mark in marks if isinstance(mark, KindFamily)]
         for each in families or [inner]:
             yield from _plain(each, data)
     elif get_origin(kind) in (Union, UnionType):
@@ -45,7 +45,7 @@ def _inside(kind: Any, step: str) -> Iterator[Any]:
     if isinstance(kind, type) and issubclass(kind, Spec):
         for name, field in kind.model_fields.items():
             if step in (name, field.alias):
-                families = [mark for mark in field.metadata if isinstance(mark, Family)]
+                families = [mark for mark in field.metadata if isinstance(mark, KindFamily)]
                 yield from families or [field.annotation]
     elif _is_map(kind) or get_origin(kind) is tuple:
         yield get_args(kind)[0]

@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Spec)
 K = TypeVar("K", bound=Spec)
 
 
-class Family(ABC, Generic[S]):
+class KindFamily(ABC, Generic[S]):
     """Kinds of one family. As the `Annotated` marker of a field it lets the field hold any of them.
 
     The kind is looked up when a value is validated, so kinds registered later are found, families may
@@ -79,14 +79,14 @@ class Family(ABC, Generic[S]):
 
 
 def _with_kinds(schema: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-    """The schema of a family, each kind with a `kind` that has to be there, as `Family.parse` wants it."""
+    """The schema of a family, each kind with a `kind` that has to be there, as `KindFamily.parse` wants it."""
     for choice in handler.resolve_ref_schema(schema).get("oneOf", []):
         model = handler.resolve_ref_schema(choice)
         model["required"] = ["kind", *(key for key in model.get("required", []) if key != "kind")]
     return schema
 
 
-class Registry(Family[S]):
+class Registry(KindFamily[S]):
     """One family's own kinds, built in, registered by a decorator, or offered by an installed package.
 
     A package offers a kind by an entry point in the group `fusiontree.<family>` whose name is the kind.
@@ -163,7 +163,7 @@ class Registry(Family[S]):
             raise SpecError(f"the plugin {point.value} was imported but registered no {self.name} {point.name!r}")
 
 
-class OneOf(Family[S]):
+class OneOf(KindFamily[S]):
     """Several families where any of their kinds may stand."""
 
     def __init__(self, name: str, base: type[S], families: tuple[Registry[Any], ...]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusiontree.kernels.common.documents import wide
 
 
-class Block(NamedTuple):
+class AttentionBlock(NamedTuple):
     """The operands of one block; `bias` is -inf where a query does not see a key."""
 
     q: Float[Tensor, "batch kv_heads rows head_dim"]
@@ -36,8 +36,8 @@ class Saved(NamedTuple):
 class BlockKernel(NamedTuple):
     """A way to compute a block: (y, lse), and (grad_q, grad_k, grad_v)."""
 
-    forward: Callable[[Block], tuple[Tensor, Tensor]]
-    backward: Callable[[Block, Saved], tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[AttentionBlock], tuple[Tensor, Tensor]]
+    backward: Callable[[AttentionBlock, Saved], tuple[Tensor, Tensor, Tensor]]
 
 
 def capped(scores: Float[Tensor, "..."], softcap: float | None) -> Float[Tensor, "..."]:
@@ -45,13 +45,13 @@ def capped(scores: Float[Tensor, "..."], softcap: float | None) -> Float[Tensor,
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
-def _scores(block: Block) -> Float[Tensor, "batch kv_heads rows keys"]:
+def _scores(block: AttentionBlock) -> Float[Tensor, "batch kv_heads rows keys"]:
     """Scaled, capped, not yet masked; in the wide dtype, products included."""
     dtype = wide(block.q.dtype)
     return capped(block.q.to(dtype).mul(block.scale) @ block.k.to(dtype).mT, block.softcap)
 
 
-def product_forward(block: Block) -> tuple[Tensor, Tensor]:
+def product_forward(block: AttentionBlock) -> tuple[Tensor, Tensor]:
     """Two matrix products and a softmax."""
     scores = _scores(block).add_(block.bias)
     lse = scores.logsumexp(-1)
@@ -59,7 +59,7 @@ def product_forward(block: Block) -> tuple[Tensor, Tensor]:
     return weights @ block.v.to(weights.dtype), lse
 
 
-def product_backward(block: Block, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def product_backward(block: AttentionBlock, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Recomputes the weights from `lse` (Dao et al. 2022, arXiv 2205.14135, algorithm 4); only scores need products
     in the wide dtype."""
     dtype = block.q.dtype
@@ -74,18 +74,18 @@ def product_backward(block: Block, saved: Saved) -> tuple[Tensor, Tensor, Tensor
     return grad_scores @ block.k, grad_scores.mT @ block.q, grad_v
 
 
-def _flash_options(block: Block) -> dict[str, Any]:
+def _flash_options(block: AttentionBlock) -> dict[str, Any]:
     return {"attn_mask": block.bias, "scale": block.scale}
 
 
-def flash_forward(block: Block) -> tuple[Tensor, Tensor]:
+def flash_forward(block: AttentionBlock) -> tuple[Tensor, Tensor]:
     """torch's fused CPU kernel (no softcap, value_dim = head_dim)."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         block.q, block.k, block.v, 0.0, False, **_flash_options(block)
     )
 
 
-def flash_backward(block: Block, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def flash_backward(block: AttentionBlock, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of torch's fused CPU kernel."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         saved.grad, block.q, block.k, block.v, saved.y, saved.lse, 0.0, False, **_flash_options(block)

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.attention.block_kernels import FLASH_CPU, PRODUCT, Block, Saved, flash_refusal
+from fusiontree.kernels.attention.block_kernels import FLASH_CPU, PRODUCT, AttentionBlock, Saved, flash_refusal
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs
 from fusiontree.kernels.attention.visibility import BiasLayout, Visibility, visibility_of
 from fusiontree.kernels.common.documents import silence_padding, wide
@@ -27,7 +27,7 @@ LARGEST_BAND = 2**19
 KERNELS = {"product": PRODUCT, "flash_cpu": FLASH_CPU}
 
 
-class Options(NamedTuple):
+class BlockedOptions(NamedTuple):
     """What is not a tensor."""
 
     window: int | None
@@ -92,9 +92,9 @@ class Span(NamedTuple):
         return self.before[:, None, :, None].expand(len(tensor), tensor.shape[1], -1, tensor.shape[-1])
 
 
-class Blocks:
+class QueryBlocks:
     """The queries of a call in blocks, each with the keys that it sees; all tensors with heads before time, queries
-    folded into rows of their kv head. Blocks have the dtype that is multiplied in (see `products`)."""
+    folded into rows of their kv head. QueryBlocks have the dtype that is multiplied in (see `products`)."""
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], segments: Tensor | None, age: Tensor | None) -> None:
         q, k, v = tensors
@@ -104,7 +104,7 @@ class Blocks:
         self.dtype = operand_dtype(q)
         self.q, self.k, self.v = _fold(q, self.kv_heads), _leading(k).to(self.dtype), _leading(v).to(self.dtype)
 
-    def over(self, options: Options) -> Iterator[tuple[slice, Span, Block]]:
+    def over(self, options: BlockedOptions) -> Iterator[tuple[slice, Span, AttentionBlock]]:
         """The rows of some queries, the keys that they see, and both with their bias."""
         seen = visibility_of(self.time, self.segments, self.age, options.reach, self.q.device)
         for queries, keys, plain in seen.blocks(QUERIES):
@@ -114,9 +114,9 @@ class Blocks:
                 self._bias(seen, (queries, keys), options, plain),
             )
             q = self.q[:, :, rows].to(self.dtype)
-            yield rows, span, Block(q, span.of(self.k), span.of(self.v), bias, options.scale, options.softcap)
+            yield rows, span, AttentionBlock(q, span.of(self.k), span.of(self.v), bias, options.scale, options.softcap)
 
-    def _bias(self, seen: Visibility, block: tuple[slice, slice], options: Options, plain: bool) -> Tensor:
+    def _bias(self, seen: Visibility, block: tuple[slice, slice], options: BlockedOptions, plain: bool) -> Tensor:
         queries, keys = block
         (rows, columns), prefix = (queries.stop - queries.start, keys.stop - keys.start), options.prefix
         falls, layout = options.slopes is not None, BiasLayout(self.queries_per_kv, self.dtype, options.slopes)
@@ -148,9 +148,9 @@ def _attend(
     slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of exponentials of each folded row; cached keys come first."""
-    blocks, sums = Blocks((q, k, v), segments, age), []
+    blocks, sums = QueryBlocks((q, k, v), segments, age), []
     y = blocks.q.new_empty(*blocks.q.shape[:3], v.shape[-1])
-    options = Options(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
+    options = BlockedOptions(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     for rows, _, block in blocks.over(options):
         y[:, :, rows], lse = KERNELS[kernel].forward(block)
         sums.append(lse)
@@ -182,8 +182,8 @@ def _attend_backward(
     slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
-    blocks, dtype = Blocks((q, k, v), segments, age), wide(k.dtype)
-    options = Options(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
+    blocks, dtype = QueryBlocks((q, k, v), segments, age), wide(k.dtype)
+    options = BlockedOptions(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
     for rows, span, block in blocks.over(options):
@@ -218,7 +218,7 @@ _attend.register_autograd(_propagate, setup_context=_keep_for_backward)
 def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time heads value_dim"]:
     keys, values = inputs.all_keys()
     age = None if inputs.past is None else inputs.past.age
-    options = Options(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.prefix, inputs.slopes)
+    options = BlockedOptions(inputs.window, kernel, inputs.scale, inputs.softcap, inputs.prefix, inputs.slopes)
     y, _ = _attend(inputs.q, keys, values, inputs.segments, age, *options)
     return silence_padding(y, inputs.segments)
 

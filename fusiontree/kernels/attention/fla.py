@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
-from fusiontree.kernels.attention.packing import Limits, Tokens, over_documents
+from fusiontree.kernels.attention.packing import KernelLimits, Tokens, over_documents
 from fusiontree.kernels.common.documents import Packed
 from fusiontree.kernels.common.packages import refusal
 
-LIMITS = Limits(multiple=1, unequal_widths=True)
+LIMITS = KernelLimits(multiple=1, unequal_widths=True)
 
 
 def _refusal(request: AttentionRequest) -> str | None:

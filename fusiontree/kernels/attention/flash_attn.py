@@ -13,29 +13,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
-from fusiontree.kernels.attention.packing import Limits, Tokens, over_documents
+from fusiontree.kernels.attention.packing import KernelLimits, Tokens, over_documents
 from fusiontree.kernels.common.constants import constants
 from fusiontree.kernels.common.documents import Packed
 from fusiontree.kernels.common.packages import refusal
 
 
-class Library(NamedTuple):
+class FlashAttnLibrary(NamedTuple):
     """One of the packages; `unbounded` is how it writes a window without an end."""
 
     package: str
     oldest: str
     module: str
     unbounded: int | None
-    limits: Limits
+    limits: KernelLimits
 
     def refusal(self, request: AttentionRequest) -> str | None:
         """Why a request is not served, or None."""
         return refusal(request.device, self.package, self.oldest) or self.limits.refusal(request)
 
 
-FLASH_2 = Library("flash-attn", "2.8", "flash_attn", -1, Limits(multiple=1, softcap=True, slopes=True))
-FLASH_3 = Library("flash-attn-3", "3.0", "flash_attn_interface", -1, Limits(range(9, 10), softcap=True))
-FLASH_4 = Library("flash-attn-4", "4.0.0", "flash_attn.cute", None, Limits(range(9, 13), largest=128))
+FLASH_2 = FlashAttnLibrary("flash-attn", "2.8", "flash_attn", -1, KernelLimits(multiple=1, softcap=True, slopes=True))
+FLASH_3 = FlashAttnLibrary("flash-attn-3", "3.0", "flash_attn_interface", -1, KernelLimits(range(9, 10), softcap=True))
+FLASH_4 = FlashAttnLibrary("flash-attn-4", "4.0.0", "flash_attn.cute", None, KernelLimits(range(9, 13), largest=128))
 
 
 @cache
@@ -49,7 +49,7 @@ def _slopes(slopes: tuple[float, ...], device: torch.device) -> Float[Tensor, "h
     return constants(slopes, torch.float32, device)
 
 
-def _run(inputs: AttentionInputs, library: Library) -> Tensor:
+def _run(inputs: AttentionInputs, library: FlashAttnLibrary) -> Tensor:
     left = library.unbounded if inputs.window is None else inputs.window - 1
     right = library.unbounded if inputs.window is None else 0
     falling = {} if inputs.slopes is None else {"alibi_slopes": _slopes(inputs.slopes, inputs.q.device)}

@@ -25,14 +25,14 @@ NARROWEST = 16
 """The least width that Triton's matrix products take."""
 
 
-class Blocks(NamedTuple):
+class FlexBlocks(NamedTuple):
     """Which blocks of keys each block of queries sees: how many, and which those are."""
 
     count: Int[Tensor, "batch 1 blocks"]
     index: Int[Tensor, "batch 1 blocks blocks"]
 
 
-def visible(first: Int[Tensor, "batch time"]) -> tuple[Blocks, Blocks]:
+def visible(first: Int[Tensor, "batch time"]) -> tuple[FlexBlocks, FlexBlocks]:
     """The blocks that some queries see some keys of, and those that all queries see all of.
 
     The first are an edge on the left, which the window and documents cut, and the queries' own block.
@@ -48,8 +48,8 @@ def visible(first: Int[Tensor, "batch time"]) -> tuple[Blocks, Blocks]:
     return _blocks(whole - left + 1, edge), _blocks(own - whole, inside)
 
 
-def _blocks(count: Tensor, index: Tensor) -> Blocks:
-    return Blocks(count[:, None].int(), index[:, None].int())
+def _blocks(count: Tensor, index: Tensor) -> FlexBlocks:
+    return FlexBlocks(count[:, None].int(), index[:, None].int())
 
 
 def _mask(first: Int[Tensor, "batch time"]) -> Any:

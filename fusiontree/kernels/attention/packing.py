@@ -14,7 +14,7 @@ from fusiontree.kernels.common.packages import capability, half
 Tokens = Float[Tensor, "tokens heads head_dim"]
 
 
-class Limits(NamedTuple):
+class KernelLimits(NamedTuple):
     """What a library's kernels serve; none of them takes cached keys, which lie in no order.
 
     Attributes:

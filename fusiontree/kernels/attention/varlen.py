@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fusiontree.compiling import constant
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
-from fusiontree.kernels.attention.packing import Limits, Tokens, over_documents, per_query_head
+from fusiontree.kernels.attention.packing import KernelLimits, Tokens, over_documents, per_query_head
 from fusiontree.kernels.common.documents import Packed
 
-LIMITS = Limits()
+LIMITS = KernelLimits()
 
 
 @constant

@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs, AttentionRequest, untraced
-from fusiontree.kernels.attention.packing import Limits, Tokens, over_documents, per_query_head
+from fusiontree.kernels.attention.packing import KernelLimits, Tokens, over_documents, per_query_head
 from fusiontree.kernels.common.documents import Packed
 from fusiontree.kernels.common.packages import refusal
 
-LIMITS = Limits()
+LIMITS = KernelLimits()
 
 
 def _refusal(request: AttentionRequest) -> str | None:
     return refusal(request.device, "xformers", "0.0.35") or LIMITS.refusal(request)
 
 
-class Library(NamedTuple):
+class XformersLibrary(NamedTuple):
     """What is called of it."""
 
     attend: Callable[..., Any]
@@ -28,10 +28,10 @@ class Library(NamedTuple):
 
 
 @cache
-def load() -> Library:
+def load() -> XformersLibrary:
     """The library's function and mask."""
     fmha = import_module("xformers.ops").fmha
-    return Library(fmha.memory_efficient_attention, fmha.attn_bias.BlockDiagonalMask)
+    return XformersLibrary(fmha.memory_efficient_attention, fmha.attn_bias.BlockDiagonalMask)
 
 
 @ATTENTION.backend("xformers", priority=24, supports=_refusal)

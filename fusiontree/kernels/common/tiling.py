@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Limits(NamedTuple):
+class TilingLimits(NamedTuple):
     """What suits a type of device.
 
     Attributes:
@@ -23,7 +23,7 @@ class Limits(NamedTuple):
     chunk: int
 
 
-LIMITS = {"cpu": Limits(2**19, 512, 64), "cuda": Limits(2**26, 32, 32)}
+LIMITS = {"cpu": TilingLimits(2**19, 512, 64), "cuda": TilingLimits(2**26, 32, 32)}
 """Measured on CPUs, where two megabytes stay in a core's cache; on a GPU what counts is the number of operations."""
 FEWEST, ENOUGH = 8, 32
 """A block's tokens of a row: the fewest, and how many make room for other rows."""

@@ -3,7 +3,7 @@
 Within a chunk the values N that are really written solve (I + L) N = beta (V - e K S), where S is the state before the
 chunk, e the decay since then, and L = beta (K K^T * decays) below the diagonal (the WY form; DeltaNet, arXiv
 2406.06484, section 3, with the decays of arXiv 2412.06464, section 3.3). Then O = e Q S + (Q K^T * decays) N, and the
-chunk adds K^T N, decayed to its end, to the state. (I + L) is inverted once for all heads and chunks of a step.
+chunk adds K^T N, decayed to its end, to the state. (I + L) is inverted once for all heads and chunks of a pass.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fusiontree.kernels.common.chunks import Documents, by_chunk, by_token, forgotten
 from fusiontree.kernels.gated_delta.channels import PerChannel
-from fusiontree.kernels.gated_delta.decays import Decays, Keys, Logs, PerHead, Scores
+from fusiontree.kernels.gated_delta.decays import DeltaDecays, Keys, Logs, PerHead, Scores
 
 State = Float[Tensor, "batch g r n p"]
 States = Float[Tensor, "batch chunks g r n p"]
 Values = Float[Tensor, "b c g r chunk p"]
 
 
-class Step(NamedTuple):
+class DeltaTokens(NamedTuple):
     """The tokens of some whole chunks, or their gradients."""
 
     q: Float[Tensor, "batch chunks*chunk key_heads key_dim"]
@@ -31,21 +31,21 @@ class Step(NamedTuple):
     beta: Float[Tensor, "batch chunks*chunk heads"]
 
 
-class Chunks(NamedTuple):
+class DeltaChunks(NamedTuple):
     """A step by chunk, key head and head of the key head (`r`; a 1 in its place is shared)."""
 
     q: Float[Tensor, "b c g 1 chunk n"]
     k: Float[Tensor, "b c g 1 chunk n"]
     v: Values
     beta: Float[Tensor, "b c g r chunk 1"]
-    decays: Decays
+    decays: DeltaDecays
     documents: Documents | None
 
     @classmethod
-    def of(cls, step: Step, documents: Documents | None, chunk: int) -> "Chunks":
+    def of(cls, tokens: DeltaTokens, documents: Documents | None, chunk: int) -> "DeltaChunks":
         """In the dtype of g."""
-        groups, dtype = step.k.shape[2], step.g.dtype
-        q, k, v, g, beta = (by_chunk(values.to(dtype), chunk, groups) for values in step)
+        groups, dtype = tokens.k.shape[2], tokens.g.dtype
+        q, k, v, g, beta = (by_chunk(values.to(dtype), chunk, groups) for values in tokens)
         form = PerHead if g.shape[-1] == 1 else PerChannel
         return cls(q, k, v, beta[..., None], form.of(g, documents), documents)
 
@@ -59,7 +59,7 @@ class _Solved(NamedTuple):
     R: Keys
 
 
-def _solved(chunks: Chunks) -> _Solved:
+def _solved(chunks: DeltaChunks) -> _Solved:
     _, k, v, beta, decays, _ = chunks
     similar = decays.product(k, k)
     identity = torch.eye(similar.shape[-1], dtype=similar.dtype, device=similar.device)
@@ -68,11 +68,11 @@ def _solved(chunks: Chunks) -> _Solved:
     return _Solved(similar, inverse, inverse @ (beta * v), inverse @ (beta * decays.entry * k))
 
 
-def _scores(chunks: Chunks) -> Scores:
+def _scores(chunks: DeltaChunks) -> Scores:
     return chunks.decays.product(chunks.q, chunks.k)
 
 
-def _states(chunks: Chunks, solved: _Solved, state: State) -> tuple[States, State]:
+def _states(chunks: DeltaChunks, solved: _Solved, state: State) -> tuple[States, State]:
     """The state before each chunk, and after the last."""
     kept, across, before = (chunks.decays.exit * chunks.k).mT, chunks.decays.across, []
     for c in range(kept.shape[1]):
@@ -83,9 +83,9 @@ def _states(chunks: Chunks, solved: _Solved, state: State) -> tuple[States, Stat
     return torch.stack(before, dim=1), state
 
 
-def forward(step: Step, documents: Documents | None, state: State, chunk: int) -> tuple[Tensor, State]:
-    """The outputs [batch, chunks * chunk, heads, value_dim], and the state after the step."""
-    chunks = Chunks.of(step, documents, chunk)
+def forward(tokens: DeltaTokens, documents: Documents | None, state: State, chunk: int) -> tuple[Tensor, State]:
+    """The outputs [batch, chunks * chunk, heads, value_dim], and the state after the tokens."""
+    chunks = DeltaChunks.of(tokens, documents, chunk)
     solved = _solved(chunks)
     before, state = _states(chunks, solved, state)
     written = solved.U - solved.R @ before
@@ -100,7 +100,7 @@ class _Through(NamedTuple):
     first: State
 
 
-def _through(chunks: Chunks, R: Keys, wanted: tuple[Values, States], grad_state: State) -> _Through:
+def _through(chunks: DeltaChunks, R: Keys, wanted: tuple[Values, States], grad_state: State) -> _Through:
     """Backward between chunks; `wanted`: what the outputs want of the values written, and of the states before."""
     kept, across = chunks.decays.exit * chunks.k, chunks.decays.across
     written, after = [], []
@@ -120,7 +120,7 @@ class _Share(NamedTuple):
     log: Logs
 
 
-def _inside(chunks: Chunks, similar: Scores, grad_scores: Scores, grad_system: Scores) -> _Share:
+def _inside(chunks: DeltaChunks, similar: Scores, grad_scores: Scores, grad_system: Scores) -> _Share:
     """From the gradients of queries with keys, and of L, below the diagonal."""
     q, k, _, beta, decays, _ = chunks
     asked, met = decays.backward(grad_scores, q, k), decays.backward(beta * grad_system, k, k)
@@ -143,7 +143,7 @@ class _Outside(NamedTuple):
     grad: Values
 
 
-def _outside(chunks: Chunks, outside: _Outside) -> _Share:
+def _outside(chunks: DeltaChunks, outside: _Outside) -> _Share:
     """From the states, and from what was written."""
     q, k, v, beta, decays, _ = chunks
     before, after, written, right, grad = outside
@@ -163,11 +163,11 @@ def _outside(chunks: Chunks, outside: _Outside) -> _Share:
 
 
 def backward(
-    step: Step, documents: Documents | None, state: State, grads: tuple[Tensor, State], chunk: int
-) -> tuple[Step, State]:
+    tokens: DeltaTokens, documents: Documents | None, state: State, grads: tuple[Tensor, State], chunk: int
+) -> tuple[DeltaTokens, State]:
     """The gradients of a step that started from `state`, from those of its outputs and of the state after it."""
-    chunks = Chunks.of(step, documents, chunk)
-    grad, solved = by_chunk(grads[0].to(chunks.v.dtype), chunk, step.k.shape[2]), _solved(chunks)
+    chunks = DeltaChunks.of(tokens, documents, chunk)
+    grad, solved = by_chunk(grads[0].to(chunks.v.dtype), chunk, tokens.k.shape[2]), _solved(chunks)
     before, _ = _states(chunks, solved, state)
     written = solved.U - solved.R @ before
     wanted = _scores(chunks).mT @ grad, (chunks.decays.entry * chunks.q).mT @ grad
@@ -179,4 +179,4 @@ def backward(
     )
     q, k, beta, log = (one + other for one, other in zip(*shares, strict=True))
     g = log.flip(-2).cumsum(-2).flip(-2)
-    return Step(*(by_token(values) for values in (q, k, chunks.beta * right, g, beta))), through.first
+    return DeltaTokens(*(by_token(values) for values in (q, k, chunks.beta * right, g, beta))), through.first

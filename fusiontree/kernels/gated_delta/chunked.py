@@ -14,7 +14,7 @@ from fusiontree.kernels.common.chunks import Documents, spans
 from fusiontree.kernels.common.documents import padding_joined, silence_padding
 from fusiontree.kernels.common.opaque import opaque
 from fusiontree.kernels.gated_delta import chunk_pass as steps
-from fusiontree.kernels.gated_delta.chunk_pass import State, Step
+from fusiontree.kernels.gated_delta.chunk_pass import DeltaTokens, State
 from fusiontree.kernels.gated_delta.op import GATED_DELTA, GatedDeltaInputs
 
 
@@ -22,8 +22,8 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _cut(tokens: list[Tensor], span: slice) -> Step:
-    return Step(*(tensor[:, span] for tensor in tokens))
+def _cut(tokens: list[Tensor], span: slice) -> DeltaTokens:
+    return DeltaTokens(*(tensor[:, span] for tensor in tokens))
 
 
 @opaque("gated_delta_chunked")
@@ -54,7 +54,7 @@ def _scan_backward(
     grad_y: Tensor, grad_state: Tensor, tokens: list[Tensor], kept: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first state, and of q, k, v, g and beta."""
-    found = Step(*(_empty_like(tensor) for tensor in tokens))
+    found = DeltaTokens(*(_empty_like(tensor) for tensor in tokens))
     running = grad_state.clone(memory_format=torch.contiguous_format)
     for place, (span, chunk) in reversed(list(enumerate(spans(grad_y)))):
         documents = Documents.of(segments, span, chunk)

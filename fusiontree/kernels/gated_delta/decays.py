@@ -22,7 +22,7 @@ class Factors(NamedTuple):
     log: Logs
 
 
-class Decays(Protocol):
+class DeltaDecays(Protocol):
     """Factors in [0, 1], zero across documents; `channels` is 1, or as many as keys have."""
 
     @property
@@ -74,7 +74,7 @@ class PerHead(NamedTuple):
         return (a @ b.mT) * self.within
 
     def backward(self, grad: Scores, a: Keys, b: Keys) -> Factors:
-        """See `Decays`."""
+        """See `DeltaDecays`."""
         seen = grad * self.within
         log, shared = seen * (a @ b.mT), seen.sum(3, keepdim=True)
         return Factors(shared @ b, shared.mT @ a, (log.sum(-1) - log.sum(-2))[..., None])

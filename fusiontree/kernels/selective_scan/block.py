@@ -24,7 +24,7 @@ Channels = Float[Tensor, "chunk chunks rows groups 1 r"]
 Entries = Float[Tensor, "chunk chunks rows groups state 1"]
 
 
-class Block(NamedTuple):
+class ScanBlock(NamedTuple):
     """The tokens of some whole chunks, `r` channels a group. `reset` is -inf where a document starts, elsewhere 0."""
 
     x: Channels
@@ -49,7 +49,7 @@ class Room:
         return self._taken[name, shape]
 
 
-class Gradients(NamedTuple):
+class ScanGradients(NamedTuple):
     """Of a block's arguments."""
 
     A: Rates
@@ -60,7 +60,7 @@ class Gradients(NamedTuple):
     C: Entries
 
 
-def _exp(block: Block, A: Rates, decays: Elements) -> None:
+def _exp(block: ScanBlock, A: Rates, decays: Elements) -> None:
     """exp(dt A), and 0 where a document starts. As a power of 2, which torch has in vectors on every CPU."""
     if block.reset is None:
         torch.mul(block.dt, A * LOG2_E, out=decays)
@@ -77,7 +77,7 @@ class _Passed(NamedTuple):
     states: Float[Tensor, "chunk+1 chunks rows groups state r"]
 
 
-def _passed(block: Block, A: Rates, state: State, room: Room) -> _Passed:
+def _passed(block: ScanBlock, A: Rates, state: State, room: Room) -> _Passed:
     shape = (*block.dt.shape[:4], *A.shape[1:])
     decays, factors = room.take("decays", *shape)
     states, (before, *after) = room.take("states", shape[0] + 1, *shape[1:])
@@ -88,13 +88,13 @@ def _passed(block: Block, A: Rates, state: State, room: Room) -> _Passed:
     return _Passed(decays, factors, states)
 
 
-def forward(block: Block, A: Rates, state: State, room: Room) -> tuple[Channels, State]:
+def forward(block: ScanBlock, A: Rates, state: State, room: Room) -> tuple[Channels, State]:
     """The outputs, and the state after the block."""
     states = _passed(block, A, state, room).states
     return block.C.mT @ states[1:], states[-1, -1].clone()
 
 
-def backward(block: Block, A: Rates, state: State, grads: tuple[Channels, State], room: Room) -> Gradients:
+def backward(block: ScanBlock, A: Rates, state: State, grads: tuple[Channels, State], room: Room) -> ScanGradients:
     """The gradients of a block that started from `state`, from those of its outputs and of the state after it."""
     decays, factors, states = _passed(block, A, state, room)
     adjoints, wanted = room.take("adjoints", *decays.shape)
@@ -107,4 +107,4 @@ def backward(block: Block, A: Rates, state: State, grads: tuple[Channels, State]
     grad_log = decays.mul_(states[:-1]).mul_(adjoints)  # of dt A
     grad_A = torch.mul(grad_log, block.dt, out=adjoints).sum((0, 1, 2))
     grad_dt = grad_log.mul_(A).sum(-2, keepdim=True).addcmul_(grad_inflow, block.x)
-    return Gradients(grad_A, grad_state, grad_inflow * block.dt, grad_dt, grad_B, grad_C)
+    return ScanGradients(grad_A, grad_state, grad_inflow * block.dt, grad_dt, grad_B, grad_C)

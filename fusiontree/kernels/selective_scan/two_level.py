@@ -17,7 +17,7 @@ from fusiontree.kernels.common.opaque import opaque
 from fusiontree.kernels.common.prepared import prepared
 from fusiontree.kernels.common.tiling import Tiling
 from fusiontree.kernels.selective_scan import block as blocks
-from fusiontree.kernels.selective_scan.block import Block, Channels, Entries, Room
+from fusiontree.kernels.selective_scan.block import Channels, Entries, Room, ScanBlock
 from fusiontree.kernels.selective_scan.op import SELECTIVE_SCAN, SelectiveScanInputs
 
 Grouped = Float[Tensor, "batch groups state r"]
@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
         pattern = "b (c q) (g r) -> q c b g 1 r"
         return rearrange(values, pattern, q=chunk, g=self.B.shape[2]).to(self.dt.dtype)
 
-    def block(self, rows: slice, span: slice, chunk: int) -> Block:
+    def block(self, rows: slice, span: slice, chunk: int) -> ScanBlock:
         """The tokens of a block."""
         x, dt = (self.channels(values[rows, span], chunk) for values in (self.x, self.dt))
         B, C = (_entries(values[rows, span].to(dt.dtype), chunk) for values in (self.B, self.C))
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
         if self.starts is not None:
             starts = rearrange(self.starts[rows, span], "b (c q) -> q c b 1 1 1", q=chunk)
             reset = torch.where(starts, -torch.inf, dt.new_zeros(()))
-        return Block(x, dt, B, C, reset)
+        return ScanBlock(x, dt, B, C, reset)
 
 
 def _entries(values: Float[Tensor, "rows tokens groups state"], chunk: int) -> Entries:

@@ -17,7 +17,7 @@ from fusiontree.kernels.common.chunks import Decays, Documents, by_chunk, by_tok
 State = Float[Tensor, "batch groups state r*head_dim"]
 
 
-class Step(NamedTuple):
+class SSDTokens(NamedTuple):
     """The tokens of some whole chunks."""
 
     x: Float[Tensor, "batch chunks*chunk heads head_dim"]
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     documents: Documents | None
 
 
-class Chunks(NamedTuple):
+class SSDChunks(NamedTuple):
     """A step by chunk, group and head of the group."""
 
     x: Float[Tensor, "b c g r chunk p"]
@@ -53,7 +53,7 @@ class Chunks(NamedTuple):
         return _merged((self.x * (self.dt * self.decays.exit)[..., None]).to(self.x.dtype))
 
 
-class Gradients(NamedTuple):
+class SSDGradients(NamedTuple):
     """Of a step's arguments."""
 
     A: Float[Tensor, "heads"]
@@ -72,15 +72,17 @@ def _split(values: Float[Tensor, "b c g q r*p"], heads: int) -> Float[Tensor, "b
     return rearrange(values, "b c g q (r p) -> b c g r q p", r=heads)
 
 
-def _chunks(step: Step, A: Float[Tensor, "heads"], chunk: int) -> Chunks:
-    groups = step.B.shape[2]
-    B, C = (rearrange(values, "b (c q) g n -> b c g q n", q=chunk) for values in (step.B, step.C))
-    dt = by_chunk(step.dt, chunk, groups)
-    decays = Decays.of(dt * rearrange(A, "(g r) -> g r 1", g=groups), step.documents)
-    return Chunks(by_chunk(step.x, chunk, groups), dt, B, C, decays, step.documents)
+def _chunks(tokens: SSDTokens, A: Float[Tensor, "heads"], chunk: int) -> SSDChunks:
+    groups = tokens.B.shape[2]
+    B, C = (rearrange(values, "b (c q) g n -> b c g q n", q=chunk) for values in (tokens.B, tokens.C))
+    dt = by_chunk(tokens.dt, chunk, groups)
+    decays = Decays.of(dt * rearrange(A, "(g r) -> g r 1", g=groups), tokens.documents)
+    return SSDChunks(by_chunk(tokens.x, chunk, groups), dt, B, C, decays, tokens.documents)
 
 
-def _states(chunks: Chunks, state: State) -> tuple[Float[Tensor, "b c g n r*p"], Float[Tensor, "b c g 1 r*p"], State]:
+def _states(
+    chunks: SSDChunks, state: State
+) -> tuple[Float[Tensor, "b c g n r*p"], Float[Tensor, "b c g 1 r*p"], State]:
     """The state before each chunk, the share of it that is kept, and the state after the last."""
     added = (chunks.B.mT @ chunks.stored).to(state.dtype)
     kept = repeat(chunks.decays.across, "b c g r 1 -> b c g 1 (r p)", p=chunks.x.shape[-1])
@@ -92,9 +94,9 @@ def _states(chunks: Chunks, state: State) -> tuple[Float[Tensor, "b c g n r*p"],
     return torch.stack(before, dim=1), kept, state
 
 
-def forward(step: Step, A: Float[Tensor, "heads"], state: State, chunk: int) -> tuple[Tensor, State]:
-    """The outputs [batch, chunks * chunk, heads, head_dim], and the state after the step."""
-    chunks, dtype = _chunks(step, A, chunk), step.x.dtype
+def forward(tokens: SSDTokens, A: Float[Tensor, "heads"], state: State, chunk: int) -> tuple[Tensor, State]:
+    """The outputs [batch, chunks * chunk, heads, head_dim], and the state after the tokens."""
+    chunks, dtype = _chunks(tokens, A, chunk), tokens.x.dtype
     decays = chunks.decays
     y = (decays.within * chunks.similarity).to(dtype) @ chunks.inflow
     before, _, state = _states(chunks, state)
@@ -111,7 +113,7 @@ class _Within(NamedTuple):
     log_decay: Float[Tensor, "b c g r q"]
 
 
-def _backward_within(chunks: Chunks, grad: Float[Tensor, "b c g r q p"]) -> _Within:
+def _backward_within(chunks: SSDChunks, grad: Float[Tensor, "b c g r q p"]) -> _Within:
     dtype, within, similarity = grad.dtype, chunks.decays.within, chunks.similarity
     weights = within * similarity
     grad_weights = grad @ chunks.inflow.mT
@@ -136,9 +138,11 @@ def _backward_states(
     return torch.stack(after[::-1], dim=1), grad_state
 
 
-def backward(step: Step, A: Float[Tensor, "heads"], state: State, grads: tuple[Tensor, State], chunk: int) -> Gradients:
+def backward(
+    tokens: SSDTokens, A: Float[Tensor, "heads"], state: State, grads: tuple[Tensor, State], chunk: int
+) -> SSDGradients:
     """The gradients of a step that started from `state`, from those of its outputs and of the state after it."""
-    chunks, dtype, groups = _chunks(step, A, chunk), step.x.dtype, step.B.shape[2]
+    chunks, dtype, groups = _chunks(tokens, A, chunk), tokens.x.dtype, tokens.B.shape[2]
     decays, heads, precise = chunks.decays, chunks.x.shape[3], state.dtype
     grad = by_chunk(grads[0], chunk, groups)
     inner = _backward_within(chunks, grad)
@@ -162,7 +166,7 @@ def backward(step: Step, A: Float[Tensor, "heads"], state: State, grads: tuple[T
     grad_log = grad_total.flip(-1).cumsum(-1).flip(-1) + ended
     rates = rearrange(A, "(g r) -> g r 1", g=groups)
     grad_dt = (grad_inflow * chunks.x).to(precise).sum(-1) + grad_log * rates
-    return Gradients(
+    return SSDGradients(
         A=reduce(grad_log * chunks.dt, "b c g r q -> (g r)", "sum"),
         state=grad_state,
         x=by_token(grad_inflow * chunks.dt[..., None]).to(dtype),

@@ -17,16 +17,16 @@ from fusiontree.kernels.common.documents import padding_joined, silence_padding
 from fusiontree.kernels.common.opaque import opaque
 from fusiontree.kernels.common.prepared import prepared
 from fusiontree.kernels.ssd import chunk_pass as steps
-from fusiontree.kernels.ssd.chunk_pass import State, Step
+from fusiontree.kernels.ssd.chunk_pass import SSDTokens, State
 from fusiontree.kernels.ssd.op import SSD, SSDInputs
 from fusiontree.products import operand_dtype
 
 
-def _cut(tokens: list[Tensor], segments: Tensor | None, span: slice, chunk: int) -> Step:
+def _cut(tokens: list[Tensor], segments: Tensor | None, span: slice, chunk: int) -> SSDTokens:
     """The tokens of a step, in the dtype that is multiplied in."""
     x, dt, B, C = (tensor[:, span] for tensor in tokens)
     dtype = operand_dtype(x)
-    return Step(x.to(dtype), dt, B.to(dtype), C.to(dtype), Documents.of(segments, span, chunk))
+    return SSDTokens(x.to(dtype), dt, B.to(dtype), C.to(dtype), Documents.of(segments, span, chunk))
 
 
 @opaque("ssd_chunked")
