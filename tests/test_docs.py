@@ -1,5 +1,6 @@
 """What README and the documentation tell a reader to type, typed."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -71,3 +72,21 @@ def test_the_readme_s_model_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", re.findall(r"```yaml\n(format: 1\nvocab.*?)```", TEXT["concepts.md"], re.DOTALL))
 def test_specs_are_valid(text):
     assert load_spec("quickstart").parse(yaml.read(text)).digest()
+
+
+@pytest.mark.parametrize("symbol", re.findall(r"`(fusiontree\.[\w.]+)`", TEXT["index.md"].partition("## Where is")[2]))
+def test_where_things_are_said_to_be(symbol):
+    module, found = symbol, []
+    while importlib.util.find_spec(module.split(".")[0]) and not _is_module(module):
+        module, _, name = module.rpartition(".")
+        found.append(name)
+    part = importlib.import_module(module)
+    for name in reversed(found):
+        part = getattr(part, name)
+
+
+def _is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,30 +1,15 @@
-"""What a training run says about its gates: the file `gates.json` that the gate monitor writes."""
+"""Gate statistics as evidence: the file `gates.json` that the gate monitor writes, and whether it fits a model."""
 
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field
+from typing import Any, Literal, Self
 
 from fusiontree.core.model.spec import ModelSpec
-from fusiontree.core.probes.gate_statistics import Observation
+from fusiontree.core.probes.gate_statistics import GateStatistics, Observation, plain
 from fusiontree.core.spec.base import Natural, OrderedMap, Spec
 from fusiontree.errors import FusionTreeError, suggest
-
-Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6, allow_inf_nan=False)]
 
 
 class PruneError(FusionTreeError):
     """Evidence, a plan or a pruned model that does not fit the model it is for."""
-
-
-class BranchEvidence(Spec):
-    """One branch's gate values; see `BranchStatistics`."""
-
-    mean: Share
-    std: Annotated[float, Field(ge=0)]
-    histogram: tuple[Share, ...]
-    entropy: Annotated[float, Field(allow_inf_nan=False)]
-    saturated: Share
-    count: Natural
 
 
 class Evidence(Spec):
@@ -33,12 +18,12 @@ class Evidence(Spec):
     format: Literal[1] = 1
     steps_seen: Natural
     spec: str
-    gates: OrderedMap[OrderedMap[BranchEvidence]]
+    gates: OrderedMap[OrderedMap[GateStatistics]]
 
     @classmethod
     def from_observation(cls, observation: Observation, spec: ModelSpec, *, steps_seen: int) -> Self:
         """What `model.observe()` saw."""
-        data: dict[str, Any] = {"steps_seen": steps_seen, "spec": spec.digest(), "gates": observation.data()}
+        data: dict[str, Any] = {"steps_seen": steps_seen, "spec": spec.digest(), "gates": plain(observation)}
         return cls.parse(data)
 
     def check(self, spec: ModelSpec) -> None:

@@ -2,8 +2,8 @@
 
 from fusiontree.training.console import Console, Silent
 from fusiontree.training.errors import RunError, TrainingFailed
+from fusiontree.training.gate_monitor import GateMonitor
 from fusiontree.training.metrics import Listener, Record
-from fusiontree.training.monitor import GateMonitor
 from fusiontree.training.result import TrainResult
 from fusiontree.training.run import RunSpec
 from fusiontree.training.sections import (

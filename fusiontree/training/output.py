@@ -2,7 +2,7 @@
 
 run.yaml         the resolved run; running it again here goes on, or says that the run is finished
 metrics.jsonl    see `fusiontree.training.metrics`
-gates.json       see `fusiontree.training.monitor`
+gates.json       see `fusiontree.training.gate_monitor`
 checkpoints/     see `fusiontree.training.checkpoint`
 tensorboard/     if asked for
 train.log        what libraries had to say

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusiontree as ft
-from fusiontree.core.probes.gate_statistics import BranchStatistics
+from fusiontree.core.probes.gate_statistics import GateStatistics
 from fusiontree.errors import SpecError
 from fusiontree.pruning import (
     Evidence,
@@ -38,10 +38,13 @@ def spec():
     return ft.ModelSpec.model_validate({"vocab_size": 11, "width": 16, "layers": [two, two, three]})
 
 
+OTHERS = {"std": 0.0, "histogram": [1.0], "entropy": 0.5, "saturated": 0.0, "count": 10}
+
+
 def evidence(spec, means, steps=1000):
     """Statistics with these means by gate path."""
     full = {
-        path: {name: BranchStatistics(mean, 0.0, (1.0,), 0.5, 0.0, 10).data() for name, mean in values.items()}
+        path: {name: GateStatistics.parse(OTHERS | {"mean": mean}).data() for name, mean in values.items()}
         for path, values in means.items()
     }
     return Evidence.model_validate({"steps_seen": steps, "spec": spec.digest(), "gates": full})

@@ -8,8 +8,8 @@ import training_runs as runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.core.probes.gate_statistics import Observation
-from fusiontree.training.monitor import WINDOW, GateMonitor, pooled
+from fusiontree.core.probes.gate_statistics import Observation, plain, pooled
+from fusiontree.training.gate_monitor import WINDOW, GateMonitor
 
 
 def observed(*values: torch.Tensor) -> Observation:
@@ -27,8 +27,8 @@ def draw(seed: int, size: int) -> torch.Tensor:
 @settings(deadline=None)
 def test_pooled_statistics_are_those_of_all_values_together(sizes):
     values = [draw(seed, size) for seed, size in enumerate(sizes)]
-    parts = pooled([observed(value).data() for value in values])
-    whole = observed(*values).data()
+    parts = plain(pooled([observed(value) for value in values]))
+    whole = plain(observed(*values))
     for branch, statistics in whole["layers.0.mixer.gate"].items():
         found = parts["layers.0.mixer.gate"][branch]
         assert found.keys() == statistics.keys()

@@ -1,25 +1,28 @@
 """Gate statistics: what the values were while somebody watched, by path and branch name."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from fusiontree.core.contracts.gate import Weights
+from fusiontree.core.spec.base import Natural, Spec
 
 Real = Bool[Tensor, "batch time"]
 """Where tokens stand, and neither padding nor a prefix."""
+Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6, allow_inf_nan=False)]
 BINS = 20
 SATURATED = 0.05
 
 
-@dataclass(frozen=True)
-class BranchStatistics:
-    """One branch's gate values over real tokens and units.
+class GateStatistics(Spec):
+    """One branch's gate values over real tokens and units: what `observe` gives, the monitor pools, `gates.json` holds
+    and pruning reads. Statistics of several observations add up (`pooled`).
 
     Attributes:
         mean: the mean value.
@@ -30,78 +33,113 @@ class BranchStatistics:
         count: how many values were seen.
     """
 
-    mean: float
-    std: float
-    histogram: tuple[float, ...]
-    entropy: float
-    saturated: float
-    count: int
-
-    def data(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
-@dataclass
-class _Sums:
-    """Running sums of one branch, on the device, in float64 so that counts stay exact."""
-
-    sums: Tensor
-    histogram: Tensor
+    mean: Share
+    std: Annotated[float, Field(ge=0)]
+    histogram: tuple[Share, ...]
+    entropy: Annotated[float, Field(allow_inf_nan=False)]
+    saturated: Share
+    count: Natural
 
     @classmethod
-    def empty(cls, device: torch.device) -> "_Sums":
-        zeros = torch.zeros(5, dtype=torch.float64, device=device)
-        return cls(zeros, torch.zeros(BINS, dtype=torch.float64, device=device))
+    def pooled(cls, parts: Iterable[Self]) -> Self:
+        """The statistics of all values together: means weighted by counts; the variance is the variance of the means
+        plus the mean of the variances."""
+        parts = list(parts)
+        count = sum(part.count for part in parts)
+        shares = [part.count / max(count, 1) for part in parts]
 
-    def add(self, values: Float[Tensor, "n"], entropy: Tensor) -> None:
-        saturated = ((values < SATURATED) | (values > 1 - SATURATED)).sum()
-        count = values.new_full((), values.numel())
-        self.sums += torch.stack([count, values.sum(), values.square().sum(), entropy * count, saturated.double()])
-        bins = (values * BINS).long().clamp(0, BINS - 1)
-        self.histogram += torch.bincount(bins, minlength=BINS)
+        def mean(values: Iterable[float]) -> float:
+            return sum(share * value for share, value in zip(shares, values, strict=True))
 
-    def finish(self) -> BranchStatistics:
-        count, total, squares, entropy, saturated = (float(value) for value in self.sums)
-        n = max(count, 1.0)
-        variance = max(squares / n - (total / n) ** 2, 0.0)
-        histogram = tuple(float(share) for share in self.histogram / n)
-        return BranchStatistics(total / n, variance**0.5, histogram, entropy / n, saturated / n, int(count))
+        center = mean(part.mean for part in parts)
+        variance = mean(part.std**2 + (part.mean - center) ** 2 for part in parts)
+        return cls.model_construct(
+            mean=center,
+            std=variance**0.5,
+            histogram=tuple(mean(values) for values in zip(*(part.histogram for part in parts), strict=True)),
+            entropy=mean(part.entropy for part in parts),
+            saturated=mean(part.saturated for part in parts),
+            count=count,
+        )
+
+
+ByGate = Mapping[str, Mapping[str, GateStatistics]]
+"""Statistics by gate path, then branch name."""
+
+
+def pooled(parts: Iterable[ByGate]) -> ByGate:
+    """Several observations as one."""
+    found: dict[str, dict[str, list[GateStatistics]]] = {}
+    for part in parts:
+        for path, branches in part.items():
+            for branch, statistics in branches.items():
+                found.setdefault(path, {}).setdefault(branch, []).append(statistics)
+    return {path: {b: GateStatistics.pooled(each) for b, each in gate.items()} for path, gate in found.items()}
+
+
+def plain(gates: ByGate) -> dict[str, dict[str, dict[str, Any]]]:
+    """Statistics as plain data, which JSON keeps to the last bit."""
+    return {path: {branch: s.data() for branch, s in branches.items()} for path, branches in gates.items()}
+
+
+def parsed(data: Mapping[str, Mapping[str, Any]]) -> ByGate:
+    """Statistics from what `plain` has made of them."""
+    return {
+        path: {branch: GateStatistics.parse(s) for branch, s in branches.items()} for path, branches in data.items()
+    }
 
 
 @dataclass
-class Observation(Mapping[str, Mapping[str, BranchStatistics]]):
-    """Statistics by gate path, then branch name, of everything seen so far."""
+class Observation(ByGate):
+    """The statistics of everything seen so far; running sums on the device, in float64 so that counts stay exact."""
 
-    _gates: dict[str, dict[str, _Sums]] = field(default_factory=dict)
+    sums: dict[str, dict[str, Float[Tensor, "sums"]]] = field(default_factory=dict)
+    """For each branch: count, sum, sum of squares, of entropies, how many are saturated, and how many in each bin."""
 
-    def __getitem__(self, path: str) -> Mapping[str, BranchStatistics]:
-        return {branch: sums.finish() for branch, sums in self._gates[path].items()}
+    def __getitem__(self, path: str) -> Mapping[str, GateStatistics]:
+        return {branch: _finished(sums) for branch, sums in self.sums[path].items()}
 
-    def __iter__(self):  # noqa: ANN204
-        return iter(self._gates)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
 
     def __len__(self) -> int:
-        return len(self._gates)
+        return len(self.sums)
 
     @torch.no_grad()
     def add(self, path: str, weights: Weights, real: Real | None) -> None:
         """Take note of one evaluation of a gate, where its values are those of tokens."""
         values = {branch: _at_tokens(value, real).double().flatten() for branch, value in weights.items()}
         entropy = _entropy(list(values.values()))
-        sums = self._gates.setdefault(path, {})
+        gate = self.sums.setdefault(path, {})
         for branch, value in values.items():
-            if branch not in sums:
-                sums[branch] = _Sums.empty(value.device)
-            sums[branch].add(value, entropy)
+            found = _sums(value, entropy)
+            gate[branch] = gate[branch] + found if branch in gate else found
 
-    def tensors(self) -> list[Tensor]:
-        """The running sums themselves, for whoever adds up several processes."""
-        return [t for gate in self._gates.values() for sums in gate.values() for t in (sums.sums, sums.histogram)]
+    def tensors(self) -> list[Float[Tensor, "sums"]]:
+        """The running sums, for whoever adds up several processes, in place."""
+        return [sums for gate in self.sums.values() for sums in gate.values()]
 
-    def data(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Plain data."""
-        return {path: {b: s.data() for b, s in branches.items()} for path, branches in self.items()}
+
+def _sums(values: Float[Tensor, "n"], entropy: Float[Tensor, ""]) -> Float[Tensor, "sums"]:
+    saturated = ((values < SATURATED) | (values > 1 - SATURATED)).sum()
+    count = values.new_full((), values.numel())
+    moments = torch.stack([count, values.sum(), values.square().sum(), entropy * count, saturated.double()])
+    bins = torch.bincount((values * BINS).long().clamp(0, BINS - 1), minlength=BINS)
+    return torch.cat([moments, bins.double()])
+
+
+def _finished(sums: Float[Tensor, "sums"]) -> GateStatistics:
+    """Not validated: what gates gave may be no numbers."""
+    count, total, squares, entropy, saturated, *bins = sums.tolist()
+    n = max(count, 1.0)
+    return GateStatistics.model_construct(
+        mean=total / n,
+        std=max(squares / n - (total / n) ** 2, 0.0) ** 0.5,
+        histogram=tuple(found / n for found in bins),
+        entropy=entropy / n,
+        saturated=saturated / n,
+        count=int(count),
+    )
 
 
 def _at_tokens(value: Tensor, real: Real | None) -> Tensor:

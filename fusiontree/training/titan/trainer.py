@@ -17,9 +17,9 @@ from fusiontree.core.probes import probes
 from fusiontree.core.probes.gate_statistics import Observation
 from fusiontree.data import HeldOut
 from fusiontree.training.errors import TrainingFailed
+from fusiontree.training.gate_monitor import GateMonitor
 from fusiontree.training.losses import captured, terms
 from fusiontree.training.metrics import Listener, Metrics, Record
-from fusiontree.training.monitor import GateMonitor
 from fusiontree.training.output import Output
 from fusiontree.training.run import RunSpec
 from fusiontree.training.stop import Stop
@@ -166,7 +166,7 @@ class FusionTrainer(Trainer):
         gates = self.monitor.add(observation)
         if self.first:
             self.monitor.write(self.output.gates, self.step, self.run.model.digest())
-        brief = {p: {b: {k: s[k] for k in ("mean", "std")} for b, s in gate.items()} for p, gate in gates.items()}
+        brief = {p: {b: {"mean": s.mean, "std": s.std} for b, s in gate.items()} for p, gate in gates.items()}
         return {"gates": brief}
 
     def _held_out_record(self) -> Record:
