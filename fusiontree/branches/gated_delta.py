@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
-from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, kept, scan
 from fusiontree.components import (
     BranchSpec,
     Context,
@@ -221,15 +221,8 @@ class GatedDeltaModule(Node):
         return -decay * dt, 2 * beta if spec.negative_eigenvalues else beta
 
     def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Heads:
-        q, k, v, g, beta = inputs
-        if state is not None and is_step(v, context):
-            y, _ = gated_delta_step(state["delta"], q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])
-            return y[:, None]
-        start = None if state is None else state["delta"]
-        y, end = gated_delta(q, k, v, g, beta, initial_state=start, segments=context.segments)
-        if state is not None:
-            state["delta"].copy_(end.detach())
-        return y
+        named = dict(zip(("q", "k", "v", "g", "beta"), inputs, strict=True))
+        return scan(gated_delta, gated_delta_step, named, context, kept(state, "delta"))
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The last inputs of each convolution, oldest first, and the heads' states."""

@@ -6,6 +6,7 @@ outputs of all heads are normalised as one vector and multiplied by sigmoid(z).
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.branches.recurrent import is_step
+from fusiontree.branches.recurrent import kept, scan
 from fusiontree.components import (
     BranchSpec,
     Context,
@@ -156,14 +157,8 @@ class LightningModule(Node):
         (q, k, v), precise = qkv, wide(qkv[2].dtype)
         rates = constants(tuple(-slope for slope in self.spec.slopes), precise, v.device)
         steps = context.once(_ones, v.shape[:3], precise, v.device)
-        if state is not None and is_step(v, context):
-            y, _ = ssd_step(state["state"], v[:, 0], steps[:, 0], rates, k[:, 0], q[:, 0])
-            return y[:, None]
-        start = None if state is None else state["state"]
-        y, end = ssd(v, steps, rates, k, q, initial_state=start, segments=context.segments)
-        if state is not None:
-            state["state"].copy_(end.detach())
-        return y
+        inputs = {"x": v, "dt": steps, "B": k, "C": q}
+        return scan(partial(ssd, A=rates), partial(ssd_step, A=rates), inputs, context, kept(state, "state"))
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The heads' states."""

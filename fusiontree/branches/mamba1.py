@@ -7,6 +7,7 @@ B and C, and dt going through a low rank.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, kept, scan
 from fusiontree.components import (
     BranchSpec,
     Context,
@@ -147,15 +148,10 @@ class Mamba1Module(Node):
 
     def _scan(self, u: Inner, context: Context, state: State | None) -> Inner:
         dt, B, C = self._selected(u)
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        if state is not None and is_step(u, context):
-            y, _ = selective_scan_step(state["ssm"], u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
-            return y[:, None]
-        start = None if state is None else state["ssm"]
-        y, end = selective_scan(u, dt, A, B, C, initial_state=start, segments=context.segments)
-        if state is not None:
-            state["ssm"].copy_(end.detach())
-        return y
+        A, inputs = -torch.exp(self.A_log.to(dt.dtype)), {"x": u, "dt": dt, "B": B, "C": C}
+        return scan(
+            partial(selective_scan, A=A), partial(selective_scan_step, A=A), inputs, context, kept(state, "ssm")
+        )
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The convolution's last inputs, oldest first, and the channels' states."""

@@ -5,6 +5,7 @@ C behind a short causal convolution and heads sharing B and C within a group.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
-from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, is_step, kept
+from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, kept, scan
 from fusiontree.components import (
     BranchSpec,
     Context,
@@ -198,16 +199,9 @@ class Mamba2Module(Node):
         return F.softplus(dt.to(precise) + self.dt_bias.to(precise)).clamp(low, high)
 
     def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Tensor:
-        u, dt, B, C = inputs
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        if state is not None and is_step(u, context):
-            y, _ = ssd_step(state["ssm"], u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
-            return y[:, None]
-        start = None if state is None else state["ssm"]
-        y, end = ssd(u, dt, A, B, C, initial_state=start, segments=context.segments)
-        if state is not None:
-            state["ssm"].copy_(end.detach())
-        return y
+        named = dict(zip(("x", "dt", "B", "C"), inputs, strict=True))
+        A = -torch.exp(self.A_log.to(named["dt"].dtype))
+        return scan(partial(ssd, A=A), partial(ssd_step, A=A), named, context, kept(state, "ssm"))
 
     def _gated(self, y: Inner, z: Inner) -> Inner:
         gate = F.silu(z)

@@ -1,6 +1,7 @@
-"""What recurrent branches have in common: the short convolution, and how step sizes start."""
+"""What recurrent branches have in common: the short convolution, the recurrence over a chunk, how step sizes start."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,30 @@ class Convolution(Module):
         if past is not None:
             past.copy_(end.detach())
         return y
+
+
+def scan(
+    sequence: Callable[..., tuple[Tensor, Tensor]],
+    step: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Mapping[str, Float[Tensor, "batch time ..."]],
+    context: Context,
+    memory: Float[Tensor, "batch ..."] | None,
+) -> Float[Tensor, "batch time ..."]:
+    """Run a recurrence over a chunk, one new token of each row by `step`.
+
+    Args:
+        sequence: the operator, which takes `inputs` by name.
+        step: the same for one token of each row, in place.
+        inputs: everything that has a time.
+        memory: the state before the chunk, which is read and brought up to date; None without a cache.
+    """
+    if memory is not None and is_step(next(iter(inputs.values())), context):
+        y, _ = step(memory, **{name: tensor[:, 0] for name, tensor in inputs.items()})
+        return y[:, None]
+    y, end = sequence(**inputs, initial_state=memory, segments=context.segments)
+    if memory is not None:
+        memory.copy_(end.detach())
+    return y
 
 
 def kept(state: State | None, name: str) -> Tensor | None:

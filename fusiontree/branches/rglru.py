@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Generator, Tensor
 
-from fusiontree.branches.recurrent import Convolution, is_step, kept
+from fusiontree.branches.recurrent import Convolution, kept, scan
 from fusiontree.components import (
     BranchSpec,
     Context,
@@ -154,14 +154,8 @@ class RgLruModule(Node):
 
     def _remembered(self, u: Inner, context: Context, state: State | None) -> Inner:
         inflow, decay = self._gated(u, context)
-        if state is not None and is_step(u, context):
-            y, _ = linear_recurrence_step(state["state"], inflow[:, 0], decay[:, 0])
-            return y[:, None].to(u.dtype)
-        start = None if state is None else state["state"]
-        y, end = linear_recurrence(inflow, decay, initial_state=start, segments=context.segments)
-        if state is not None:
-            state["state"].copy_(end.detach())
-        return y.to(u.dtype)
+        inputs, memory = {"x": inflow, "a": decay}, kept(state, "state")
+        return scan(linear_recurrence, linear_recurrence_step, inputs, context, memory).to(u.dtype)
 
     def _gated(self, u: Inner, context: Context) -> tuple[Inner, Inner]:
         """What is added to the state and what is kept of it, in float32 or better."""
