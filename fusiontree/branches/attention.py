@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
@@ -85,7 +85,7 @@ class QKNorm(Norm):
 
 
 @branches.register
-class Attention(BranchSpec):
+class Attention(ProjectedSpec):
     """Softmax attention with grouped queries, windowed heads and global ones.
 
     `heads` and `kv_heads` are totals, the global ones included; `window` counts visible keys, itself included
@@ -136,8 +136,6 @@ class Attention(BranchSpec):
             if (heads > 0) != (kv_heads > 0) or (kv_heads and heads % kv_heads):
                 text = f"{heads} {name} heads are not a multiple of {kv_heads} {name} key-value heads"
                 raise invalid({("global_kv_heads" if name == "global" else "kv_heads",): text})
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
         return self
 
     def _counts(self) -> list[tuple[str, int, int]]:
@@ -190,10 +188,6 @@ class Attention(BranchSpec):
         """Channels of a head's values."""
         return self.value_dim or self.head_dim
 
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the heads."""
-        return scope.width if self.project else self.inner
-
     def channels(self) -> Iterator[int]:
         """Queries and keys rotate."""
         yield self.head_dim
@@ -224,8 +218,7 @@ class Attention(BranchSpec):
         rows |= {"gate": _both(q, "value_dim")} if self.gate else {}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
-        axes |= {"out.weight": ("width", _both(q, "value_dim"))} if self.project else {}
-        axes |= {"out.bias": ("width",)} if self.out_bias else {}
+        axes |= self.output_axes(_both(q, "value_dim"))
         if self.qk_norm and self.qk_norm.gain != "none":
             each = self.qk_norm.over == "head"
             axes |= {f"{n}_norm.weight": ("head_dim" if each else rows[n],) for n in ("q", "k") if n in rows}
@@ -259,7 +252,7 @@ def _qk_norm(spec: Attention, heads: int) -> NormModule | None:
     return NormModule(spec.qk_norm, spec.head_dim if spec.qk_norm.over == "head" else heads * spec.head_dim)
 
 
-class AttentionModule(Node):
+class AttentionModule(ProjectedModule):
     """The module of `Attention`: separate q, k, v and out; windowed heads come first."""
 
     def __init__(self, spec: Attention, scope: Scope) -> None:
@@ -272,7 +265,7 @@ class AttentionModule(Node):
             self.v = LinearModule(width, spec.kv_heads * spec.values, bias=spec.bias)
             self.k_norm = _qk_norm(spec, spec.kv_heads)
         self.gate = LinearModule(width, spec.inner, bias=spec.bias) if spec.gate else None
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
         self.scale = spec.scale or spec.head_dim**-0.5
         self.groups = spec.groups()
 
@@ -286,7 +279,7 @@ class AttentionModule(Node):
         heads = [self._attend(group, q, visible, context) for group, q, visible in parts]
         y = heads[0] if len(heads) == 1 else torch.cat(heads, 2)
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _by_head(self, x: Channels, heads: int, norm: NormModule | None, context: Context) -> Heads:
         """Queries or keys, normalised and rotated."""

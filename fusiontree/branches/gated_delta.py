@@ -14,15 +14,14 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, kept, scan
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
     Hook,
     LinearModule,
-    Node,
     Norm,
     NormModule,
     Scope,
@@ -44,7 +43,7 @@ LENGTH_EPS = 1e-6
 
 
 @branches.register
-class GatedDelta(BranchSpec):
+class GatedDelta(ProjectedSpec):
     """Linear attention by the gated delta rule (Gated DeltaNet).
 
     Attributes:
@@ -87,8 +86,6 @@ class GatedDelta(BranchSpec):
     def _parts_divide(self) -> Self:
         if self.heads % self.key_heads:
             raise invalid({("key_heads",): f"{self.key_heads} key heads do not divide {self.heads} heads"})
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
         return self
 
     @classmethod
@@ -116,10 +113,6 @@ class GatedDelta(BranchSpec):
     def decays(self) -> int:
         """How many decays there are."""
         return self.heads * (self.head_dim if self.decay == "channel" else 1)
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the heads."""
-        return scope.width if self.project else self.inner
 
     def channels(self) -> Iterator[int]:
         """Queries and keys rotate."""
@@ -158,8 +151,7 @@ class GatedDelta(BranchSpec):
             axes[f"conv.{name}.weight"] = (rows[name], "conv")
             axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
         axes |= {"norm.weight": ("value_dim",)} if self.norm and self.norm.gain != "none" else {}
-        axes |= {"out.weight": ("width", values)} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes(values)
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -169,7 +161,7 @@ class GatedDelta(BranchSpec):
         return {"width": scope.width, **own, **shares, **ranks}
 
 
-class GatedDeltaModule(Node):
+class GatedDeltaModule(ProjectedModule):
     """The module of `GatedDelta`: q, k, v, z, beta and dt are separate parameters."""
 
     def __init__(self, spec: GatedDelta, width: int) -> None:
@@ -188,7 +180,7 @@ class GatedDeltaModule(Node):
         self.A_log = self.declare("A_log", (spec.heads,), _log_uniform_decay)
         self.dt_bias = self.declare("dt_bias", (spec.decays,), inverse_softplus_of_dt)
         self.norm = NormModule(spec.norm, self.value_dim) if spec.norm else None
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, normalise, gate."""
@@ -201,7 +193,7 @@ class GatedDeltaModule(Node):
         y = self._scan((q * spec.head_dim**-0.5, k, v, *self._rates(x)), context, state)
         y = (y if self.norm is None else self.norm(y)).flatten(2)
         y = y * GATES[spec.gate](self.z(x if self.z_down is None else self.z_down(x)))
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _direction(self, x: Float[Tensor, "batch time keys"], context: Context) -> Heads:
         """Queries or keys by head, of length 1."""

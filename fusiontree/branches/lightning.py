@@ -15,15 +15,14 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.branches.recurrent import kept, scan
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
     Hook,
     LinearModule,
-    Node,
     NonNegative,
     Norm,
     NormModule,
@@ -41,7 +40,7 @@ Heads = Float[Tensor, "batch time heads channels"]
 
 
 @branches.register
-class Lightning(BranchSpec):
+class Lightning(ProjectedSpec):
     """Linear attention with a constant decay a head (MiniMax-01).
 
     Attributes:
@@ -70,8 +69,6 @@ class Lightning(BranchSpec):
     def _parts_agree(self) -> Self:
         if len(self.slopes) != self.heads:
             raise invalid({("slopes",): f"one for each of {self.heads} heads is needed, found {len(self.slopes)}"})
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
         return self
 
     @classmethod
@@ -93,10 +90,6 @@ class Lightning(BranchSpec):
     def maps(self) -> dict[str, int]:
         """The rows of the maps in."""
         return {"q": self.keys, "k": self.keys, "v": self.inner, "z": self.inner}
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the heads."""
-        return scope.width if self.project else self.inner
 
     def channels(self) -> Iterator[int]:
         """Queries and keys rotate."""
@@ -122,8 +115,7 @@ class Lightning(BranchSpec):
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
         axes |= {"norm.weight": (values,)} if self.norm.gain != "none" else {}
-        axes |= {"out.weight": ("width", values)} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes(values)
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -131,7 +123,7 @@ class Lightning(BranchSpec):
         return {"width": scope.width, **own}
 
 
-class LightningModule(Node):
+class LightningModule(ProjectedModule):
     """The module of `Lightning`: q, k, v and z are separate parameters."""
 
     def __init__(self, spec: Lightning, width: int) -> None:
@@ -139,7 +131,7 @@ class LightningModule(Node):
         self.spec = spec
         self.q, self.k, self.v, self.z = (LinearModule(width, rows, bias=spec.bias) for rows in spec.maps.values())
         self.norm = NormModule(spec.norm, spec.inner)
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Scan, normalise, gate."""
@@ -150,7 +142,7 @@ class LightningModule(Node):
         q, k = context.rotate(spec.encodings, q), context.rotate(spec.encodings, k)
         y = self._scan((q, k, v), context, self.state(context)).flatten(2)
         y = torch.sigmoid(self.z(x)) * self.norm(y)
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _scan(self, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
         """`ssd` with steps of 1, whose B are the keys and whose C the queries."""

@@ -13,24 +13,22 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, kept, scan
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
     LinearModule,
-    Node,
     Norm,
     NormModule,
     Scope,
     State,
     branches,
     constant,
-    invalid,
     wide,
 )
 from fusiontree.kernels.selective_scan import selective_scan, selective_scan_step
@@ -41,7 +39,7 @@ Shared = Float[Tensor, "batch time state"]
 
 
 @branches.register
-class Mamba1(BranchSpec):
+class Mamba1(ProjectedSpec):
     """A state-space model whose every channel decays at rates of its own (S6).
 
     Attributes:
@@ -66,20 +64,10 @@ class Mamba1(BranchSpec):
     out_bias: Flag = False
     project: Flag = True
 
-    @model_validator(mode="after")
-    def _has_an_output_map(self) -> Self:
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
-        return self
-
     @classmethod
     def example(cls, width: int) -> Self:
         """As wide as no other part, with norms and every bias."""
         return cls(inner=12, state=4, rank=3, conv=3, norm=Norm(), bias=True, out_bias=True)
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the channels."""
-        return scope.width if self.project else self.inner
 
     def build(self, scope: Scope) -> "Mamba1Module":
         """The module."""
@@ -104,15 +92,14 @@ class Mamba1(BranchSpec):
         axes |= {"A_log": ("inner", "state"), "D": ("inner",)}
         if self.norm and self.norm.gain != "none":
             axes |= {"norm.dt.weight": ("rank",), "norm.B.weight": ("state",), "norm.C.weight": ("state",)}
-        axes |= {"out.weight": ("width", "inner")} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes("inner")
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         return {"width": scope.width, **{name: getattr(self, name) for name in ("inner", "state", "rank", "conv")}}
 
 
-class Mamba1Module(Node):
+class Mamba1Module(ProjectedModule):
     """The module of `Mamba1`: z, x, dt, B and C are separate parameters."""
 
     def __init__(self, spec: Mamba1, width: int) -> None:
@@ -127,7 +114,7 @@ class Mamba1Module(Node):
         self.dt_bias = self.declare("dt_bias", (spec.inner,), inverse_softplus_of_dt)
         self.A_log = self.declare("A_log", (spec.inner, spec.state), _log_of_one_to_state)
         self.D = self.declare("D", (spec.inner,), constant(1.0))
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, select, scan, gate."""
@@ -136,7 +123,7 @@ class Mamba1Module(Node):
         u = F.silu(self.conv(self.x(x), context, kept(state, "conv")))
         y = self._scan(u, context, state) + u * self.D.to(u.dtype)
         y = y * F.silu(self.z(x))
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _selected(self, u: Inner) -> tuple[Inner, Shared, Shared]:
         """dt, in float32 or better, B and C: what the input says of how it is remembered."""

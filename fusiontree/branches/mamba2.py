@@ -14,15 +14,14 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.branches.recurrent import Convolution, inverse_softplus_of_dt, kept, scan
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
     Hook,
     LinearModule,
-    Node,
     NonNegative,
     Norm,
     NormModule,
@@ -63,7 +62,7 @@ class Mamba2Multipliers(Spec):
 
 
 @branches.register
-class Mamba2(BranchSpec):
+class Mamba2(ProjectedSpec):
     """A state-space model with a scalar decay a head (SSD).
 
     `heads` of `head_dim` channels with `state` entries each, in `groups` that share B and C; `conv` taps. dt is
@@ -96,8 +95,6 @@ class Mamba2(BranchSpec):
             raise invalid({("groups",): f"{self.groups} groups do not divide {self.heads} heads"})
         if self.norm and self.inner % self.norm.groups:
             raise invalid({("norm", "groups"): f"{self.norm.groups} groups do not divide {self.inner} features"})
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
         return self
 
     @classmethod
@@ -114,10 +111,6 @@ class Mamba2(BranchSpec):
     def shared(self) -> int:
         """The width of B, and of C, in all groups."""
         return self.groups * self.state
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the heads."""
-        return scope.width if self.project else self.inner
 
     def channels(self) -> Iterator[int]:
         """B and C rotate."""
@@ -150,8 +143,7 @@ class Mamba2(BranchSpec):
             axes[f"conv.{name}.weight"] = (rows[name], "conv")
             axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
         axes |= {"norm.weight": (rows["x"],)} if self.norm and self.norm.gain != "none" else {}
-        axes |= {"out.weight": ("width", rows["x"])} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes(rows["x"])
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -159,7 +151,7 @@ class Mamba2(BranchSpec):
         return {"width": scope.width, "group_heads": self.heads // self.groups, **own}
 
 
-class Mamba2Module(Node):
+class Mamba2Module(ProjectedModule):
     """The module of `Mamba2`: z, x, B, C and dt are separate parameters."""
 
     def __init__(self, spec: Mamba2, width: int) -> None:
@@ -175,7 +167,7 @@ class Mamba2Module(Node):
         self.D = self.declare("D", (spec.heads,), constant(1.0))
         self.dt_bias = self.declare("dt_bias", (spec.heads,), inverse_softplus_of_dt)
         self.norm = NormModule(spec.norm, spec.inner, groups=spec.norm.groups) if spec.norm else None
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, scan, gate."""
@@ -190,7 +182,7 @@ class Mamba2Module(Node):
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)
         y = self._scan((u, dt, B, C), context, state) + u * self.D[:, None].to(u.dtype)
         y = self._gated(y.flatten(2), z)
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _step_sizes(self, dt: Float[Tensor, "batch time heads"]) -> Float[Tensor, "batch time heads"]:
         """softplus(dt + bias), cut to the limits, in float32 or better."""

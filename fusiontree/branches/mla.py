@@ -12,19 +12,17 @@ from typing import ClassVar, Literal, Self
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import model_validator
 from torch import Tensor
 
 from fusiontree.branches.attention import Group, grown, mean_visible, ring_places, seen
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
     Hook,
     LinearModule,
     Module,
-    Node,
     Norm,
     NormModule,
     Positive,
@@ -32,7 +30,6 @@ from fusiontree.components import (
     State,
     branches,
     fan_in,
-    invalid,
     products,
 )
 from fusiontree.kernels.attention import Past, attention, attention_step
@@ -44,7 +41,7 @@ Memory = Float[Tensor, "batch time rank+shared_dim"]
 
 
 @branches.register
-class Mla(BranchSpec):
+class Mla(ProjectedSpec):
     """Multi-head latent attention.
 
     Attributes:
@@ -75,12 +72,6 @@ class Mla(BranchSpec):
     out_bias: Flag = False
     project: Flag = True
 
-    @model_validator(mode="after")
-    def _has_output(self) -> Self:
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
-        return self
-
     @classmethod
     def example(cls, width: int) -> Self:
         """Both latents, values wider than keys, a window. No biases: unrotated, that of the shared key moves all scores
@@ -96,10 +87,6 @@ class Mla(BranchSpec):
     def group(self) -> Group:
         """All heads, which see the same keys; the cache holds what they are made of, once."""
         return Group("memory", self.heads, 1, self.window)
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the heads."""
-        return scope.width if self.project else self.inner
 
     def channels(self) -> Iterator[int]:
         """What is shared rotates, and the queries for it."""
@@ -138,8 +125,7 @@ class Mla(BranchSpec):
             axes |= {f"{name}_norm.weight": (rank,) for name, rank in latents.items()}
         if self.bias:
             axes |= {f"{name}.bias": (rank,) for name, rank in (latents | {"shared": "shared_dim"}).items()}
-        axes |= {"out.weight": ("width", "heads*value_dim")} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes("heads*value_dim")
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -169,7 +155,7 @@ class HeadMap(Module):
         return rearrange(self.forward(each[None]), "1 r h d -> h d r")
 
 
-class MlaModule(Node):
+class MlaModule(ProjectedModule):
     """The module of `Mla`."""
 
     def __init__(self, spec: Mla, scope: Scope) -> None:
@@ -185,7 +171,7 @@ class MlaModule(Node):
         self.shared = LinearModule(width, spec.shared_dim, bias=spec.bias)
         self.k = HeadMap(spec.rank, spec.heads, spec.head_dim)
         self.v = HeadMap(spec.rank, spec.heads, spec.value_dim or spec.head_dim)
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
         self.scale = spec.scale or (spec.head_dim + spec.shared_dim) ** -0.5
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
@@ -193,7 +179,7 @@ class MlaModule(Node):
         x = context.encode(self.spec.encodings, x)
         q, memory = self._queries(x, context), self._memory(x, context)
         y = self._attend(q, memory, context).flatten(2)
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _queries(self, x: Stream, context: Context) -> Heads:
         """Each head's own channels, then those for the shared keys."""

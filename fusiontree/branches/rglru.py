@@ -12,24 +12,21 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import model_validator
 from torch import Generator, Tensor
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.branches.recurrent import Convolution, kept, scan
 from fusiontree.components import (
-    BranchSpec,
     Context,
     Count,
     Flag,
     LinearModule,
     Module,
-    Node,
     Scope,
     State,
     branches,
     constant,
     fan_in,
-    invalid,
     products,
     wide,
 )
@@ -47,7 +44,7 @@ GATES = ("input_gate", "recurrence_gate")
 
 
 @branches.register
-class RgLru(BranchSpec):
+class RgLru(ProjectedSpec):
     """A real-gated linear recurrent unit (Griffin, RecurrentGemma).
 
     Attributes:
@@ -68,12 +65,6 @@ class RgLru(BranchSpec):
     out_bias: Flag = False
     project: Flag = True
 
-    @model_validator(mode="after")
-    def _has_an_output_map(self) -> Self:
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
-        return self
-
     @classmethod
     def example(cls, width: int) -> Self:
         """Three heads, with every bias."""
@@ -83,10 +74,6 @@ class RgLru(BranchSpec):
     def inner(self) -> int:
         """The channels of all heads."""
         return self.heads * self.head_dim
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that of the channels."""
-        return scope.width if self.project else self.inner
 
     def build(self, scope: Scope) -> "RgLruModule":
         """The module."""
@@ -109,8 +96,7 @@ class RgLru(BranchSpec):
         axes |= {"conv.weight": (inner, "conv")} | ({"conv.bias": (inner,)} if self.conv_bias else {})
         axes |= {f"{name}.weight": ("heads", "head_dim", "head_dim") for name in GATES}
         axes |= {f"{name}.bias": ("heads", "head_dim") for name in GATES} | {"Lambda": (inner,)}
-        axes |= {"out.weight": ("width", inner)} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes(inner)
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -132,7 +118,7 @@ class HeadGate(Module):
         return torch.sigmoid(logits.reshape(x.shape).to(wide(x.dtype)))
 
 
-class RgLruModule(Node):
+class RgLruModule(ProjectedModule):
     """The module of `RgLru`."""
 
     def __init__(self, spec: RgLru, width: int) -> None:
@@ -142,7 +128,7 @@ class RgLruModule(Node):
         self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
         self.input_gate, self.recurrence_gate = (HeadGate(spec.heads, spec.head_dim) for _ in GATES)
         self.Lambda = self.declare("Lambda", (spec.inner,), _slow_decay)
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Convolve, remember, gate."""
@@ -150,7 +136,7 @@ class RgLruModule(Node):
         x = context.encode(self.spec.encodings, x)
         u = self.conv(self.x(x), context, kept(state, "conv"))
         y = self._remembered(u, context, state) * F.gelu(self.z(x), approximate="tanh")
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def _remembered(self, u: Inner, context: Context, state: State | None) -> Inner:
         inflow, decay = self._gated(u, context)

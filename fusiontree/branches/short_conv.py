@@ -8,17 +8,17 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import model_validator
 from torch import Tensor
 
+from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.branches.recurrent import Convolution, kept
-from fusiontree.components import BranchSpec, Context, Count, Flag, LinearModule, Node, Scope, State, branches, invalid
+from fusiontree.components import Context, Count, Flag, LinearModule, Scope, State, branches
 
 Stream = Float[Tensor, "batch time width"]
 
 
 @branches.register
-class ShortConv(BranchSpec):
+class ShortConv(ProjectedSpec):
     """A convolution over the last `conv` tokens, gated on both sides.
 
     `inner` channels inside. `bias` is that of the maps to B, C and x. `project: false` returns the channels, for a
@@ -34,20 +34,10 @@ class ShortConv(BranchSpec):
     out_bias: Flag = False
     project: Flag = True
 
-    @model_validator(mode="after")
-    def _output_exists(self) -> Self:
-        if self.out_bias and not self.project:
-            raise invalid({("out_bias",): "project is false: there is no output map"})
-        return self
-
     @classmethod
     def example(cls, width: int) -> Self:
         """Wider inside, with all biases."""
         return cls(inner=width + 4, conv_bias=True, bias=True, out_bias=True)
-
-    def output_width(self, scope: Scope) -> int:
-        """The stream's width, or that inside."""
-        return scope.width if self.project else self.inner
 
     def build(self, scope: Scope) -> "ShortConvModule":
         """The module."""
@@ -68,15 +58,14 @@ class ShortConv(BranchSpec):
         axes |= {f"{name}.bias": ("inner",) for name in ("B", "C", "x")} if self.bias else {}
         axes |= {"conv.weight": ("inner", "conv")}
         axes |= {"conv.bias": ("inner",)} if self.conv_bias else {}
-        axes |= {"out.weight": ("width", "inner")} if self.project else {}
-        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+        return axes | self.output_axes("inner")
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         return {"width": scope.width, "inner": self.inner, "conv": self.conv}
 
 
-class ShortConvModule(Node):
+class ShortConvModule(ProjectedModule):
     """The module of `ShortConv`: B, C and x are separate parameters."""
 
     def __init__(self, spec: ShortConv, width: int) -> None:
@@ -84,14 +73,14 @@ class ShortConvModule(Node):
         self.spec = spec
         self.B, self.C, self.x = (LinearModule(width, spec.inner, bias=spec.bias) for _ in range(3))
         self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
-        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+        self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Gate, convolve, gate."""
         state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         y = self.C(x) * self.conv(self.B(x) * self.x(x), context, kept(state, "conv"))
-        return y if self.out is None else self.out(y)
+        return self.projected(y)
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The last inputs of the convolution, oldest first."""

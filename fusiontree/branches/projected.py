@@ -1,0 +1,53 @@
+"""Branches whose last map leads from their inner features back to the stream, unless a fusion projects for them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self
+
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor
+
+from fusiontree.components import BranchSpec, LinearModule, Node, Scope, invalid
+
+
+class ProjectedSpec(BranchSpec):
+    """A branch with the fields `project` (false: return the inner features) and `out_bias`, and with `inner`, a field
+    or a property: the width of its inner features."""
+
+    if TYPE_CHECKING:
+        project: bool
+        out_bias: bool
+
+        @property
+        def inner(self) -> int:
+            """The width of the inner features."""
+            ...
+
+    @model_validator(mode="after")
+    def _has_an_output_map(self) -> Self:
+        if self.out_bias and not self.project:
+            raise invalid({("out_bias",): "project is false: there is no output map"})
+        return self
+
+    def output_width(self, scope: Scope) -> int:
+        """The stream's width, or the inner features'."""
+        return scope.width if self.project else self.inner
+
+    def output_axes(self, inner: str) -> Mapping[str, tuple[str, ...]]:
+        """The axes of the output map, whose inputs run over `inner`."""
+        axes: dict[str, tuple[str, ...]] = {"out.weight": ("width", inner)} if self.project else {}
+        return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+
+class ProjectedModule(Node):
+    """The module of a `ProjectedSpec`."""
+
+    out: LinearModule | None
+
+    def add_output_map(self, spec: ProjectedSpec, width: int) -> None:
+        """Build the output map, if the branch has one."""
+        self.out = LinearModule(spec.inner, width, bias=spec.out_bias) if spec.project else None
+
+    def projected(self, y: Float[Tensor, "batch time inner"]) -> Float[Tensor, "batch time features"]:
+        """What the branch returns."""
+        return y if self.out is None else self.out(y)
