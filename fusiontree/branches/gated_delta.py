@@ -190,7 +190,9 @@ class GatedDeltaModule(ProjectedModule):
         inputs = {n: F.silu(self.conv[n](u, context, kept(state, f"conv.{n}"))) for n, u in inputs.items()}
         q, k = (self._direction(inputs[name], context) for name in ("q", "k"))
         v = inputs["v"].unflatten(2, (spec.heads, self.value_dim))
-        y = self._scan((q * spec.head_dim**-0.5, k, v, *self._rates(x)), context, state)
+        g, beta = self._rates(x)
+        rule = {"q": q * spec.head_dim**-0.5, "k": k, "v": v, "g": g, "beta": beta}
+        y = scan(gated_delta, gated_delta_step, rule, context, kept(state, "delta"))
         y = (y if self.norm is None else self.norm(y)).flatten(2)
         y = y * GATES[spec.gate](self.z(x if self.z_down is None else self.z_down(x)))
         return self.projected(y)
@@ -211,10 +213,6 @@ class GatedDeltaModule(ProjectedModule):
         if spec.decay == "channel":
             dt, decay = dt.unflatten(2, (spec.heads, spec.head_dim)), decay[:, None]
         return -decay * dt, 2 * beta if spec.negative_eigenvalues else beta
-
-    def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Heads:
-        named = dict(zip(("q", "k", "v", "g", "beta"), inputs, strict=True))
-        return scan(gated_delta, gated_delta_step, named, context, kept(state, "delta"))
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The last inputs of each convolution, oldest first, and the heads' states."""

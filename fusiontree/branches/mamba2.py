@@ -180,7 +180,7 @@ class Mamba2Module(ProjectedModule):
         u = inputs["x"].unflatten(2, (spec.heads, spec.head_dim))
         B, C = (inputs[name].unflatten(2, (spec.groups, spec.state)) for name in ("B", "C"))
         B, C = context.rotate(spec.encodings, B), context.rotate(spec.encodings, C)
-        y = self._scan((u, dt, B, C), context, state) + u * self.D[:, None].to(u.dtype)
+        y = self._scan({"x": u, "dt": dt, "B": B, "C": C}, context, state) + u * self.D[:, None].to(u.dtype)
         y = self._gated(y.flatten(2), z)
         return self.projected(y)
 
@@ -190,10 +190,9 @@ class Mamba2Module(ProjectedModule):
         low, high = self.spec.dt_limit
         return F.softplus(dt.to(precise) + self.dt_bias.to(precise)).clamp(low, high)
 
-    def _scan(self, inputs: tuple[Tensor, ...], context: Context, state: State | None) -> Tensor:
-        named = dict(zip(("x", "dt", "B", "C"), inputs, strict=True))
-        A = -torch.exp(self.A_log.to(named["dt"].dtype))
-        return scan(partial(ssd, A=A), partial(ssd_step, A=A), named, context, kept(state, "ssm"))
+    def _scan(self, inputs: Mapping[str, Tensor], context: Context, state: State | None) -> Tensor:
+        A = -torch.exp(self.A_log.to(inputs["dt"].dtype))
+        return scan(partial(ssd, A=A), partial(ssd_step, A=A), inputs, context, kept(state, "ssm"))
 
     def _gated(self, y: Inner, z: Inner) -> Inner:
         gate = F.silu(z)

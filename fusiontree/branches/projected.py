@@ -1,6 +1,5 @@
 """Branches whose last map leads from their inner features back to the stream, unless a fusion projects for them."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 from jaxtyping import Float
@@ -33,7 +32,7 @@ class ProjectedSpec(BranchSpec):
         """The stream's width, or the inner features'."""
         return scope.width if self.project else self.inner
 
-    def output_axes(self, inner: str) -> Mapping[str, tuple[str, ...]]:
+    def output_axes(self, inner: str) -> dict[str, tuple[str, ...]]:
         """The axes of the output map, whose inputs run over `inner`."""
         axes: dict[str, tuple[str, ...]] = {"out.weight": ("width", inner)} if self.project else {}
         return axes | ({"out.bias": ("width",)} if self.out_bias else {})

@@ -53,7 +53,7 @@ ATTENTIONS = {
     "flash_attn_4": (flash_attn, FLASH.__getitem__),
     "xformers": (
         xformers,
-        lambda: xformers.Library(stand_ins.memory_efficient_attention, stand_ins.BlockDiagonalMask),
+        lambda: xformers.XformersLibrary(stand_ins.memory_efficient_attention, stand_ins.BlockDiagonalMask),
     ),
     "fla": (fla_attention, lambda: stand_ins.parallel_attn),
 }

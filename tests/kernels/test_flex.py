@@ -13,7 +13,7 @@ from fusiontree.kernels.attention.visibility import visibility_of
 BLOCK = flex.BLOCK
 
 
-def dense(blocks: flex.Blocks) -> Tensor:
+def dense(blocks: flex.FlexBlocks) -> Tensor:
     """Which blocks are named, [batch, blocks, blocks]; none may be named twice."""
     count, index = blocks.count[:, 0], blocks.index[:, 0].long()
     named = torch.arange(index.shape[-1]) < count[..., None]

@@ -47,7 +47,7 @@ class Level(NamedTuple):
 
 
 class PerChannel(NamedTuple):
-    """See `decays.Decays`. `seen`: which token meets which; `levels` are of chunks filled up to a power of two."""
+    """See `decays.DeltaDecays`. `seen`: which token meets which; `levels` are of chunks filled up to a power of two."""
 
     entry: Keys
     exit: Keys
