@@ -134,7 +134,7 @@ def test_a_device_is_asked_nothing(prefix: dict[str, int] | None) -> None:
 
 
 def test_bad_labels_cost_no_forward_pass(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(built, "stack", None)
+    monkeypatch.setattr(built, "run_layers", None)
     complaint(lambda: built.cross_entropy(tokens(1, 3), ids([1, 2, VOCABULARY])), "labels: ", f"found {VOCABULARY}")
     complaint(lambda: built.cross_entropy(tokens(1, 3), ids([1, 2])), "labels: ", "[1, 3]")
     complaint(lambda: built.cross_entropy(ids([1, -1]), ids([1, 2])), "tokens: ", "found -1")
