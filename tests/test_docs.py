@@ -1,6 +1,6 @@
 """What README and the documentation tell a reader to type, typed."""
 
-import importlib.util
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -76,17 +76,24 @@ def test_specs_are_valid(text):
 
 @pytest.mark.parametrize("symbol", re.findall(r"`(fusiontree\.[\w.]+)`", TEXT["index.md"].partition("## Where is")[2]))
 def test_where_things_are_said_to_be(symbol):
-    module, found = symbol, []
-    while importlib.util.find_spec(module.split(".")[0]) and not _is_module(module):
-        module, _, name = module.rpartition(".")
-        found.append(name)
-    part = importlib.import_module(module)
-    for name in reversed(found):
-        part = getattr(part, name)
+    assert located(symbol)
 
 
-def _is_module(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+ENTRIES = re.findall(r"\.\. auto\w+:: ([\w.]+)\n(?:   :members: (.+)\n)?", TEXT["api.md"])
+
+
+@pytest.mark.parametrize(("symbol", "members"), ENTRIES, ids=[symbol for symbol, _ in ENTRIES])
+def test_the_reference_names_what_there_is(symbol, members):
+    part = located(symbol)
+    for name in filter(None, members.split(", ")):
+        assert hasattr(part, name), f"{symbol}.{name}"
+
+
+def located(symbol):
+    """The module, class or function of a dotted name, from the library on."""
+    names, found = symbol.removeprefix("fusiontree.").split("."), importlib.import_module("fusiontree")
+    for depth, name in enumerate(names, 1):
+        if not hasattr(found, name):
+            importlib.import_module(".".join(["fusiontree", *names[:depth]]))
+        found = getattr(found, name)
+    return found

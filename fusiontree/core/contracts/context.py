@@ -80,7 +80,7 @@ class Context:
         return tokens if self.text is None else tokens & self.text
 
     def once(self, make: Callable[..., Made], *arguments: Hashable) -> Made:
-        """make(self, *arguments), made once for all layers of a forward pass: of the context it may read what is the
+        """`make(self, *arguments)`, made once for all layers of a forward pass: of the context it may read what is the
         same for all of them, which is `positions`, `segments`, `rows` and `text`."""
         if torch.compiler.is_compiling():  # which makes it in one loop with what reads it
             return make(self, *arguments)
