@@ -29,7 +29,7 @@ def drop_from_spec(spec: ModelSpec, drops: Iterable[str]) -> ModelSpec:
             cannot go without changing the others.
     """
     drops = _outermost(drops)
-    _check_loans(spec, drops)
+    _check_kv_sources(spec, drops)
     data = spec.expand().data()
     for path in drops:
         _drop(data, path, spec)
@@ -44,12 +44,11 @@ def _outermost(drops: Iterable[str]) -> list[str]:
     return [path for path in every if not any(path.startswith(f"{other}.") for other in every)]
 
 
-def _check_loans(spec: ModelSpec, drops: list[str]) -> None:
-    """Nobody is left who uses keys and values of what goes."""
-    gone = {
-        path for path, *_ in spec.layer_nodes() if any(path == drop or path.startswith(f"{drop}.") for drop in drops)
-    }
-    for path, node, _ in spec.layer_nodes():
+def _check_kv_sources(spec: ModelSpec, drops: list[str]) -> None:
+    """Refuse drops of keys and values that a node which stays reads."""
+    nodes_by_path = {path: node for path, node, _ in spec.layer_nodes()}
+    gone = {path for path in nodes_by_path if any(path == drop or path.startswith(f"{drop}.") for drop in drops)}
+    for path, node in nodes_by_path.items():
         if node.kv_source in gone and path not in gone:
             raise PruneError(f"{node.kv_source}: cannot be dropped exactly: {path} reads its keys; drop that, too")
 

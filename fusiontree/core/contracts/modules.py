@@ -121,7 +121,7 @@ class NormModule(Module):
         self.eps = torch.tensor(spec.eps, dtype=torch.float64, device="cpu")
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        """NormModule the last dimension."""
+        """Normalise the last dimension."""
         if self._counts_operations(x):
             return self._by_length(x)
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm

@@ -94,7 +94,7 @@ class Span(NamedTuple):
 
 class QueryBlocks:
     """The queries of a call in blocks, each with the keys that it sees; all tensors with heads before time, queries
-    folded into rows of their kv head. QueryBlocks have the dtype that is multiplied in (see `products`)."""
+    folded into rows of their kv head. Blocks have the dtype that is multiplied in (see `products`)."""
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], segments: Tensor | None, age: Tensor | None) -> None:
         q, k, v = tensors
@@ -109,10 +109,8 @@ class QueryBlocks:
         seen = visibility_of(self.time, self.segments, self.age, options.reach, self.q.device)
         for queries, keys, plain in seen.blocks(QUERIES):
             rows = slice(queries.start * self.queries_per_kv, queries.stop * self.queries_per_kv)
-            span, bias = (
-                Span(keys, seen.prefix_before(queries, keys)),
-                self._bias(seen, (queries, keys), options, plain),
-            )
+            span = Span(keys, seen.prefix_before(queries, keys))
+            bias = self._bias(seen, (queries, keys), options, plain)
             q = self.q[:, :, rows].to(self.dtype)
             yield rows, span, AttentionBlock(q, span.of(self.k), span.of(self.v), bias, options.scale, options.softcap)
 

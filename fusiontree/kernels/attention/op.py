@@ -1,4 +1,4 @@
-"""The operator `attention`: its arguments, what sees what, and what the choice of a backend depends on."""
+"""The operator `attention`: its arguments, and what the choice of a backend depends on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

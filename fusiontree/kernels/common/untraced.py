@@ -47,7 +47,7 @@ def _declared(hint: Any) -> str:
         return f"{kind}?" if NoneType in get_args(hint) else kind
     if get_origin(hint) is tuple:
         return f"{_declared(get_args(hint)[0])}[]"
-    return hint.__name__ if hint in (int, float, bool) else "Tensor"
+    return "Tensor" if hasattr(hint, "dim_str") else hint.__name__  # jaxtyping's annotations have one
 
 
 class Untraced(Generic[InputsT]):
