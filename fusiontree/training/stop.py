@@ -13,10 +13,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once, as if nobody listened."""
+    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once, as if nobody listened.
+
+    Attributes:
+        signal: what all processes have agreed to stop for, 0 for nothing. A signal that comes between two agreements
+            changes nothing until the next: a process that stopped by itself would leave the others waiting.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self._noted = 0
         self._before: dict[int, object] = {}
 
     @contextmanager
@@ -31,13 +37,13 @@ class Stop:
 
     def agree(self) -> int:
         """The signal that any process got, 0 if none did; every process calls this."""
-        number = torch.tensor(self.signal)
+        number = torch.tensor(self._noted)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         self.signal = int(number)
         return self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._noted = number
         self._restore()
 
     def _restore(self) -> None:
