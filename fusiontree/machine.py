@@ -24,6 +24,11 @@ HALF_UNITS = {
     "float16": {"amx_fp16", "avx512_fp16", "asimdhp"},
 }
 """The flags of processors (x86, then Arm) with units for products of half precision; any of them is enough."""
+VECTOR_FUNCTIONS = (
+    *("acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor"),
+    *("lgamma", "log", "log10", "log1p", "log2", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
+)
+"""What torch takes from the vector library, in some builds of it."""
 SLOWER = 2.0
 """A product in half precision that takes so many times that of float32 has no unit: such products take 5 to 15 times
 it, those with units less than once."""
@@ -113,6 +118,22 @@ def multiplies(dtype: "torch.dtype") -> bool:
     flags = _flags()
     has_units = flags is None or bool(flags & HALF_UNITS[name])
     return has_units and _torch_has(name) and _product_seconds(dtype) < SLOWER * _product_seconds(torch.float32)
+
+
+def resolve_vector_math() -> None:
+    """Call each function of the vector library once with one number, before several threads do.
+
+    MKL looks for the loops that fit the processor when a function is first called. Where the threads of one operation
+    do that together, one of them can use loops of half the digits for its part of that one call: float64 results are
+    then off by 1e-9 (https://github.com/pytorch/pytorch/issues/188792; MKL 2024.2, which torch's packages contain).
+    """
+    import torch
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.no_grad():
+        for dtype in (torch.float32, torch.float64):
+            for function in VECTOR_FUNCTIONS:
+                getattr(torch, function)(torch.full((1,), 0.5, dtype=dtype, device="cpu"))
 
 
 def compiler() -> str | None:

@@ -6,8 +6,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from fusiontree import machine
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.kernels.common.shapes import Shapes
+
+machine.resolve_vector_math()  # every model and every operator comes by here before it computes anything
 
 
 class UnsupportedError(FusionTreeError):
