@@ -149,7 +149,7 @@ def filled(page: str) -> str:
 
 def draw() -> None:
     """How many times faster than its peer, on the fastest class of machines: whole models above, operators below."""
-    units = classes()[0]
+    units = next(units for units in classes() if peers(units))
     figure, (whole, alone) = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
     bars(whole, {label(result): result["sides"] for result in peers(units)})
     ops = {result["case"]: result["sides"] for result in read(units, "ops-")}
