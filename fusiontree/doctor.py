@@ -12,12 +12,7 @@ from fusiontree import machine
 from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.errors import FusionTreeError
 from fusiontree.kernels import OPS
-from fusiontree.kernels.attention import AttentionRequest, StepRequest
-from fusiontree.kernels.causal_conv1d import ConvRequest
-from fusiontree.kernels.gated_delta import GatedDeltaRequest
-from fusiontree.kernels.linear_recurrence import LinearRecurrenceRequest
-from fusiontree.kernels.selective_scan import SelectiveScanRequest
-from fusiontree.kernels.ssd import SSDRequest
+from fusiontree.kernels.common.cases import Case
 
 PACKAGES = {
     "torchtitan": "training (fusiontree[train])",
@@ -94,37 +89,21 @@ def _kernels() -> Iterator[dict[str, Any]]:
 
 
 def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
-    """What training, packed training and decoding ask of each operator."""
+    """What training, packed training, prefill in chunks and decoding ask of each operator."""
     kind = torch.float32 if device == "cpu" else torch.bfloat16
-    scan = SSDRequest(device, kind, segments=False, gradients=True, even=True)
-    yield "training", "ssd", scan
-    yield "packed documents", "ssd", scan._replace(segments=True)
-    selective = SelectiveScanRequest(device, kind, segments=False, state=16)
-    yield "training", "selective_scan", selective
-    yield "packed documents", "selective_scan", selective._replace(segments=True)
-    delta = GatedDeltaRequest(device, kind, segments=False)
-    yield "training", "gated_delta", delta
-    yield "packed documents", "gated_delta", delta._replace(segments=True)
-    linear = LinearRecurrenceRequest(device, kind, segments=False)
-    yield "training", "linear_recurrence", linear
-    yield "packed documents", "linear_recurrence", linear._replace(segments=True)
-    conv = ConvRequest(device, kind, segments=False, taps=4, eights=True)
-    yield "training", "causal_conv1d", conv
-    yield "packed documents", "causal_conv1d", conv._replace(segments=True)
-    plain = AttentionRequest(
-        device,
-        kind,
-        windowed=False,
-        softcap=False,
-        segments=False,
-        past=False,
-        prefix=False,
-        head_dim=64,
-        value_dim=64,
-        gradients=True,
-    )
-    yield "training, global", "attention", plain
-    yield "training, windowed", "attention", plain._replace(windowed=True)
-    yield "packed documents, windowed", "attention", plain._replace(windowed=True, segments=True)
-    yield "prefill in chunks", "attention", plain._replace(windowed=True, past=True, gradients=False)
-    yield "decoding", "attention_step", StepRequest(device, kind, softcap=False, equal_widths=True)
+    for op in OPS.values():
+        for name, case in op.cases.items():
+            request = case.inputs(64, kind, "meta").request._replace(device=device)
+            yield from ((label, op.name, one) for label, one in _uses(name.removeprefix(op.name), case, request))
+
+
+def _uses(detail: str, case: Case, request: Any) -> Iterator[tuple[str, Any]]:
+    """Who makes such a call; that of documents alone differs in nothing from the plain one with documents."""
+    if not case.learns:
+        yield "decoding", request
+    elif not request.segments:
+        training = request._replace(gradients=True) if hasattr(request, "gradients") else request
+        yield f"training{detail}", training
+        yield f"packed documents{detail}", training._replace(segments=True)
+        if hasattr(request, "past"):
+            yield f"prefill in chunks{detail}", request._replace(past=True)

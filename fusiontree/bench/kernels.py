@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from fusiontree import compiling, machine
-from fusiontree.bench.cases import CASES, FORWARD, TASKS, TRAINING, Case
-from fusiontree.bench.limits import MachineLimits, measure_limits
+from fusiontree.bench.limits import MachineLimits, Work, measure_limits
 from fusiontree.bench.timing import measure
 from fusiontree.core.model.memory import usable
 from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.kernels import OPS, UnsupportedError
+from fusiontree.kernels.common.cases import Case
 
+FORWARD, TRAINING = "forward", "training"
+TASKS = (FORWARD, TRAINING)
+CASES: dict[str, Case] = {name: case for op in OPS.values() for name, case in op.cases.items()}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SMALL = 256
 """The tokens that errors are measured on, and the most that references are timed on which loop over them."""
@@ -171,10 +174,26 @@ def _speed(row: Row, task: str, settings: Settings) -> Speed:
     return Speed(
         tokens_per_second=case.made(row.tokens) / timing.seconds,
         spread=timing.spread,
-        share_of_limit=settings.limits.seconds(case.work(row.tokens, inputs, task)) / timing.seconds,
+        share_of_limit=settings.limits.seconds(work(case, row.tokens, inputs, task)) / timing.seconds,
         repeats=timing.repeats,
         picked=not row.form.compiled and OPS[case.op].pick(request).name == row.form.backend,
     )
+
+
+def work(case: Case, tokens: int, inputs: Any, task: str) -> Work:
+    """What no backend can do without.
+
+    Forward reads the arguments and writes the results, each once. Training has three times the FLOPs; its backward
+    reads the arguments again, and the results' gradients, and writes those of the arguments.
+    """
+    read, written = _bytes(inputs), _bytes(case.results(inputs))
+    if task == FORWARD:
+        return Work(case.flops(tokens), read + written)
+    return Work(3 * case.flops(tokens), 3 * read + 2 * written)
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _check(form: Form, request: Any, device: torch.device) -> None:

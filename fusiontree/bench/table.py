@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fusiontree.bench.cases import FORWARD, TRAINING
-from fusiontree.bench.kernels import Row, Speed
+from fusiontree.bench.kernels import FORWARD, TRAINING, Row, Speed
 from fusiontree.bench.reasons import by_reason
 
 TITLES = {FORWARD: "forward", TRAINING: "forward+backward"}

@@ -81,7 +81,7 @@ def _measured(forms: list["Form"], settings: "Settings", progress: Console) -> l
 
 def _print_case(rows: list["Row"], settings: "Settings") -> None:
     from fusiontree.bench import table
-    from fusiontree.bench.cases import CASES
+    from fusiontree.bench.kernels import CASES
 
     case = rows[0].form.case
     console.print(f"\n{case}: {CASES[case].about(settings.tokens)}", style="bold")

@@ -8,6 +8,7 @@ import torch
 
 from fusiontree import machine
 from fusiontree.errors import FusionTreeError, suggest
+from fusiontree.kernels.common.cases import Case
 from fusiontree.kernels.common.shapes import Shapes
 
 machine.resolve_vector_math()  # every model and every operator comes by here before it computes anything
@@ -65,6 +66,9 @@ def _named(kind: str, name: str, known: Mapping[str, Any]) -> Any:
 class Op(Generic[InputsT]):
     """An operator: backends register with it, calls go through it.
 
+    Its package describes typical calls (`cases`, for `bench` and `doctor`) and small ones that use every feature
+    (`examples`, for the laws of `fusiontree.testing.check_op`).
+
     >>> class Number(NamedTuple):
     ...     value: float
     ...     request: str = "cpu"
@@ -81,6 +85,8 @@ class Op(Generic[InputsT]):
         self.name, self.shapes = name, shapes
         self.backends: dict[str, Backend] = {}
         self._picked: dict[Hashable, Backend] = {}
+        self.cases: dict[str, Case] = {}
+        self.examples: tuple[Case, ...] = ()
         OPS[name] = self
 
     def backend(

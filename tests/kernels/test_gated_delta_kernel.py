@@ -1,28 +1,20 @@
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import (
-    LENGTHS,
     Draw,
     LargestTensor,
     assert_all_close,
-    assert_close,
     at_real,
-    continued,
-    documents,
     gradients,
     leaves,
     saved_elements,
-    segments_from,
     serving,
 )
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.kernels.common import chunks
-from fusiontree.kernels.gated_delta import GATED_DELTA, GatedDeltaRequest, gated_delta, gated_delta_step
+from fusiontree.kernels.gated_delta import GATED_DELTA, GatedDeltaRequest, gated_delta
 
 ROWS, HEADS, KEY, VALUE = 6, 4, 5, 3
 REQUEST = GatedDeltaRequest("cpu", torch.float64, segments=True)
@@ -82,127 +74,6 @@ def test_is_the_product_of_the_paper_s_matrices(backend: str, decay: Decay, key_
     assert_all_close(run(inputs, None, backend), multiplied_out(inputs), torch.float64, backend)
 
 
-@cache
-def truth(
-    time: int, decay: Decay, packed: bool, dtype: torch.dtype
-) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Inputs, segments, and what the reference makes of them: both results and all gradients."""
-    draws = draw_inputs(time, decay, 1 + time % 2, dtype)
-    segments = Draw(time).segments(time) if packed else None
-    exact = leaves(draws, [torch.float64] * 6)
-    results = run(exact, segments, "reference")
-    return draws, segments, [*(result.detach() for result in results), *gradients(results, exact)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("time", LENGTHS)
-def test_backends_agree_with_the_reference(
-    backend: str, decay: Decay, time: int, packed: bool, dtype: torch.dtype
-) -> None:
-    draws, segments, want = truth(time, decay, packed, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    rounded = leaves(draws, [dtype, dtype, dtype, wide, wide, wide])
-    got = run(rounded, segments, backend)
-    assert (got[0].dtype, got[1].dtype) == (dtype, wide)
-    assert_all_close([*got, *gradients(got, rounded)], want, dtype, backend)
-
-
-def test_gradcheck(backend: str, decay: Decay) -> None:
-    draw, widths = Draw(0), (2,) * len(decay)
-    shapes = ((2, 5, 1, 2), (2, 5, 1, 2), (2, 5, 2, 2), (2, 5, 2, *widths), (2, 5, 2), (2, 2, 2, 2))
-    inputs = [draw.normal(*shape) for shape in shapes]
-    inputs[3] = -inputs[3].abs()
-    segments = torch.tensor([[0, 0, 1, 1, -1], [1, 1, 3, 3, 3]])
-    assert torch.autograd.gradcheck(
-        lambda *args: run(list(args), segments, backend), leaves(inputs, [torch.float64] * 6)
-    )
-
-
-def test_packed_documents_are_the_documents_alone(backend: str, decay: Decay) -> None:
-    *tokens, state = draw_inputs(150, decay)
-    segments = Draw(5).segments(150)
-    y, final = gated_delta(*tokens, initial_state=state, segments=segments, backend=backend)
-    for row in range(ROWS):
-        last = state[row]
-        for number, span in documents(segments[row]):
-            own = [tensor[row : row + 1, span] for tensor in tokens]
-            start = state[row : row + 1] if number == 0 else None
-            alone, after = gated_delta(*own, initial_state=start, backend=backend)
-            assert_close(y[row : row + 1, span], alone, what=f"row {row}, document {number}")
-            last = after[0]
-        assert_close(final[row], last, what=f"final state of row {row}")
-
-
-@pytest.mark.parametrize("starts", [(64,), (256,), (128, 192), (255, 256, 257), (1, 63, 127, 320)])
-def test_documents_may_start_at_the_edges_of_chunks(backend: str, decay: Decay, starts: tuple[int, ...]) -> None:
-    inputs, segments = draw_inputs(330, decay), segments_from(starts, 330, ROWS)
-    assert_all_close(run(inputs, segments, backend), run(inputs, segments, "reference"), torch.float64, backend)
-
-
-def test_nothing_of_a_document_is_left_in_the_next(backend: str, decay: Decay) -> None:
-    inputs, segments = draw_inputs(90, decay), segments_from((41,), 90, ROWS)
-    inputs[3] = torch.zeros_like(inputs[3])  # nothing ever decays
-    y, final = run(inputs, segments, backend)
-    inputs[2][:, :41], inputs[5] = 1e30, inputs[5] * 1e30
-    disturbed, disturbed_final = run(inputs, segments, backend)
-    kept = slice(41, None)
-    assert torch.equal(y.view(ROWS, 90, -1)[:, kept], disturbed.view(ROWS, 90, -1)[:, kept])
-    assert torch.equal(final, disturbed_final)
-
-
-@pytest.mark.parametrize("cuts", [(1,), (64,), (7, 70, 71), (129,)])
-def test_a_split_sequence_is_the_whole(backend: str, decay: Decay, cuts: tuple[int, ...]) -> None:
-    (*tokens, state), segments = draw_inputs(130, decay), Draw(3).segments(130)
-    whole, whole_state = gated_delta(*tokens, initial_state=state, segments=segments, backend=backend)
-    parts = []
-    for start, stop in zip((0, *cuts), (*cuts, 130), strict=True):
-        own = continued(segments, start)[:, : stop - start] if start else segments[:, :stop]
-        cut = [tensor[:, start:stop] for tensor in tokens]
-        y, state = gated_delta(*cut, initial_state=state, segments=own, backend=backend)
-        parts.append(y)
-    assert_close(at_real(torch.cat(parts, 1), segments), at_real(whole, segments))
-    assert_close(state, whole_state)
-
-
-def test_padding_changes_nothing_and_gets_no_gradient(backend: str, decay: Decay) -> None:
-    draws, segments = draw_inputs(70, decay), Draw(8).segments(70)
-    inputs = leaves(draws, [torch.float64] * 6)
-    y, final = gated_delta(*inputs[:5], initial_state=inputs[5], segments=segments, backend=backend)
-    grads = gradients((y, final), inputs)
-    assert torch.isfinite(y).all()
-    assert torch.equal(final[4], inputs[5][4])
-    for place in range(5):
-        assert not grads[place][segments < 0].any()
-        disturbed = list(draws)
-        disturbed[place] = draws[place].clone()
-        disturbed[place][segments < 0] = 9.0
-        assert_all_close(run(disturbed, segments, backend), (at_real(y, segments), final), torch.float64, backend)
-
-
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_step_by_step_is_the_whole_and_updates_in_place(decay: Decay, key_heads: int) -> None:
-    *tokens, state = draw_inputs(150, decay, key_heads)
-    want, want_state = gated_delta(*tokens, initial_state=state)
-    running = state.clone()
-    for t in range(150):
-        y, returned = gated_delta_step(running, *(tensor[:, t] for tensor in tokens))
-        assert returned is running
-        assert_close(y, want[:, t], what=f"token {t}")
-    assert_close(running, want_state)
-
-
-def test_a_step_takes_what_a_scan_takes(decay: Decay) -> None:
-    draws = draw_inputs(1, decay, 1, torch.bfloat16)
-    kinds = [*[torch.bfloat16] * 3, *[torch.float32] * 3]
-    *tokens, state = (draw.to(kind) for draw, kind in zip(draws, kinds, strict=True))
-    want, want_state = gated_delta(*tokens, initial_state=state)
-    y, _ = gated_delta_step(state, *(tensor[:, 0] for tensor in tokens))
-    assert y.dtype == torch.bfloat16
-    assert_close(y, want[:, 0], torch.bfloat16)
-    assert_close(state, want_state, torch.float32)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e3, 1e30])
 def test_extreme_decays_stay_finite(backend: str, decay: Decay, scale: float) -> None:
     inputs = draw_inputs(130, decay)
@@ -232,19 +103,6 @@ def test_keys_that_are_all_the_same_are_no_harder(backend: str, decay: Decay, be
     assert_all_close(got, run(inputs, None, "reference"), torch.float32, backend)
 
 
-def test_reference_flops_are_the_closed_form(decay: Decay) -> None:
-    inputs = draw_inputs(11, decay)
-    with FlopCounterMode(display=False) as counter:
-        run(inputs, None, "reference")
-    assert counter.get_total_flops() == ROWS * 11 * 6 * HEADS * KEY * VALUE
-
-
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_any_number_of_rows(backend: str, decay: Decay, rows: int) -> None:
-    inputs = [tensor[:rows] for tensor in draw_inputs(9, decay)]
-    assert_all_close(run(inputs, None, backend), run(inputs, None, "reference"), torch.float64, backend)
-
-
 def saved(time: int, decay: Decay) -> int:
     """Runs one narrow sequence forward and backward; what was kept in between."""
     shapes = ((1, time, 1, KEY), (1, time, 1, KEY), (1, time, 1, 4), (1, time, 1, *decay), (1, time, 1))
@@ -258,29 +116,6 @@ def saved(time: int, decay: Decay) -> int:
 
 def test_chunked_is_linear_in_time(decay: Decay) -> None:
     assert saved(65536, decay) <= 2.01 * saved(32768, decay)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_compiled_model_calls_it_as_one_operator(decay: Decay, packed: bool) -> None:
-    draws, segments = draw_inputs(150, decay), Draw(1).segments(150) if packed else None
-    plain, compiled = leaves(draws, [torch.float32] * 6), leaves(draws, [torch.float32] * 6)
-
-    def scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_delta(*inputs[:5], initial_state=inputs[5], segments=segments)
-
-    torch._dynamo.reset()
-    want, got = scan(*plain), torch.compile(scan, backend="aot_eager", fullgraph=True)(*compiled)
-    assert_all_close(got, want, torch.float32, "compiled")
-    assert_all_close(gradients(got, compiled), gradients(want, plain), torch.float32, "gradients, compiled")
-
-
-def test_a_step_can_be_compiled(decay: Decay) -> None:
-    *tokens, state = (tensor.double() for tensor in draw_inputs(1, decay))
-    inputs, again = [tensor[:, 0] for tensor in tokens], state.clone()
-    torch._dynamo.reset()
-    want, _ = gated_delta_step(state, *inputs)
-    got, _ = torch.compile(gated_delta_step, backend="aot_eager", fullgraph=True)(again, *inputs)
-    assert_all_close([got, again], [want, state], torch.float64, "compiled step")
 
 
 THEIRS = {

@@ -5,22 +5,17 @@ from types import ModuleType
 import pytest
 import torch
 from kernel_cases import (
-    LENGTHS,
     Draw,
     LargestTensor,
     assert_all_close,
     assert_close,
     at_real,
-    continued,
-    documents,
     gradients,
     leaves,
     saved_elements,
-    segments_from,
     serving,
 )
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.kernels.common import packages, tiling
 from fusiontree.kernels.common.tiling import TilingLimits
@@ -106,115 +101,6 @@ def truth(time: int, packed: bool, dtype: torch.dtype) -> tuple[list[Tensor], Te
     return draws, segments, [*(result.detach() for result in results), *gradients(results, exact)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("time", LENGTHS)
-def test_backends_agree_with_the_reference(backend: str, time: int, packed: bool, dtype: torch.dtype) -> None:
-    draws, segments, want = truth(time, packed, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    rounded = leaves(draws, [dtype, wide, wide, dtype, dtype, wide])
-    got = run(rounded, segments, backend)
-    assert (got[0].dtype, got[1].dtype) == (dtype, wide)
-    assert_all_close([*got, *gradients(got, rounded)], want, dtype, backend)
-
-
-def test_gradcheck(backend: str) -> None:
-    draw = Draw(0)
-    shapes = ((2, 5, 4), (2, 5, 4), (4, 2), (2, 5, 2, 2), (2, 5, 2, 2), (2, 4, 2))
-    inputs = [draw.normal(*shape) for shape in shapes]
-    inputs[1], inputs[2] = inputs[1].abs() + 0.1, -inputs[2].abs()
-    segments = torch.tensor([[0, 0, 1, 1, -1], [1, 1, 3, 3, 3]])
-    assert torch.autograd.gradcheck(
-        lambda *args: run(list(args), segments, backend), leaves(inputs, [torch.float64] * 6)
-    )
-
-
-def test_packed_documents_are_the_documents_alone(backend: str) -> None:
-    time = 150
-    x, dt, A, B, C, state = draw_inputs(time)
-    segments = Draw(5).segments(time)
-    y, final = selective_scan(x, dt, A, B, C, initial_state=state, segments=segments, backend=backend)
-    for row in range(ROWS):
-        last = state[row]
-        for number, span in documents(segments[row]):
-            one = (slice(row, row + 1), span)
-            start = state[row : row + 1] if number == 0 else None
-            alone, after = selective_scan(x[one], dt[one], A, B[one], C[one], initial_state=start, backend=backend)
-            assert_close(y[one], alone, what=f"row {row}, document {number}")
-            last = after[0]
-        assert_close(final[row], last, what=f"final state of row {row}")
-
-
-@pytest.mark.parametrize("starts", [(64,), (32, 256), (5, 40, 80), (255, 256, 257), (1, 63, 127, 320)])
-def test_documents_may_start_at_the_edges_of_chunks(backend: str, starts: tuple[int, ...]) -> None:
-    inputs, segments = draw_inputs(330), segments_from(starts, 330, ROWS)
-    assert_all_close(run(inputs, segments, backend), run(inputs, segments, "reference"), torch.float64, backend)
-
-
-def test_nothing_of_a_document_is_left_in_the_next(backend: str) -> None:
-    inputs, segments = draw_inputs(90), segments_from((41,), 90, ROWS)
-    inputs[2] = torch.zeros_like(inputs[2])  # nothing ever decays
-    y, final = run(inputs, segments, backend)
-    inputs[0][:, :41], inputs[5] = 1e30, inputs[5] * 1e30
-    disturbed, disturbed_final = run(inputs, segments, backend)
-    kept = slice(41, None)
-    assert torch.equal(y.view(ROWS, 90, -1)[:, kept], disturbed.view(ROWS, 90, -1)[:, kept])
-    assert torch.equal(final, disturbed_final)
-
-
-@pytest.mark.parametrize("cuts", [(1,), (64,), (7, 70, 71), (129,)])
-def test_a_split_sequence_is_the_whole(backend: str, cuts: tuple[int, ...]) -> None:
-    inputs, segments = draw_inputs(130), Draw(3).segments(130)
-    whole, whole_state = selective_scan(*inputs[:5], initial_state=inputs[5], segments=segments, backend=backend)
-    state, parts = inputs[5], []
-    for start, stop in zip((0, *cuts), (*cuts, 130), strict=True):
-        x, dt, B, C = (inputs[place][:, start:stop] for place in (0, 1, 3, 4))
-        own = continued(segments, start)[:, : stop - start] if start else segments[:, :stop]
-        y, state = selective_scan(x, dt, inputs[2], B, C, initial_state=state, segments=own, backend=backend)
-        parts.append(y)
-    assert_close(at_real(torch.cat(parts, 1), segments), at_real(whole, segments))
-    assert_close(state, whole_state)
-
-
-def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
-    draws, segments = draw_inputs(70), Draw(8).segments(70)
-    inputs = leaves(draws, [torch.float64] * 6)
-    y, final = selective_scan(*inputs[:5], initial_state=inputs[5], segments=segments, backend=backend)
-    grads = gradients((y, final), inputs)
-    assert torch.isfinite(y).all()
-    assert torch.equal(final[4], inputs[5][4])
-    for place in (0, 1, 3, 4):
-        assert not grads[place][segments < 0].any()
-        disturbed = list(draws)
-        disturbed[place] = draws[place].clone()
-        disturbed[place][segments < 0] = 9.0
-        assert_all_close(run(disturbed, segments, backend), (at_real(y, segments), final), torch.float64, backend)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_step_by_step_is_the_whole_and_updates_in_place(groups: int) -> None:
-    x, dt, A, B, C, state = draw_inputs(300, groups)
-    want, want_state = selective_scan(x, dt, A, B, C, initial_state=state)
-    running = state.clone()
-    for t in range(300):
-        y, returned = selective_scan_step(running, x[:, t], dt[:, t], A, B[:, t], C[:, t])
-        assert returned is running
-        assert_close(y, want[:, t], what=f"token {t}")
-    assert_close(running, want_state)
-
-
-def test_a_step_takes_what_a_scan_takes() -> None:
-    draws = draw_inputs(1, 1, torch.bfloat16)
-    x, dt, A, B, C, state = (
-        draw.to(kind) for draw, kind in zip(draws, [torch.bfloat16, *[torch.float32] * 5], strict=True)
-    )
-    want, want_state = selective_scan(x, dt, A, B.bfloat16(), C.bfloat16(), initial_state=state)
-    y, _ = selective_scan_step(state, x[:, 0], dt[:, 0], A, B[:, 0, 0].bfloat16(), C[:, 0, 0].bfloat16())
-    assert y.dtype == torch.bfloat16
-    assert_close(y, want[:, 0], torch.bfloat16)
-    assert_close(state, want_state, torch.float32)
-
-
 @pytest.mark.parametrize("scale", [1e-12, 1e3, 1e30])
 def test_extreme_steps_stay_exact_and_finite(backend: str, scale: float) -> None:
     inputs = draw_inputs(130)
@@ -224,19 +110,6 @@ def test_extreme_steps_stay_exact_and_finite(backend: str, scale: float) -> None
     got = run(rounded, None, backend)
     assert_all_close(got, run(inputs, None, "reference"), torch.float32, backend)
     assert all(torch.isfinite(grad).all() for grad in gradients(got, rounded))
-
-
-def test_reference_flops_are_the_closed_form() -> None:
-    inputs = draw_inputs(11)
-    with FlopCounterMode(display=False) as counter:
-        run(inputs, None, "reference")
-    assert counter.get_total_flops() == ROWS * 11 * 4 * CHANNELS * STATE
-
-
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_any_number_of_rows(backend: str, rows: int) -> None:
-    inputs = [tensor if tensor.shape == (CHANNELS, STATE) else tensor[:rows] for tensor in draw_inputs(9)]
-    assert_all_close(run(inputs, None, backend), run(inputs, None, "reference"), torch.float64, backend)
 
 
 def saved(time: int) -> int:
@@ -267,20 +140,6 @@ def assert_same_compiled(draws: list[Tensor], segments: Tensor | None, backend: 
     want, got = scan(*plain), torch.compile(scan, backend="aot_eager", fullgraph=True)(*compiled)
     assert_all_close(got, want, torch.float32, "compiled")
     assert_all_close(gradients(got, compiled), gradients(want, plain), torch.float32, "gradients, compiled")
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_compiled_model_calls_it_as_one_operator(packed: bool) -> None:
-    assert_same_compiled(draw_inputs(150), Draw(1).segments(150) if packed else None, "auto")
-
-
-def test_a_step_can_be_compiled() -> None:
-    inputs = [tensor if tensor.ndim == 2 else tensor[:, 0] for tensor in draw_inputs(1)[:5]]
-    plain, compiled = draw_inputs(1)[5], draw_inputs(1)[5]
-    torch._dynamo.reset()
-    want, _ = selective_scan_step(plain, *inputs)
-    got, _ = torch.compile(selective_scan_step, backend="aot_eager", fullgraph=True)(compiled, *inputs)
-    assert_all_close([got, compiled], [want, plain], torch.float64, "compiled step")
 
 
 def standing_in(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):

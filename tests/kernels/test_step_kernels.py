@@ -6,7 +6,6 @@ from kernel_cases import Draw, assert_close, serving
 
 from fusiontree.kernels import UnsupportedError
 from fusiontree.kernels.attention import ATTENTION_STEP, Falling, StepInputs, attention, attention_step
-from fusiontree.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 HEADS, KV_HEADS, WIDTH, SCALE = 6, 2, 8, 0.3
 SLOPES = (0.013, 0.5, 1e-3, 0.11, 0.0, 2.0)
@@ -95,17 +94,3 @@ def test_what_stands_in_empty_slots_does_not_matter(backend: str) -> None:
 def test_a_refusal_says_why() -> None:
     with pytest.raises(UnsupportedError, match="softcap"):
         attention_step(*draw_step([2], 3), scale=SCALE, softcap=1.0, backend="flash_cpu")
-
-
-@pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [True, False])
-def test_convolving_step_by_step(taps: int, dtype: torch.dtype, biased: bool) -> None:
-    draw = Draw(taps, dtype)
-    x, weight = draw.normal(2, 9, 6), draw.normal(6, taps)
-    bias, state = draw.normal(6) if biased else None, draw.normal(2, taps - 1, 6)
-    want, end = causal_conv1d(x, weight, bias, initial_state=state, backend="reference")
-    state, options = state.to(dtype), [None if one is None else one.to(dtype) for one in (weight, bias)]
-    got = torch.cat([causal_conv1d_step(state, one.to(dtype), *options) for one in x.split(1, 1)], 1)
-    assert_close(got, want, dtype)
-    assert_close(state, end, dtype)

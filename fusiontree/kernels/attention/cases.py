@@ -1,6 +1,6 @@
 """Calls of `attention` and `attention_step` for laws, `bench` and `doctor`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ class AttentionCase(Case):
 
     op: ClassVar[str] = "attention"
     carried: ClassVar[str] = "past"
+    decodes: ClassVar[bool] = False
     values: ClassVar[tuple[str, ...]] = ("v",)
     heads: int = 16
     kv_heads: int = 4
@@ -61,25 +62,22 @@ class AttentionCase(Case):
         )
 
     def flops(self, tokens: int) -> float:
-        """Scores and values over the keys that are seen; for cases without cached keys."""
+        """Scores and values over the keys that are seen; of cached ones nothing is counted."""
         document = self._at_most(self.document, tokens) or tokens
-        window = self._at_most(self.window, tokens) or tokens
+        window = (self._at_most(self.window, tokens) or tokens) + self.prefix
         seen = tokens // document * _seen(document, window) + _seen(tokens % document, window)
         return 2.0 * self.heads * (self.head_dim + (self.value_dim or self.head_dim)) * seen
 
-    def carry(self, inputs: AttentionInputs, results: list[Tensor]) -> Past:
-        """The keys of each row's last document, the newest first, and an empty slot with numbers that must not count.
-
-        A prefix has to come first, so its keys keep their order.
-        """
-        segments = inputs.segments
-        own = torch.zeros(inputs.q.shape[:2], dtype=torch.long) if segments is None else segments
+    def carry(self, inputs: AttentionInputs, results: list[Tensor]) -> Past | None:
+        """The keys of each row's last document, the newest first, and an empty slot with numbers that must not count;
+        None where there is a prefix, which no call may cut."""
+        if self.prefix:
+            return None
+        own = torch.zeros(inputs.q.shape[:2], dtype=torch.long) if inputs.segments is None else inputs.segments
         last = (own == own.amax(1, keepdim=True)) & (own >= 0)
-        age = torch.where(last, torch.arange(own.shape[1], 0, -1), 0)
-        order = age.argsort(1, descending=self.prefix > 0, stable=True)
-        age = torch.cat([age.gather(1, order), torch.zeros_like(age[:, :1])], 1)
-        keys, values = (_with_slot(tensor, order) for tensor in (inputs.k, inputs.v))
-        return Past(keys, values, age)
+        age = torch.where(last, torch.arange(own.shape[1], 0, -1), 0).flip(1)
+        keys, values = (torch.cat([one.flip(1), torch.full_like(one[:, :1], 1e3)], 1) for one in (inputs.k, inputs.v))
+        return Past(keys, values, torch.cat([age, torch.zeros_like(age[:, :1])], 1))
 
     def _at_most(self, size: int | None, tokens: int) -> int | None:
         return None if size is None else max(1, min(size, tokens // 4))
@@ -92,11 +90,6 @@ class AttentionCase(Case):
         keys = draw.normal(rows, self.cached, self.kv_heads, self.head_dim)
         values = draw.normal(rows, self.cached, self.kv_heads, self.value_dim or self.head_dim)
         return Past(keys, values, age.to(draw.device))
-
-
-def _with_slot(tensor: Tensor, order: Tensor) -> Tensor:
-    sorted_ = torch.stack([row[places] for row, places in zip(tensor, order, strict=True)]) if len(tensor) else tensor
-    return torch.cat([sorted_, torch.full_like(tensor[:, :1], 1e3)], 1)
 
 
 def _seen(tokens: int, window: int) -> float:
@@ -145,19 +138,19 @@ class StepCase(Case):
 
 
 _SLOPES = (0.013, 0.5, 1e-3, 0.11)
-_SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+_SMALL = AttentionCase(heads=4, kv_heads=2, head_dim=8)
 ATTENTION.cases = {
     "attention": AttentionCase(),
     "attention, windowed": AttentionCase(window=1024),
     "attention, packed": AttentionCase(document=500),
 }
 ATTENTION.examples = (
-    AttentionCase(**_SMALL),
+    _SMALL,
     AttentionCase(heads=6, kv_heads=2, head_dim=4, value_dim=5, window=60),
-    AttentionCase(**_SMALL, value_dim=11, softcap=2.0, cached=9),
-    AttentionCase(**_SMALL, window=40, cached=70),
-    AttentionCase(**_SMALL, slopes=_SLOPES, cached=9),
-    AttentionCase(**_SMALL, window=60, prefix=3, slopes=_SLOPES),
+    replace(_SMALL, value_dim=11, softcap=2.0, cached=9),
+    replace(_SMALL, window=40, cached=70),
+    replace(_SMALL, slopes=_SLOPES, cached=9),
+    replace(_SMALL, window=60, prefix=3, slopes=_SLOPES),
     AttentionCase(heads=4, kv_heads=1, head_dim=8, window=7, prefix=130, cached=20),
 )
 ATTENTION_STEP.cases = {"attention_step": StepCase()}

@@ -31,8 +31,8 @@ class SSDCase(Case):
         draw = Draw(dtype, device, seed)
         return SSDInputs(
             x=draw.normal(rows, tokens, self.heads, self.head_dim),
-            dt=draw.uniform(0.001, 0.1, rows, tokens, self.heads),
-            A=-draw.uniform(1.0, 16.0, self.heads),
+            dt=draw.uniform(0.0, 1.0, rows, tokens, self.heads),
+            A=-draw.uniform(0.0, 2.0, self.heads),
             B=draw.normal(rows, tokens, self.groups, self.state),
             C=draw.normal(rows, tokens, self.groups, self.state),
             initial_state=None,
