@@ -45,7 +45,7 @@ TILED = [law for law in OP_LAWS if law.name not in ("steps", "compiles", "flops"
 
 
 @pytest.mark.parametrize("cut", limits(1))
-@pytest.mark.parametrize(("op", "entries"), [(SELECTIVE_SCAN, 20), (LINEAR_RECURRENCE, 7)], ids=lambda it: str(it))
+@pytest.mark.parametrize(("op", "entries"), [(SELECTIVE_SCAN, 20), (LINEAR_RECURRENCE, 7)], ids=["scan", "linear"])
 def test_laws_hold_however_time_is_cut(op: Any, entries: int, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiling.LIMITS, "cpu", limits(entries)[cut])
     check_op(op, laws=tuple(TILED), backends=("two_level",))
