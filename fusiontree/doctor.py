@@ -102,8 +102,8 @@ def _uses(detail: str, case: Case, request: Any) -> Iterator[tuple[str, Any]]:
     if not case.learns:
         yield "decoding", request
     elif not request.segments:
-        training = request._replace(gradients=True) if hasattr(request, "gradients") else request
+        training = request._replace(**{field: True for field in ("gradients",) if field in request._fields})
         yield f"training{detail}", training
         yield f"packed documents{detail}", training._replace(segments=True)
-        if hasattr(request, "past"):
+        if "past" in request._fields:
             yield f"prefill in chunks{detail}", request._replace(past=True)

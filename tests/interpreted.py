@@ -12,7 +12,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from kernel_cases import TOLERANCE, Draw, assert_all_close, at_real, gradients
+from kernel_cases import Draw, assert_all_close, at_real
 from torch import Tensor
 
 from fusiontree.kernels import Op
@@ -22,6 +22,7 @@ from fusiontree.kernels.causal_conv1d import CONV, ConvInputs
 from fusiontree.kernels.causal_conv1d import fla as fla_conv
 from fusiontree.kernels.ssd import SSD, SSDInputs, mamba_ssm
 from fusiontree.kernels.ssd import fla as fla_scan
+from fusiontree.testing.operators import TOLERANCE, gradients
 
 TOLERANCE[torch.float16] = 3e-3
 

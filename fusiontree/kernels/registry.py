@@ -140,8 +140,16 @@ class Op(Generic[InputsT]):
         first = next((name for name, refusal in refusals.items() if refusal is None), None)
         return [Choice(name, name == first, refusal) for name, refusal in refusals.items()]
 
+    def named(self, name: str) -> Backend:
+        """The backend of a name.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        return _named(f"{self.name} backend", name, self.backends)
+
     def _explicit(self, request: Hashable, name: str) -> Backend:
-        backend = _named(f"{self.name} backend", name, self.backends)
+        backend = self.named(name)
         refusal = backend.supports(request)
         if refusal is not None:
             raise UnsupportedError(f"{self.name} backend {name!r} cannot serve this call: {refusal}")
@@ -166,7 +174,7 @@ def use_backend(backends: Mapping[str, str]) -> Iterator[None]:
     for name, backend in backends.items():
         op = _named("kernel", name, OPS)
         if backend != "auto":
-            _named(f"{name} backend", backend, op.backends)
+            op.named(backend)
     before = dict(_overrides)
     _overrides.update(backends)
     try:

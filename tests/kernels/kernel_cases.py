@@ -1,7 +1,7 @@
 """Random inputs, random documents, and the comparison that every kernel test makes."""
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree.kernels import Op
-
-LENGTHS = (1, 2, 3, 63, 64, 65, 130, 257)
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 8e-3}
+from fusiontree.testing.operators import (
+    TOLERANCE,
+    random_segments,
+)
 
 
 class Draw:
@@ -31,38 +32,12 @@ class Draw:
         return int(torch.randint(high, (), generator=self.generator))
 
     def segments(self, time: int) -> Tensor:
-        """Six rows: one document, starting with segment 0, starting with 1, short, all padding, ragged."""
-        rows = torch.stack([self._row(time) for _ in range(6)])
-        rows[0] = 0
-        rows[1] -= rows[1, 0].clone()
-        rows[2] += 1 - rows[2, 0]
-        rows[3, (time + 1) // 2 :] = -1
-        rows[4] = -1
-        rows[5, time - self.integer(time) :] = -1
-        return rows
-
-    def _row(self, time: int) -> Tensor:
-        starts = torch.rand(time, generator=self.generator) < 4 / (time + 4)
-        return starts.long().cumsum(0) * (1 + self.integer(2))
-
-
-def segments_from(starts: Sequence[int], time: int, rows: int) -> Tensor:
-    """The same documents in each row, a new one at each of `starts`."""
-    begins = torch.zeros(time, dtype=torch.long)
-    begins[list(starts)] = 1
-    return begins.cumsum(0).expand(rows, -1)
+        """See `random_segments`."""
+        return random_segments(time, self.integer(1000))
 
 
 def leaves(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     return [tensor.to(dtype, copy=True).requires_grad_() for tensor, dtype in zip(tensors, dtypes, strict=True)]
-
-
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of one fixed random functional of the outputs."""
-    draw = Draw(99)
-    loss = sum((draw.normal(*output.shape) * output.double()).sum() for output in outputs)
-    assert isinstance(loss, Tensor)
-    return list(torch.autograd.grad(loss, inputs))
 
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float64, what: str = "") -> None:
@@ -92,20 +67,6 @@ def at_real(values: Tensor, segments: Tensor | None) -> Tensor:
 
 def serving(op: Op[Any], request: Hashable) -> list[str]:
     return [choice.backend for choice in op.explain(request) if choice.refusal is None]
-
-
-def documents(row: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each segment number of a row, and where it is."""
-    for number in row[row >= 0].unique().tolist():
-        (places,) = torch.nonzero(row == number, as_tuple=True)
-        yield number, slice(int(places[0]), int(places[-1]) + 1)
-
-
-def continued(segments: Tensor, cut: int) -> Tensor:
-    """The segments from `cut` on, numbered as a call that continues the last document before it."""
-    before = segments[:, :cut].amax(1, keepdim=True).clamp(min=0)
-    rest = segments[:, cut:]
-    return torch.where(rest < 0, rest, rest - before)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import stand_ins
 import torch
-from kernel_cases import Draw, assert_all_close, assert_close, at_real, gradients, leaves
+from kernel_cases import Draw, assert_all_close, assert_close, at_real, leaves
 from torch import Tensor
 
 from fusiontree.kernels import OPS, Op
@@ -30,6 +30,7 @@ from fusiontree.kernels.common import packages
 from fusiontree.kernels.registry import serves_all
 from fusiontree.kernels.ssd import SSD, SSDInputs, SSDRequest, mamba_ssm, ssd
 from fusiontree.kernels.ssd import fla as fla_scan
+from fusiontree.testing.operators import gradients
 
 TIME, ROWS = 13, 6
 REAL = {"mamba_ssm": mamba_ssm.load.__wrapped__, "varlen": varlen.load.__wrapped__}

@@ -2,20 +2,12 @@ import gc
 
 import pytest
 import torch
-from kernel_cases import (
-    LENGTHS,
-    Draw,
-    LargestTensor,
-    assert_close,
-    at_real,
-    leaves,
-    saved_elements,
-    serving,
-)
+from kernel_cases import Draw, LargestTensor, assert_all_close, assert_close, at_real, leaves, saved_elements, serving
 from torch import Tensor
 
 from fusiontree.kernels import UnsupportedError
 from fusiontree.kernels.attention import ATTENTION, AttentionInputs, Past, attention, blocked
+from fusiontree.testing.operators import LENGTHS, continued, gradients, segments_from
 
 ROWS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 8
 SCALE = 0.4
@@ -118,6 +110,91 @@ def test_a_negative_scale_is_that_of_negated_queries(time: int) -> None:
         assert_close(attention(q, k, v, scale=-SCALE, backend=backend), want, what=backend)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("time", "window"), WINDOWS)
+def test_backends_agree_with_the_reference(time: int, window: int | None, packed: bool) -> None:
+    segments = Draw(time).segments(time) if packed else None
+    draws = draw_inputs(time)
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, window=window, scale=SCALE, segments=segments, backend="reference")
+    want_grads = gradients((at_real(want, segments),), exact)
+    for dtype in (torch.float64, torch.float32):
+        rounded = leaves(draws, [dtype] * 3)
+        for backend in serves(rounded, window=window, segments=segments):
+            got = attention(*rounded, window=window, scale=SCALE, segments=segments, backend=backend)
+            assert got.dtype == dtype
+            assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+            grads = gradients((at_real(got, segments),), rounded)
+            assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize(("value_dim", "softcap"), [(WIDTH, None), (WIDTH, 2.0), (5, None), (11, 2.0)])
+@pytest.mark.parametrize("cached", [0, 1, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_options_agree_with_the_reference(
+    dtype: torch.dtype, cached: int, value_dim: int, softcap: float | None
+) -> None:
+    time, window = 150, 60
+    segments, past = Draw(7).segments(time), draw_past(cached, value_dim, dtype) if cached else None
+    draws = draw_inputs(time, value_dim, dtype)
+    options = {"window": window, "softcap": softcap, "segments": segments}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, past=past, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    for backend in serves(leaves(draws, [dtype] * 3), past=past, **options):
+        rounded = leaves(draws, [dtype] * 3)
+        held = past and Past(past.keys.to(dtype), past.values.to(dtype), past.age)
+        got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+        grads = gradients((at_real(got, segments),), rounded)
+        assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
+@pytest.mark.parametrize("cached", [0, 20])
+@pytest.mark.parametrize("starts", [(), (140,), (3, 127, 128, 131, 290)])
+@pytest.mark.parametrize(("window", "prefix"), [(7, 3), (40, 1), (60, 130), (90, 300)])
+@pytest.mark.parametrize("slopes", [None, (0.013, 0.5, 1e-3, 0.11)])
+def test_a_prefix_is_in_sight_of_every_block(
+    window: int, prefix: int, starts: tuple[int, ...], cached: int, slopes: tuple[float, ...] | None
+) -> None:
+    draws, past = draw_inputs(300), draw_past(cached) if cached else None
+    segments = segments_from(starts, 300).clone() if starts else None
+    if segments is not None:
+        segments[1, 200:] = -1
+    options = {"window": window, "segments": segments, "slopes": slopes, "past": past, "prefix": prefix}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    assert not torch.allclose(want, attention(*exact, scale=SCALE, **{**options, "prefix": 0}))
+    for backend in serves(exact, **options):
+        got = attention(*exact, scale=SCALE, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), what=backend)
+        assert_all_close(gradients((at_real(got, segments),), exact), want_grads, torch.float64, backend)
+
+
+@pytest.mark.parametrize(
+    ("window", "packed", "cached"), [(None, False, 0), (None, True, 0), (60, True, 0), (60, True, 70)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_slopes_agree_with_the_reference(dtype: torch.dtype, window: int | None, packed: bool, cached: int) -> None:
+    time = 300
+    segments, past = Draw(7).segments(time) if packed else None, draw_past(cached, dtype=dtype) if cached else None
+    draws = draw_inputs(time, dtype=dtype)
+    options = {"window": window, "segments": segments, "slopes": (0.013, 0.5, 1e-3, 0.11)}
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, scale=SCALE, past=past, backend="reference", **options)
+    want_grads = gradients((at_real(want, segments),), exact)
+    backends = serves(leaves(draws, [dtype] * 3), past=past, **options)
+    assert {"reference", "blocked", "blocked_flash"} <= set(backends)
+    for backend in backends:
+        rounded = leaves(draws, [dtype] * 3)
+        held = past and Past(past.keys.to(dtype), past.values.to(dtype), past.age)
+        got = attention(*rounded, scale=SCALE, past=held, backend=backend, **options)
+        assert_close(at_real(got, segments), at_real(want, segments), dtype, backend)
+        grads = gradients((at_real(got, segments),), rounded)
+        assert_all_close(grads, want_grads, dtype, f"gradients of {backend}")
+
+
 @pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])
 def test_far_keys_that_count_are_not_rounded_to_what_queries_have_room_for(backend: str) -> None:
     """Keys whose scores grow as fast with the distance as slopes make them fall."""
@@ -129,6 +206,58 @@ def test_far_keys_that_count_are_not_rounded_to_what_queries_have_room_for(backe
     want = attention(q.double(), k.double(), v.double(), backend="reference", **options)
     got = attention(q, k, v, backend=backend, **options)
     assert_close(got[:, 200:], want[:, 200:], torch.bfloat16)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
+def test_grouped_heads_are_repeated_keys(heads: tuple[int, int]) -> None:
+    draw, (many, few) = Draw(2), heads
+    q, k, v = draw.normal(2, 140, many, 4), draw.normal(2, 140, few, 4), draw.normal(2, 140, few, 4)
+    full_k, full_v = (one.repeat_interleave(many // few, 2) for one in (k, v))
+    for window in (None, 50):
+        for backend in serves([q, k, v], window=window):
+            want = attention(q, full_k, full_v, window=window, scale=SCALE, backend="reference")
+            assert_close(attention(q, k, v, window=window, scale=SCALE, backend=backend), want, what=backend)
+
+
+@pytest.mark.parametrize("window", [40, 128, None])
+@pytest.mark.parametrize("starts", [(128,), (256,), (300,), (127, 128, 129, 384, 500)])
+def test_documents_may_start_at_the_edges_of_blocks(window: int | None, starts: tuple[int, ...]) -> None:
+    draws, segments = [tensor[:1] for tensor in draw_inputs(520)], segments_from(starts, 520)[:1]
+    exact = leaves(draws, [torch.float64] * 3)
+    want = attention(*exact, window=window, scale=SCALE, segments=segments, backend="reference")
+    want_grads = gradients((want,), exact)
+    for backend in serves(exact, window=window, segments=segments):
+        got = attention(*exact, window=window, scale=SCALE, segments=segments, backend=backend)
+        assert_close(got, want, what=backend)
+        assert_all_close(gradients((got,), exact), want_grads, torch.float64, f"gradients of {backend}")
+
+
+def cache_at(k: Tensor, v: Tensor, segments: Tensor, cut: int) -> Past:
+    """The keys before `cut` in a shuffled cache with an empty slot, each row holding its last document's."""
+    before = segments[:, :cut]
+    mine = (before == before.amax(1, keepdim=True)) & (before >= 0)
+    age = torch.where(mine, torch.arange(cut, 0, -1), 0)
+    order = torch.randperm(cut + 1, generator=torch.Generator().manual_seed(cut))
+    age = torch.cat([age, torch.zeros_like(age[:, :1])], 1)[:, order]
+    keys, values = (torch.cat([one[:, :cut], 1e3 * torch.ones_like(one[:, :1])], 1)[:, order] for one in (k, v))
+    return Past(keys, values, age)
+
+
+@pytest.mark.parametrize("window", [1, 2, 33, 140, None])
+@pytest.mark.parametrize("cuts", [(1,), (129,), (3, 40, 41, 42), (138, 139)])
+def test_a_split_sequence_is_the_whole(window: int | None, cuts: tuple[int, ...]) -> None:
+    q, k, v = draw_inputs(140)
+    segments = Draw(6).segments(140)
+    want = attention(q, k, v, window=window, scale=SCALE, segments=segments, backend="reference")
+    for start, stop in zip((0, *cuts), (*cuts, 140), strict=True):
+        past = cache_at(k, v, segments, start) if start else None
+        own = continued(segments, start)[:, : stop - start] if start else segments[:, :stop]
+        parts = [tensor[:, start:stop] for tensor in (q, k, v)]
+        real = own >= 0
+        for backend in serves(parts, window=window, segments=own, past=past):
+            got = attention(*parts, window=window, scale=SCALE, segments=own, past=past, backend=backend)
+            assert torch.isfinite(got).all()
+            assert_close(got[real], want[:, start:stop][real], what=f"{backend} at {start}")
 
 
 @pytest.mark.parametrize("backend", ["blocked", "blocked_flash"])

@@ -1,14 +1,6 @@
 import pytest
 import torch
-from kernel_cases import (
-    Draw,
-    LargestTensor,
-    assert_close,
-    at_real,
-    leaves,
-    saved_elements,
-    serving,
-)
+from kernel_cases import Draw, LargestTensor, assert_close, at_real, leaves, saved_elements, serving
 from torch import Tensor
 from torch.nn.functional import conv1d
 

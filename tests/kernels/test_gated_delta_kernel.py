@@ -1,20 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import (
-    Draw,
-    LargestTensor,
-    assert_all_close,
-    at_real,
-    gradients,
-    leaves,
-    saved_elements,
-    serving,
-)
+from kernel_cases import Draw, LargestTensor, assert_all_close, at_real, leaves, saved_elements, serving
 from torch import Tensor
 
 from fusiontree.kernels.common import chunks
 from fusiontree.kernels.gated_delta import GATED_DELTA, GatedDeltaRequest, gated_delta
+from fusiontree.testing.operators import gradients
 
 ROWS, HEADS, KEY, VALUE = 6, 4, 5, 3
 REQUEST = GatedDeltaRequest("cpu", torch.float64, segments=True)

@@ -1,15 +1,6 @@
 import pytest
 import torch
-from kernel_cases import (
-    Draw,
-    LargestTensor,
-    assert_all_close,
-    at_real,
-    gradients,
-    leaves,
-    saved_elements,
-    serving,
-)
+from kernel_cases import Draw, LargestTensor, assert_all_close, at_real, leaves, saved_elements, serving
 from torch import Tensor
 
 from fusiontree.kernels.common import tiling
@@ -19,6 +10,7 @@ from fusiontree.kernels.linear_recurrence import (
     LinearRecurrenceRequest,
     linear_recurrence,
 )
+from fusiontree.testing.operators import gradients
 
 ROWS, CHANNELS = 6, 7
 BACKENDS = serving(LINEAR_RECURRENCE, LinearRecurrenceRequest("cpu", torch.float64, segments=True))

@@ -4,17 +4,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_cases import (
-    Draw,
-    LargestTensor,
-    assert_all_close,
-    assert_close,
-    at_real,
-    gradients,
-    leaves,
-    saved_elements,
-    serving,
-)
+from kernel_cases import Draw, LargestTensor, assert_all_close, assert_close, at_real, leaves, saved_elements, serving
 from torch import Tensor
 
 from fusiontree.kernels.common import packages, tiling
@@ -28,6 +18,7 @@ from fusiontree.kernels.selective_scan import (
     selective_scan,
     selective_scan_step,
 )
+from fusiontree.testing.operators import gradients
 
 ROWS, CHANNELS, STATE = 6, 4, 5
 ENTRIES = CHANNELS * STATE

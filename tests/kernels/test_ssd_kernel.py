@@ -1,18 +1,10 @@
 import pytest
 import torch
-from kernel_cases import (
-    Draw,
-    LargestTensor,
-    assert_all_close,
-    at_real,
-    gradients,
-    leaves,
-    saved_elements,
-    serving,
-)
+from kernel_cases import Draw, LargestTensor, assert_all_close, at_real, leaves, saved_elements, serving
 from torch import Tensor
 
 from fusiontree.kernels.ssd import SSD, SSDRequest, ssd
+from fusiontree.testing.operators import gradients
 
 ROWS, HEADS, WIDTH, STATE = 6, 4, 3, 5
 REQUEST = SSDRequest("cpu", torch.float64, segments=True, gradients=True, even=False)

@@ -83,7 +83,7 @@ class AttentionCase(Case):
         return None if size is None else max(1, min(size, tokens // 4))
 
     def _past(self, rows: int, draw: Draw) -> Past:
-        """Slots in any order, some of them empty, in the first row all."""
+        """Slots in any order (the oldest first where there is a prefix), some of them empty, in the first row all."""
         age = torch.stack([torch.randperm(self.cached, generator=draw.generator) + 1 for _ in range(rows)])
         age = age.masked_fill(age == 1 + self.cached // 2, 0) if self.prefix == 0 else age.sort(1, descending=True)[0]
         age[:1] = 0

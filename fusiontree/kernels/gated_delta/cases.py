@@ -14,7 +14,8 @@ from fusiontree.kernels.gated_delta.op import GATED_DELTA, GatedDeltaInputs
 
 @dataclass(frozen=True)
 class GatedDeltaCase(Case):
-    """Gated DeltaNet's scan in a layer of width 512; with `channels` each channel of a key decays by itself."""
+    """Gated DeltaNet's scan in a layer of width 512; with `channels` each channel of a key decays by itself,
+    the last 256 times as fast as the first."""
 
     op: ClassVar[str] = "gated_delta"
     values: ClassVar[tuple[str, ...]] = ("v",)
@@ -32,13 +33,14 @@ class GatedDeltaCase(Case):
     ) -> GatedDeltaInputs:
         draw = Draw(dtype, device, seed)
         keys, heads = (rows, tokens, self.key_heads, self.key_dim), (rows, tokens, self.heads)
-        decays = (*heads, self.key_dim) if self.channels else heads
+        g = -draw.uniform(0.0, 1.0, *heads, self.key_dim if self.channels else 1)
+        g = g * torch.logspace(-3, 1, self.key_dim, base=4.0, device=device) if self.channels else g[..., 0]
         return GatedDeltaInputs(
             q=draw.normal(*keys) / self.key_dim,
             k=F.normalize(draw.normal(*keys), dim=-1),
             v=draw.normal(*heads, self.value_dim),
-            g=-draw.uniform(0.001, 0.1, *decays),
-            beta=draw.uniform(0.0, 1.9, *heads),
+            g=g,
+            beta=draw.uniform(0.0, 2.0, *heads),
             initial_state=None,
             segments=None,
         )
