@@ -148,8 +148,9 @@ def filled(page: str) -> str:
 
 
 def draw() -> None:
-    """How many times faster than its peer, on the fastest class of machines: whole models above, operators below."""
-    units = next(units for units in classes() if peers(units))
+    """How many times faster than its peer, whole models above, operators below, on the fastest class of machines that
+    has figures of both."""
+    units = next(units for units in classes() if peers(units) and read(units, "ops-"))
     figure, (whole, alone) = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
     bars(whole, {label(result): result["sides"] for result in peers(units)})
     ops = {result["case"]: result["sides"] for result in read(units, "ops-")}
