@@ -6,6 +6,8 @@ change.
 """
 
 from fusiontree import products
+from fusiontree.core.contracts import axes
+from fusiontree.core.contracts.axes import Narrowing
 from fusiontree.core.contracts.context import Context, State, Table
 from fusiontree.core.contracts.encoding import Encoding, EncodingSpec, Hook, encodings
 from fusiontree.core.contracts.fusion import AnyNode, Fusion, FusionSpec, branch_path, fusions
@@ -59,6 +61,7 @@ __all__ = [
     "Module",
     "Name",
     "NamedMap",
+    "Narrowing",
     "Natural",
     "Node",
     "NodeSpec",
@@ -76,6 +79,7 @@ __all__ = [
     "State",
     "Table",
     "Weights",
+    "axes",
     "branch_path",
     "branches",
     "constant",

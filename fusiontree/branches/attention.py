@@ -3,7 +3,7 @@ branch, each with key-value heads of their own."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,11 @@ Stream = Float[Tensor, "batch time width"]
 Channels = Float[Tensor, "batch time heads*channels"]
 Heads = Float[Tensor, "batch time heads channels"]
 Ring = Float[Tensor, "batch kv_heads slots channels"]
+
+
+KEY_AXES = "windowed_kv_heads*head_dim+global_kv_heads*head_dim"
+QUERY_AXES = "windowed_kv_heads*windowed_queries*head_dim+global_kv_heads*global_queries*head_dim"
+"""Queries of a key-value head stand together, windowed heads before global ones."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,16 @@ class AttentionMultipliers(Spec):
 
 
 class QKNorm(Norm):
-    """A norm of queries and one of keys: each head by itself, or all heads as one (OLMo 2, arXiv 2501.00656)."""
+    """A norm of queries and one of keys: each head by itself, or all heads as one (OLMo 2, arXiv 2501.00656); then
+    `key_count` is the `count` of that of the keys."""
 
     over: Literal["head", "all"] = "head"
+    key_count: Count | None = None
+
+    @property
+    def of_keys(self) -> Self:
+        """That of the keys."""
+        return self if self.over == "head" else self.model_copy(update={"count": self.key_count})
 
 
 @branches.register
@@ -98,6 +110,7 @@ class Attention(ProjectedSpec):
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate", "bias"})
     kv_source_field: ClassVar[str | None] = "keys_from"
+    inner_axes: ClassVar[str] = QUERY_AXES.replace("head_dim", "value_dim")
     kind: Literal["attention"] = "attention"
     heads: Count
     kv_heads: Count
@@ -188,6 +201,11 @@ class Attention(ProjectedSpec):
         """Channels of a head's values."""
         return self.value_dim or self.head_dim
 
+    @property
+    def score_scale(self) -> float:
+        """What scores are times."""
+        return self.scale or self.head_dim**-0.5
+
     def channels(self) -> Iterator[int]:
         """Queries and keys rotate."""
         yield self.head_dim
@@ -212,13 +230,12 @@ class Attention(ProjectedSpec):
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Query heads run within their key-value head."""
-        q, kv = "{g}_kv_heads*{g}_queries*{d}", "{g}_kv_heads*{d}"
-        rows = {"q": _both(q, "head_dim")}
-        rows |= {} if self.keys_from else {"k": _both(kv, "head_dim"), "v": _both(kv, "value_dim")}
-        rows |= {"gate": _both(q, "value_dim")} if self.gate else {}
+        rows = {"q": QUERY_AXES}
+        rows |= {} if self.keys_from else {"k": KEY_AXES, "v": KEY_AXES.replace("head_dim", "value_dim")}
+        rows |= {"gate": self.inner_axes} if self.gate else {}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
-        axes |= self.output_axes(_both(q, "value_dim"))
+        axes |= self.output_axes()
         if self.qk_norm and self.qk_norm.gain != "none":
             each = self.qk_norm.over == "head"
             axes |= {f"{n}_norm.weight": ("head_dim" if each else rows[n],) for n in ("q", "k") if n in rows}
@@ -231,9 +248,33 @@ class Attention(ProjectedSpec):
             sizes |= {f"{name}_kv_heads": kv_heads, f"{name}_queries": heads // max(kv_heads, 1)}
         return sizes
 
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """Heads leave with their share of the norms; scores are scaled by what the channels of a key were."""
+        if axis == "value_dim":
+            return {axis: len(keep)}
+        if axis in self.rigid:
+            return super().narrowed_fields(axis, keep, scope)
+        self.refuse_with("rotate" if axis == "head_dim" else "bias", axis, scope)
+        fields: dict[str, Any] = {"qk_norm": self._narrowed_norm(axis, keep, scope)}
+        if axis == "head_dim":
+            return fields | {axis: len(keep), "value_dim": self.values, "scale": self.score_scale}
+        left = {**self.sizes(scope), axis: len(keep)}
+        kv_heads = {name: left[f"{name}_kv_heads"] for name in ("windowed", "global")}
+        heads = {name: count * left[f"{name}_queries"] for name, count in kv_heads.items()}
+        totals = {"heads": sum(heads.values()), "kv_heads": sum(kv_heads.values())}
+        return fields | totals | {"global_heads": heads["global"], "global_kv_heads": kv_heads["global"]}
 
-def _both(pattern: str, channels: str) -> str:
-    return "+".join(pattern.format(g=group, d=channels) for group in ("windowed", "global"))
+    def _narrowed_norm(self, axis: str, keep: tuple[int, ...], scope: Scope) -> QKNorm | None:
+        norm = self.qk_norm
+        if norm is None or (norm.over == "head" and axis != "head_dim"):
+            return norm
+        if norm.over == "head":
+            return norm.narrowed(self.head_dim, keep)
+        norm = norm.narrowed(self.heads * self.head_dim, self.places(QUERY_AXES, axis, keep, scope))
+        if axis.endswith("queries"):
+            return norm
+        count = norm.of_keys.narrowed(self.kv_heads * self.head_dim, self.places(KEY_AXES, axis, keep, scope)).count
+        return norm.model_copy(update={"key_count": count})
 
 
 def mean_visible(window: int | None, length: int) -> float:
@@ -246,10 +287,9 @@ def mean_visible(window: int | None, length: int) -> float:
     return w - w * (w - 1) / (2 * length)
 
 
-def _qk_norm(spec: Attention, heads: int) -> NormModule | None:
-    if spec.qk_norm is None:
-        return None
-    return NormModule(spec.qk_norm, spec.head_dim if spec.qk_norm.over == "head" else heads * spec.head_dim)
+def _norm(norm: QKNorm | None, spec: Attention, heads: int) -> NormModule | None:
+    """Of one head, or of so many."""
+    return NormModule(norm, spec.head_dim * (heads if norm.over == "all" else 1)) if norm else None
 
 
 class AttentionModule(ProjectedModule):
@@ -259,14 +299,14 @@ class AttentionModule(ProjectedModule):
         super().__init__()
         self.spec, self.prefix, width = spec, scope.prefix, scope.width
         self.q = LinearModule(width, spec.heads * spec.head_dim, bias=spec.bias)
-        self.q_norm = _qk_norm(spec, spec.heads)
+        self.q_norm = _norm(spec.qk_norm, spec, spec.heads)
         if spec.keys_from is None:
             self.k = LinearModule(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
             self.v = LinearModule(width, spec.kv_heads * spec.values, bias=spec.bias)
-            self.k_norm = _qk_norm(spec, spec.kv_heads)
+            self.k_norm = _norm(spec.qk_norm and spec.qk_norm.of_keys, spec, spec.kv_heads)
         self.gate = LinearModule(width, spec.inner, bias=spec.bias) if spec.gate else None
         self.add_output_map(spec, width)
-        self.scale = spec.scale or spec.head_dim**-0.5
+        self.scale = spec.score_scale
         self.groups = spec.groups()
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from fusiontree.components import (
     Flag,
     Hook,
     NamedMap,
+    Narrowing,
     Node,
     NodeSpec,
     Norm,
@@ -107,6 +108,23 @@ class Chain(BranchSpec):
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         return {"width": scope.width} | {f"{name}_width": width for name, width in self._widths(scope).items()}
+
+    def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
+        """What a link reads leaves with what the link before returns."""
+        names, reader = list(self.links), axis.removesuffix("_width")
+        if reader == axis or names.index(reader) == 0:
+            return super().narrowed(axis, keep, scope)
+        writer = names[names.index(reader) - 1]
+        inside = {name: self.child_scope(f"links.{name}", scope) for name in (writer, reader)}
+        links = {
+            writer: self.links[writer].narrow_output(keep, inside[writer]),
+            reader: self.links[reader].narrow_input(keep, inside[reader]),
+        }
+        fields: dict[str, Any] = {"links": {**self.links, **{name: found.spec for name, found in links.items()}}}
+        if reader in self.norms:
+            norm = self.norms[reader].narrowed(inside[reader].width, keep)
+            fields["norms"] = {**self.norms, reader: norm}
+        return self.with_fields(fields, axis, keep).around({f"links.{name}": found for name, found in links.items()})
 
 
 class ChainModule(Node):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -50,6 +50,7 @@ class FeedForwardMultipliers(Spec):
 class FeedForwardSpec(BranchSpec):
     """The fields of every feed-forward kind. `bias` is that of all its maps."""
 
+    plain: ClassVar[frozenset[str]] = frozenset({"hidden"})
     hidden: Count
     bias: Flag = False
     multipliers: FeedForwardMultipliers = FeedForwardMultipliers()

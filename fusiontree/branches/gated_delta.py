@@ -6,7 +6,7 @@ the head and times silu(z). q, k and v stand behind a short causal convolution, 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from fusiontree.components import (
     LinearModule,
     Norm,
     NormModule,
+    Positive,
     Scope,
     State,
     branches,
@@ -56,6 +57,7 @@ class GatedDelta(ProjectedSpec):
             (arXiv 2411.12537).
         decay: of a head's whole state, or of each channel of its keys.
         decay_rank: of the map that decays come from; null: full.
+        scale: times the queries; null: head_dim ** -0.5.
         norm: of each head, before the gate.
         gate: what z goes through.
         gate_rank: of the map that z comes from; null: full.
@@ -65,6 +67,8 @@ class GatedDelta(ProjectedSpec):
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    inner_axes: ClassVar[str] = "key_heads*group_heads*value_dim"
+    plain: ClassVar[frozenset[str]] = frozenset({"gate_rank", "decay_rank"})
     kind: Literal["gated_delta"] = "gated_delta"
     heads: Count
     key_heads: Count
@@ -75,6 +79,7 @@ class GatedDelta(ProjectedSpec):
     negative_eigenvalues: Flag = False
     decay: Literal["head", "channel"] = "head"
     decay_rank: Count | None = None
+    scale: Positive | None = None
     norm: Norm | None = Norm()
     gate: Literal["silu", "sigmoid"] = "silu"
     gate_rank: Count | None = None
@@ -151,7 +156,7 @@ class GatedDelta(ProjectedSpec):
             axes[f"conv.{name}.weight"] = (rows[name], "conv")
             axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
         axes |= {"norm.weight": ("value_dim",)} if self.norm and self.norm.gain != "none" else {}
-        return axes | self.output_axes(values)
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -159,6 +164,20 @@ class GatedDelta(ProjectedSpec):
         shares = {"group_heads": self.heads // self.key_heads, "value_dim": self.value_dim or self.head_dim}
         ranks = {"gate_rank": self.gate_rank or 1, "decay_rank": self.decay_rank or 1}
         return {"width": scope.width, **own, **shares, **ranks}
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """The norm stands over a head's values; queries are times what `head_dim` was."""
+        left = len(keep)
+        if axis == "key_heads":
+            return {axis: left, "heads": left * self.heads // self.key_heads}
+        if axis == "group_heads":
+            return {"heads": left * self.key_heads}
+        if axis == "value_dim":
+            return {axis: left, "norm": self.norm and self.norm.narrowed(self.inner // self.heads, keep)}
+        if axis == "head_dim":
+            self.refuse_with("rotate", axis, scope)
+            return {axis: left, "value_dim": self.inner // self.heads, "scale": self.scale or self.head_dim**-0.5}
+        return super().narrowed_fields(axis, keep, scope)
 
 
 class GatedDeltaModule(ProjectedModule):
@@ -191,7 +210,7 @@ class GatedDeltaModule(ProjectedModule):
         q, k = (self._direction(inputs[name], context) for name in ("q", "k"))
         v = inputs["v"].unflatten(2, (spec.heads, self.value_dim))
         g, beta = self._rates(x)
-        rule = {"q": q * spec.head_dim**-0.5, "k": k, "v": v, "g": g, "beta": beta}
+        rule = {"q": q * (spec.scale or spec.head_dim**-0.5), "k": k, "v": v, "g": g, "beta": beta}
         y = scan(gated_delta, gated_delta_step, rule, context, kept(state, "delta"))
         y = (y if self.norm is None else self.norm(y)).flatten(2)
         y = y * GATES[spec.gate](self.z(x if self.z_down is None else self.z_down(x)))

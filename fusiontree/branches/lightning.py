@@ -7,7 +7,7 @@ outputs of all heads are normalised as one vector and multiplied by sigmoid(z).
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from fusiontree.components import (
     NormModule,
     Scope,
     State,
+    axes,
     branches,
     invalid,
     wide,
@@ -55,6 +56,7 @@ class Lightning(ProjectedSpec):
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "heads"})
+    inner_axes: ClassVar[str] = "heads*value_dim"
     kind: Literal["lightning"] = "lightning"
     heads: Count
     head_dim: Count
@@ -115,12 +117,23 @@ class Lightning(ProjectedSpec):
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
         axes |= {"norm.weight": (values,)} if self.norm.gain != "none" else {}
-        return axes | self.output_axes(values)
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         own = {"heads": self.heads, "head_dim": self.head_dim, "value_dim": self.value_dim or self.head_dim}
         return {"width": scope.width, **own}
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """The norm stands over all heads' values."""
+        if axis == "head_dim":
+            self.refuse_with("rotate", axis, scope)
+            return {axis: len(keep), "value_dim": self.value_dim or self.head_dim}
+        if axis not in axes.names([self.inner_axes]):
+            return super().narrowed_fields(axis, keep, scope)
+        slopes = tuple(self.slopes[head] for head in keep) if axis == "heads" else self.slopes
+        norm = self.norm.narrowed(self.inner, self.places(self.inner_axes, axis, keep, scope))
+        return {axis: len(keep), "slopes": slopes, "norm": norm}
 
 
 class LightningModule(ProjectedModule):

@@ -1,12 +1,12 @@
 """A linear map alone: a link between nodes of different widths."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.components import BranchSpec, Context, Count, Flag, LinearModule, Node, Scope, branches
+from fusiontree.components import BranchSpec, Context, Count, Flag, LinearModule, Narrowing, Node, Scope, branches
 
 Stream = Float[Tensor, "batch time width"]
 
@@ -48,6 +48,14 @@ class Linear(BranchSpec):
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         return {"width": scope.width, "output_width": self.output_width(scope)}
+
+    def narrow_output(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """Fewer outputs."""
+        return self.with_fields({"outputs": len(channels)}, "output_width", tuple(channels))
+
+    def narrow_input(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """Fewer columns."""
+        return self.with_fields({"outputs": self.output_width(scope)}, "width", tuple(channels))
 
 
 class LinearNode(Node):

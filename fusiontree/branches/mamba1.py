@@ -8,7 +8,7 @@ B and C, and dt going through a low rank.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,18 @@ Inner = Float[Tensor, "batch time inner"]
 Shared = Float[Tensor, "batch time state"]
 
 
+class SelectionNorm(Norm):
+    """A norm of dt before it leaves the low rank, one of B and one of C; `state_count` is the `count` of the last
+    two."""
+
+    state_count: Count | None = None
+
+    @property
+    def of_states(self) -> Norm:
+        """That of B and C."""
+        return self.model_copy(update={"count": self.state_count})
+
+
 @branches.register
 class Mamba1(ProjectedSpec):
     """A state-space model whose every channel decays at rates of its own (S6).
@@ -53,13 +65,15 @@ class Mamba1(ProjectedSpec):
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    inner_axes: ClassVar[str] = "inner"
+    plain: ClassVar[frozenset[str]] = frozenset({"inner"})
     kind: Literal["mamba1"] = "mamba1"
     inner: Count
     state: Count
     rank: Annotated[Count, Field(description="the rank of the map that makes dt")]
     conv: Count = 4
     conv_bias: Flag = True
-    norm: Norm | None = None
+    norm: SelectionNorm | None = None
     bias: Flag = False
     out_bias: Flag = False
     project: Flag = True
@@ -67,7 +81,7 @@ class Mamba1(ProjectedSpec):
     @classmethod
     def example(cls, width: int) -> Self:
         """As wide as no other part, with norms and every bias."""
-        return cls(inner=12, state=4, rank=3, conv=3, norm=Norm(), bias=True, out_bias=True)
+        return cls(inner=12, state=4, rank=3, conv=3, norm=SelectionNorm(), bias=True, out_bias=True)
 
     def build(self, scope: Scope) -> "Mamba1Module":
         """The module."""
@@ -92,11 +106,23 @@ class Mamba1(ProjectedSpec):
         axes |= {"A_log": ("inner", "state"), "D": ("inner",)}
         if self.norm and self.norm.gain != "none":
             axes |= {"norm.dt.weight": ("rank",), "norm.B.weight": ("state",), "norm.C.weight": ("state",)}
-        return axes | self.output_axes("inner")
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         return {"width": scope.width, **{name: getattr(self, name) for name in ("inner", "state", "rank", "conv")}}
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """Norms stand over the rank and over the state's entries."""
+        if axis not in ("rank", "state"):
+            return super().narrowed_fields(axis, keep, scope)
+        fields: dict[str, Any] = {axis: len(keep)}
+        if self.norm and axis == "rank":
+            fields["norm"] = self.norm.narrowed(self.rank, keep)
+        elif self.norm:
+            count = self.norm.of_states.narrowed(self.state, keep).count
+            fields["norm"] = self.norm.model_copy(update={"state_count": count})
+        return fields
 
 
 class Mamba1Module(ProjectedModule):
@@ -109,7 +135,8 @@ class Mamba1Module(ProjectedModule):
         self.z, self.x = (LinearModule(width, spec.inner, bias=spec.bias) for _ in ("z", "x"))
         self.conv = Convolution(spec.inner, spec.conv, bias=spec.conv_bias)
         self.dt_down, self.B, self.C = (LinearModule(spec.inner, rows) for rows in shared.values())
-        self.norm = nn.ModuleDict({name: NormModule(spec.norm, rows) for name, rows in shared.items() if spec.norm})
+        norms = {"dt": spec.norm, "B": spec.norm.of_states, "C": spec.norm.of_states} if spec.norm else {}
+        self.norm = nn.ModuleDict({name: NormModule(norm, shared[name]) for name, norm in norms.items()})
         self.dt_up = LinearModule(spec.rank, spec.inner, init=_uniform_of_rank)
         self.dt_bias = self.declare("dt_bias", (spec.inner,), inverse_softplus_of_dt)
         self.A_log = self.declare("A_log", (spec.inner, spec.state), _log_of_one_to_state)

@@ -4,9 +4,10 @@ The state of a head is S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T, its output y_
 C behind a short causal convolution and heads sharing B and C within a group.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,9 @@ from fusiontree.components import (
     Real,
     Scope,
     Spec,
+    SpecError,
     State,
+    axes,
     branches,
     constant,
     invalid,
@@ -48,6 +51,20 @@ class GatedNorm(Norm):
 
     groups: Count = 1
     order: Literal["gate_first", "norm_first"] = "gate_first"
+
+    def narrowed(self, width: int, places: Sequence[int]) -> Self:
+        """Of equal groups, or without some of them.
+
+        Raises:
+            SpecError: groups of unequal size would be left.
+        """
+        size = width // self.groups
+        left = Counter(place // size for place in places)
+        if len(set(left.values())) > 1:
+            raise SpecError(f"the norm's {self.groups} groups would not stay equal")
+        whole = set(left.values()) == {size}
+        narrower = self if whole else super().narrowed(size, places)
+        return narrower.model_copy(update={"groups": len(left)})
 
 
 class Mamba2Multipliers(Spec):
@@ -72,6 +89,7 @@ class Mamba2(ProjectedSpec):
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    inner_axes: ClassVar[str] = "groups*group_heads*head_dim"
     kind: Literal["mamba2"] = "mamba2"
     heads: Count
     head_dim: Count
@@ -143,12 +161,26 @@ class Mamba2(ProjectedSpec):
             axes[f"conv.{name}.weight"] = (rows[name], "conv")
             axes |= {f"conv.{name}.bias": (rows[name],)} if self.conv_bias else {}
         axes |= {"norm.weight": (rows["x"],)} if self.norm and self.norm.gain != "none" else {}
-        return axes | self.output_axes(rows["x"])
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         own = {name: getattr(self, name) for name in ("groups", "head_dim", "state", "conv")}
         return {"width": scope.width, "group_heads": self.heads // self.groups, **own}
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """The norm stands over all heads."""
+        if axis == "state":
+            self.refuse_with("rotate", axis, scope)
+            return {axis: len(keep)}
+        if axis not in axes.names([self.inner_axes]):
+            return super().narrowed_fields(axis, keep, scope)
+        left = {**self.sizes(scope), axis: len(keep)}
+        fields: dict[str, Any] = {name: left[name] for name in ("groups", "head_dim")}
+        fields["heads"] = left["groups"] * left["group_heads"]
+        if self.norm:
+            fields["norm"] = self.norm.narrowed(self.inner, self.places(self.inner_axes, axis, keep, scope))
+        return fields
 
 
 class Mamba2Module(ProjectedModule):

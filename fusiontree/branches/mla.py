@@ -7,7 +7,7 @@ and values: queries go through the maps of the keys, and what is read from the l
 """
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
@@ -40,6 +40,18 @@ Memory = Float[Tensor, "batch time rank+shared_dim"]
 """Of each token what its keys and values are made of: the latent, then the shared channels of the keys."""
 
 
+class LatentNorm(Norm):
+    """A norm of the latent of keys and values and one of that of queries; `query_count` is the `count` of the
+    second."""
+
+    query_count: Count | None = None
+
+    @property
+    def of_queries(self) -> Norm:
+        """That of the latent of queries."""
+        return self.model_copy(update={"count": self.query_count})
+
+
 @branches.register
 class Mla(ProjectedSpec):
     """Multi-head latent attention.
@@ -58,6 +70,8 @@ class Mla(ProjectedSpec):
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input", "rotate"})
+    inner_axes: ClassVar[str] = "heads*value_dim"
+    plain: ClassVar[frozenset[str]] = frozenset({"heads", "value_dim"})
     kind: Literal["mla"] = "mla"
     heads: Count
     head_dim: Count
@@ -65,7 +79,7 @@ class Mla(ProjectedSpec):
     value_dim: Count | None = None
     rank: Count
     query_rank: Count | None = None
-    norm: Norm | None = Norm()
+    norm: LatentNorm | None = LatentNorm()
     window: Count | None = None
     scale: Positive | None = None
     bias: Flag = False
@@ -82,6 +96,11 @@ class Mla(ProjectedSpec):
     def inner(self) -> int:
         """The width of all heads side by side."""
         return self.heads * (self.value_dim or self.head_dim)
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are times."""
+        return self.scale or (self.head_dim + self.shared_dim) ** -0.5
 
     @property
     def group(self) -> Group:
@@ -125,13 +144,28 @@ class Mla(ProjectedSpec):
             axes |= {f"{name}_norm.weight": (rank,) for name, rank in latents.items()}
         if self.bias:
             axes |= {f"{name}.bias": (rank,) for name, rank in (latents | {"shared": "shared_dim"}).items()}
-        return axes | self.output_axes("heads*value_dim")
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         own = {name: getattr(self, name) for name in ("heads", "head_dim", "shared_dim", "rank")}
         others = {"value_dim": self.value_dim or self.head_dim, "query_rank": self.query_rank or 1}
         return {"width": scope.width, **own, **others}
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """Norms stand over the latents; scores are scaled by what the channels of a key were."""
+        fields: dict[str, Any] = {axis: len(keep)}
+        if axis in ("head_dim", "shared_dim"):
+            if axis == "shared_dim":
+                self.refuse_with("rotate", axis, scope)
+            return fields | {"scale": self.score_scale, "value_dim": self.value_dim or self.head_dim}
+        if axis == "rank":
+            return fields | {"norm": self.norm and self.norm.narrowed(self.rank, keep)}
+        if axis == "query_rank":
+            assert self.query_rank is not None
+            count = self.norm and self.norm.of_queries.narrowed(self.query_rank, keep).count
+            return fields | {"norm": self.norm and self.norm.model_copy(update={"query_count": count})}
+        return super().narrowed_fields(axis, keep, scope)
 
 
 class HeadMap(Module):
@@ -163,7 +197,9 @@ class MlaModule(ProjectedModule):
         self.spec, self.prefix, width = spec, scope.prefix, scope.width
         asked = spec.query_rank or width
         self.q_latent = LinearModule(width, spec.query_rank, bias=spec.bias) if spec.query_rank else None
-        self.q_latent_norm = NormModule(spec.norm, spec.query_rank) if spec.query_rank and spec.norm else None
+        self.q_latent_norm = (
+            NormModule(spec.norm.of_queries, spec.query_rank) if spec.query_rank and spec.norm else None
+        )
         self.q = LinearModule(asked, spec.heads * spec.head_dim)
         self.q_shared = LinearModule(asked, spec.heads * spec.shared_dim)
         self.latent = LinearModule(width, spec.rank, bias=spec.bias)
@@ -172,7 +208,7 @@ class MlaModule(ProjectedModule):
         self.k = HeadMap(spec.rank, spec.heads, spec.head_dim)
         self.v = HeadMap(spec.rank, spec.heads, spec.value_dim or spec.head_dim)
         self.add_output_map(spec, width)
-        self.scale = spec.scale or (spec.head_dim + spec.shared_dim) ** -0.5
+        self.scale = spec.score_scale
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
         """Attend."""

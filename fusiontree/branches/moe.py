@@ -5,7 +5,7 @@ products with all of them. What a token gets depends on nothing but the token.
 """
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from fusiontree.components import (
     Positive,
     Scope,
     Spec,
+    SpecError,
     branches,
     constant,
     invalid,
@@ -79,6 +80,8 @@ class Moe(BranchSpec):
         shared_gate: that network's output is times sigmoid(w x) (Qwen-MoE).
     """
 
+    plain: ClassVar[frozenset[str]] = frozenset({"hidden", "shared_hidden"})
+    routed: ClassVar[frozenset[str]] = frozenset({"groups", "group_experts"})
     kind: Literal["moe"] = "moe"
     experts: Count
     top_k: Count
@@ -148,6 +151,17 @@ class Moe(BranchSpec):
         sizes = {"width": scope.width, "hidden": self.hidden, "one": 1}
         sizes |= {"groups": self.router.groups, "group_experts": self.group_experts}
         return sizes | ({"shared_hidden": self.shared_hidden} if self.shared_hidden else {})
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """Experts that are never chosen may go, with their rows of the router."""
+        router, left = self.router, len(keep)
+        if axis == "groups":
+            return {"experts": left * self.group_experts, "router": router.model_copy(update={"groups": left})}
+        if axis == "group_experts":
+            if router.limited and left == 1:
+                raise SpecError("group_experts: a group is chosen by its two best experts, of which two have to stay")
+            return {"experts": left * router.groups}
+        return super().narrowed_fields(axis, keep, scope)
 
 
 class MoeModule(Node):

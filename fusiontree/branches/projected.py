@@ -1,17 +1,20 @@
 """Branches whose last map leads from their inner features back to the stream, unless a fusion projects for them."""
 
-from typing import TYPE_CHECKING, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from fusiontree.components import BranchSpec, LinearModule, Node, Scope, invalid
+from fusiontree.components import BranchSpec, LinearModule, Narrowing, Node, Scope, SpecError, axes, invalid
 
 
 class ProjectedSpec(BranchSpec):
     """A branch with the fields `project` (false: return the inner features) and `out_bias`, and with `inner`, a field
-    or a property: the width of its inner features."""
+    or a property: the width of its inner features, which run over the axes of the dimension `inner_axes`."""
+
+    inner_axes: ClassVar[str]
 
     if TYPE_CHECKING:
         project: bool
@@ -32,10 +35,26 @@ class ProjectedSpec(BranchSpec):
         """The stream's width, or the inner features'."""
         return scope.width if self.project else self.inner
 
-    def output_axes(self, inner: str) -> dict[str, tuple[str, ...]]:
-        """The axes of the output map, whose inputs run over `inner`."""
-        axes: dict[str, tuple[str, ...]] = {"out.weight": ("width", inner)} if self.project else {}
+    def output_axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of the output map."""
+        axes: dict[str, tuple[str, ...]] = {"out.weight": ("width", self.inner_axes)} if self.project else {}
         return axes | ({"out.bias": ("width",)} if self.out_bias else {})
+
+    def narrow(self, axis: str, keep: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """See `NodeSpec.narrow`."""
+        if not self.project and axis in axes.names([self.inner_axes]):
+            raise SpecError(f"{axis}: the branch returns features along it (project: false); narrow what reads it")
+        return super().narrow(axis, keep, scope)
+
+    def narrow_output(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """Whole parts of the axes that the inner features run over."""
+        if self.project:
+            return super().narrow_output(channels, scope)
+        kept = axes.kept_along(self.inner_axes, self.sizes(scope), channels)
+        spec = self
+        for axis, keep in kept.items():
+            spec = spec.narrowed(axis, keep, scope).spec
+        return Narrowing(spec, {"": kept})
 
 
 class ProjectedModule(Node):

@@ -56,6 +56,8 @@ class RgLru(ProjectedSpec):
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    plain: ClassVar[frozenset[str]] = frozenset({"heads", "head_dim"})
+    inner_axes: ClassVar[str] = "heads*head_dim"
     kind: Literal["rglru"] = "rglru"
     heads: Count
     head_dim: Count
@@ -96,7 +98,7 @@ class RgLru(ProjectedSpec):
         axes |= {"conv.weight": (inner, "conv")} | ({"conv.bias": (inner,)} if self.conv_bias else {})
         axes |= {f"{name}.weight": ("heads", "head_dim", "head_dim") for name in GATES}
         axes |= {f"{name}.bias": ("heads", "head_dim") for name in GATES} | {"Lambda": (inner,)}
-        return axes | self.output_axes(inner)
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""

@@ -26,6 +26,8 @@ class ShortConv(ProjectedSpec):
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width", "conv"})
+    plain: ClassVar[frozenset[str]] = frozenset({"inner"})
+    inner_axes: ClassVar[str] = "inner"
     kind: Literal["short_conv"] = "short_conv"
     inner: Count
     conv: Count = 3
@@ -58,7 +60,7 @@ class ShortConv(ProjectedSpec):
         axes |= {f"{name}.bias": ("inner",) for name in ("B", "C", "x")} if self.bias else {}
         axes |= {"conv.weight": ("inner", "conv")}
         axes |= {"conv.bias": ("inner",)} if self.conv_bias else {}
-        return axes | self.output_axes("inner")
+        return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""

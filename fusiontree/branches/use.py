@@ -145,6 +145,14 @@ class Use(BranchSpec):
             found |= {f"{name}_{index}_width": maps[path][0] for index, path in enumerate(adapter.maps)}
         return found
 
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """The ranks of adapters."""
+        name = axis.removesuffix("_rank")
+        if name == axis:
+            return super().narrowed_fields(axis, keep, scope)
+        narrower = self.adapters[name].model_copy(update={"rank": len(keep)})
+        return {"adapters": {**self.adapters, name: narrower}}
+
     @property
     def uses(self) -> str:
         """The name of the shared node."""

@@ -46,6 +46,7 @@ class SrteLearned(EncodingSpec):
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})
+    plain: ClassVar[frozenset[str]] = frozenset({"rank"})
     kind: Literal["srte_learned"] = "srte_learned"
     max_length: Count
     rank: Count | None = None
@@ -75,7 +76,7 @@ class SrteLearned(EncodingSpec):
 
     def sizes(self, width: int) -> Mapping[str, int]:
         """Axis sizes."""
-        return {"width": width, "max_length": self.max_length, "rank": self.rank or width}
+        return {"width": width, "max_length": self.max_length} | ({"rank": self.rank} if self.rank else {})
 
 
 class SrteLearnedModule(Encoding):

@@ -3,7 +3,7 @@ gate, the rule, then projection(fused) + mlp(aligned). All but the branches and 
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,6 +19,7 @@ from fusiontree.components import (
     GateScope,
     LinearModule,
     NamedMap,
+    Narrowing,
     NodeSpec,
     Norm,
     NormModule,
@@ -99,16 +100,16 @@ class BaseFusionSpec(FusionSpec):
         return parts + (2.0 * self.projection_inputs(scope) * scope.width if self.projection else 0.0)
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """The axes of every part that has parameters; `<branch>_width` is what a branch returns."""
+        """The axes of every part that has parameters; `<branch>.width` is what a branch returns."""
         names = list(self.branches)
         axes: dict[str, tuple[str, ...]] = {}
         if self.branch_norm and self.branch_norm.gain != "none":
-            axes |= {f"branch_norm.{name}.weight": (f"{name}_width",) for name in names}
+            axes |= {f"branch_norm.{name}.weight": (f"{name}.width",) for name in names}
         if self.exchange:
-            axes |= {f"exchange.down.{name}.weight": ("exchange_rank", f"{name}_width") for name in names}
-            axes |= {f"exchange.up.{name}.weight": (f"{name}_width", "exchange_rank") for name in names}
+            axes |= {f"exchange.down.{name}.weight": ("exchange_rank", f"{name}.width") for name in names}
+            axes |= {f"exchange.up.{name}.weight": (f"{name}.width", "exchange_rank") for name in names}
         if self.align:
-            axes |= {f"align.inputs.{name}.weight": ("align_hidden", f"{name}_width") for name in names}
+            axes |= {f"align.inputs.{name}.weight": ("align_hidden", f"{name}.width") for name in names}
             axes |= {"align.bias": ("align_hidden",), "align.out.weight": ("width", "align_hidden")}
         return axes | self._gate_axes() | self.projection_axes()
 
@@ -125,11 +126,58 @@ class BaseFusionSpec(FusionSpec):
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
         sizes = {"width": scope.width, "fused_width": self.fused_width(scope)}
-        sizes |= {f"{name}_width": width for name, width in self.widths(scope).items()}
+        sizes |= {f"{name}.width": width for name, width in self.widths(scope).items()}
         sizes |= {"exchange_rank": self.exchange.rank} if self.exchange else {}
         sizes |= {"align_hidden": self.align.hidden} if self.align else {}
         gate = self.gate_spec
         return sizes | ({f"gate_{k}": v for k, v in gate.sizes(self.gate_scope(scope)).items()} if gate else {})
+
+    def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
+        """Parts of the fusion have axes of their own. The branches' features leave together (`fused_width`, or groups
+        of them, `gate_units`), and one branch's by itself where the rule takes unequal widths."""
+        match axis.split("_", 1):
+            case ["exchange", _] if self.exchange:
+                return self.with_fields({"exchange": {"rank": len(keep)}}, axis, keep)
+            case ["align", _] if self.align:
+                return self.with_fields({"align": {"hidden": len(keep)}}, axis, keep)
+            case ["gate", own] if self.gate_spec and axis != "gate_units":
+                gate = self.gate_spec.narrow(own, keep, self.gate_scope(scope))
+                return self.with_fields({"gate": gate}, axis, keep)
+        if axis == "gate_units":
+            size = self.fused_width(scope) // self.sizes(scope)[axis]
+            keep, axis = tuple(size * unit + i for unit in keep for i in range(size)), "fused_width"
+        names = list(self.branches) if axis == "fused_width" and self.equal_widths else [axis.removesuffix(".width")]
+        if not set(names) <= set(self.branches) or (len(names) < len(self.branches) and self.equal_widths):
+            hint = "; narrow fused_width" if axis.endswith(".width") else ""
+            raise SpecError(f"{axis}: cannot be narrowed here, other nodes' parameters run over it{hint}")
+        return self._without_features(names, keep, scope)
+
+    def _without_features(self, names: Sequence[str], keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
+        """The fusion whose named branches return these of their features alone."""
+        if self.projection is None:
+            raise SpecError("fused_width: without a projection it is the stream's width")
+        branches = {name: self.branches[name].narrow_output(keep, self._scope_of(name, scope)) for name in names}
+        nodes = {**self.branches, **{name: found.spec for name, found in branches.items()}}
+        fields: dict[str, Any] = {"branches": nodes}
+        own = {f"{name}.width": keep for name in names}
+        if self.branch_norm:
+            fields["branch_norm"] = self._narrowed_branch_norm(keep, scope)
+        if self.equal_widths:
+            own["fused_width"] = keep
+        if self.gate_spec:
+            gate, units = self.gate_spec.narrow_width(keep, self.gate_scope(scope))
+            fields["gate"], own["gate_units"] = gate, units
+        narrower = Narrowing(type(self).parse(self.data() | fields), {"": own})
+        return narrower.around({branch_path("", name): found for name, found in branches.items()})
+
+    def _scope_of(self, name: str, scope: Scope) -> Scope:
+        return self.child_scope(branch_path("", name), scope)
+
+    def _narrowed_branch_norm(self, keep: tuple[int, ...], scope: Scope) -> Norm:
+        assert self.branch_norm is not None
+        if not self.equal_widths:
+            raise SpecError("branch_norm: one count cannot be that of branches of unequal widths")
+        return self.branch_norm.narrowed(self.fused_width(scope), keep)
 
     def projection_inputs(self, scope: Scope) -> int:
         """How many features the projection reads."""

@@ -38,7 +38,7 @@ class Concat(BaseFusionSpec):
 
     def projection_axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of the projection."""
-        axes = {f"projection.inputs.{name}.weight": ("width", f"{name}_width") for name in self.branches}
+        axes = {f"projection.inputs.{name}.weight": ("width", f"{name}.width") for name in self.branches}
         return axes | ({"projection.bias": ("width",)} if self.projection and self.projection.bias else {})
 
 

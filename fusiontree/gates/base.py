@@ -1,7 +1,7 @@
 """What gates have in common: where their logits come from, at every granularity."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 from jaxtyping import Float
 from pydantic import model_validator
@@ -81,7 +81,15 @@ class LearnedGateSpec(GateSpec):
 
     def sizes(self, scope: GateScope) -> Mapping[str, int]:
         """Axis sizes."""
-        return {**super().sizes(scope), "rank": self.rank or scope.features}
+        return {**super().sizes(scope), **({"rank": self.rank} if self.rank else {})}
+
+    def narrow(self, axis: str, keep: tuple[int, ...], scope: GateScope) -> Self:
+        """A lower rank."""
+        return self.model_copy(update={axis: len(keep)}) if axis == "rank" else super().narrow(axis, keep, scope)
+
+    def with_units(self, units: int) -> Self:
+        """As many groups; channels need no number."""
+        return self if self.heads is None else self.model_copy(update={"heads": units})
 
 
 class Logit(Module):

@@ -6,7 +6,7 @@ Cases go from small to large, so that the first failure is a small one.
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,14 @@ from fusiontree.core.contracts.modules import Module
 from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.cost import costs
 from fusiontree.core.model.model import LanguageModel, build
+from fusiontree.core.model.narrow import Table, axis_tables
 from fusiontree.core.model.spec import ModelSpec
 from fusiontree.core.probes import probes
 from fusiontree.core.spec import paths
 from fusiontree.core.spec.fields import is_open
 from fusiontree.kernels import OPS, use_backend
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
+from fusiontree.testing.narrowing import narrowed
 from fusiontree.testing.subject import Subject, far, randomised
 
 LENGTHS = (1, 2, 3, 7, 19)
@@ -99,19 +101,17 @@ def counted(subject: Subject) -> str | None:
 
 
 def _tables(subject: Subject) -> str | None:
-    return _first((path, _table(subject, path, table)) for path, (table, _, _) in _axis_tables(subject.spec).items())
+    tables = axis_tables(subject.spec)
+    return _first((path, _table(subject, path, table, tables)) for path, table in tables.items())
 
 
-def _axis_tables(spec: ModelSpec) -> dict[str, tuple]:
+def _rigid_axes(spec: ModelSpec) -> dict[str, frozenset[str]]:
     sources = {node.kv_source for _, node in spec.nodes()}
-    tables: dict[str, tuple] = {}
-    for path, node, scope in spec.nodes_with_scope():
+    rigid = {f"encodings.{name}": frozenset({"width", "max_length"}) for name in spec.encodings}
+    for path, node in spec.nodes():
         tied = path.startswith("shared.") or path in sources or node.kv_source is not None
-        tables[path] = (node.axes(), node.sizes(scope), _rigid(node, tied=tied))
-    for name, encoding in spec.encodings.items():
-        rigid = frozenset({"width", "max_length"})
-        tables[f"encodings.{name}"] = (encoding.axes(), encoding.sizes(spec.width), rigid)
-    return tables
+        rigid[path] = _rigid(node, tied=tied)
+    return rigid
 
 
 def _rigid(node: NodeSpec, *, tied: bool) -> frozenset[str]:
@@ -122,16 +122,16 @@ def _rigid(node: NodeSpec, *, tied: bool) -> frozenset[str]:
     return node.rigid
 
 
-def _table(subject: Subject, path: str, table: dict[str, tuple[str, ...]]) -> str | None:
-    sizes = _axis_tables(subject.spec)[path][1]
-    children = [p for p in _axis_tables(subject.spec) if p.startswith(f"{path}.")]
+def _table(subject: Subject, path: str, table: Table, tables: Iterable[str]) -> str | None:
+    dimensions_of, sizes = table
+    children = [p for p in tables if p.startswith(f"{path}.")]
     module = subject.model.get_submodule(path)
     own = {
         name: tuple(p.shape)
         for name, p in module.state_dict().items()
         if not any(f"{path}.{name}".startswith(f"{child}.") for child in children)
     }
-    said = {name: tuple(axes.size(d, sizes) for d in dimensions) for name, dimensions in table.items()}
+    said = {name: tuple(axes.size(d, sizes) for d in dimensions) for name, dimensions in dimensions_of.items()}
     return None if own == said else f"axes give {said}, the parameters are {own}"
 
 
@@ -160,9 +160,10 @@ def symmetric(subject: Subject) -> str | None:
 
 
 def _permutations(subject: Subject, tokens: Tensor, wanted: Tensor) -> Iterator[tuple[str, str | None]]:
-    for path, (table, sizes, rigid) in _axis_tables(subject.spec).items():
+    rigid = _rigid_axes(subject.spec)
+    for path, (table, sizes) in axis_tables(subject.spec).items():
         named = {axis for dimensions in table.values() for axis in axes.names(dimensions)}
-        for axis in sorted(named - set(rigid)):
+        for axis in sorted(named - rigid[path]):
             if sizes[axis] > 1 and not _is_shared(axis):
                 yield f"{path}, axis {axis} reversed", _permuted(subject, path, axis, (tokens, wanted))
 
@@ -174,8 +175,8 @@ def _is_shared(axis: str) -> bool:
 
 def _permuted(subject: Subject, path: str, axis: str, case: tuple[Tensor, Tensor]) -> str | None:
     tokens, wanted = case
-    table, sizes, _ = _axis_tables(subject.spec)[path]
-    turned = {axis: torch.arange(sizes[axis]).flip(0)}
+    table, sizes = axis_tables(subject.spec)[path]
+    turned = {axis: range(sizes[axis])[::-1]}
     state = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
     for name, dimensions in table.items():
         full = f"{path}.{name}"
@@ -514,6 +515,7 @@ LAWS = tuple(
         gates,
         generated,
         pruned,
+        narrowed,
     )
 )
 """Every law, the cheapest first where one explains another."""

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fusiontree.core.model.spec import ModelSpec
@@ -369,3 +372,18 @@ def readers_of_keys(draw: st.DrawFn, stack: list[Data]) -> list[Data]:
     keys |= {name: source.get(name, 0) for name in ("global_heads", "global_kv_heads")}
     keys |= {"encodings": source["encodings"]}
     return [{"mixer": own | keys | {"keys_from": "layers.0.mixer"}}]
+
+
+PARTS, SPECS = 4, 15
+
+
+def parts():
+    """The parts of the specs that tests share out among workers; most are for the slow tests."""
+    return [*range(PARTS), *(pytest.param(part, marks=pytest.mark.slow) for part in range(PARTS, 30))]
+
+
+def for_random_specs(part, law):
+    """Run a function on the specs of a part, which are the same each time."""
+    options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    phases = [Phase.generate, Phase.shrink]
+    hypothesis.seed(part)(settings(max_examples=SPECS, phases=phases, **options)(given(spec=specs())(law)))()

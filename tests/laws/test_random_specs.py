@@ -3,11 +3,9 @@
 
 import random
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from random_specs import specs
+from random_specs import for_random_specs, parts
 
 from fusiontree.core.model.cost import costs
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify, verify
@@ -15,23 +13,15 @@ from fusiontree.testing import check_spec
 from fusiontree.testing.subject import Subject, far
 
 torch.set_num_threads(1)
-PARTS, SPECS, PLANS = 4, 15, 2
-EVERY = [*range(PARTS), *(pytest.param(part, marks=pytest.mark.slow) for part in range(PARTS, 30))]
+PLANS = 2
 
 
-def for_random_specs(part, law):
-    """Run a function on the specs of a part, which are the same each time; parts share the workers."""
-    options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    phases = [Phase.generate, Phase.shrink]
-    hypothesis.seed(part)(settings(max_examples=SPECS, phases=phases, **options)(given(spec=specs())(law)))()
-
-
-@pytest.mark.parametrize("part", EVERY)
+@pytest.mark.parametrize("part", parts())
 def test_laws(part):
     for_random_specs(part, lambda spec: check_spec(spec) and None)
 
 
-@pytest.mark.parametrize("part", EVERY)
+@pytest.mark.parametrize("part", parts())
 def test_random_plans_prune_exactly(part):
     for_random_specs(part, plans_prune_exactly)
 

@@ -1,13 +1,45 @@
-"""Named axes: what each dimension of a parameter runs over, so that parts can be picked without knowing the part."""
+"""Named axes: what each dimension of a parameter runs over, so that parts can be picked, or left out, without knowing
+what the parameter is for."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fusiontree.core.spec.base import Spec
+from fusiontree.errors import SpecError, suggest
+
 Sizes = Mapping[str, int]
+Kept = Mapping[str, tuple[int, ...]]
+"""Which parts of some axes stay, by their indices in rising order."""
+SpecT = TypeVar("SpecT", bound=Spec, covariant=True)
+
+
+@dataclass(frozen=True)
+class Narrowing(Generic[SpecT]):
+    """A spec without some parts of itself.
+
+    Attributes:
+        spec: what is left.
+        kept: what stays of the parameters' axes, by the path, from here, of the node (or encoding) that has them;
+            "" is the spec itself.
+    """
+
+    spec: SpecT
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    def around(self, inside: "Mapping[str, Narrowing[Any]]") -> "Narrowing[SpecT]":
+        """The same with what stays of nodes inside, whose narrowed specs are in the spec already, by their paths."""
+        kept = {
+            f"{path}.{below}" if below else path: axes
+            for path, found in inside.items()
+            for below, axes in found.kept.items()
+        }
+        return Narrowing(self.spec, {**self.kept, **kept})
 
 
 def size(dimension: str, sizes: Sizes) -> int:
@@ -24,12 +56,60 @@ def names(dimensions: Sequence[str]) -> set[str]:
     return {axis for dimension in dimensions for part in dimension.split("+") for axis in part.split("*")}
 
 
-def narrow(tensor: Tensor, dimensions: Sequence[str], sizes: Sizes, keep: Mapping[str, Int[Tensor, "kept"]]) -> Tensor:
+def narrow(tensor: Tensor, dimensions: Sequence[str], sizes: Sizes, keep: Mapping[str, Sequence[int]]) -> Tensor:
     """The part of a parameter at these indices of some axes, in their order; other axes stay whole."""
-    for position, dimension in enumerate(dimensions):
-        index = torch.cat([_positions(part, sizes, keep) + start for part, start in _parts(dimension, sizes)])
-        tensor = tensor.index_select(position, index.to(tensor.device))
+    for place, dimension in enumerate(dimensions):
+        tensor = tensor.index_select(place, positions(dimension, sizes, keep).to(tensor.device))
     return tensor
+
+
+def positions(dimension: str, sizes: Sizes, keep: Mapping[str, Sequence[int]]) -> Int[Tensor, "kept"]:
+    """Where along a dimension the combinations of kept indices are.
+
+    >>> positions("heads*head_dim+state", {"heads": 2, "head_dim": 3, "state": 2}, {"heads": [1]}).tolist()
+    [3, 4, 5, 6, 7]
+    """
+    return torch.cat([_within(part, sizes, keep) + start for part, start in _parts(dimension, sizes)])
+
+
+def kept_along(dimension: str, sizes: Sizes, places: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Which indices of each axis stay, where these places along a dimension do.
+
+    >>> kept_along("heads*head_dim", {"heads": 2, "head_dim": 3}, [3, 5])
+    {'heads': (1,), 'head_dim': (0, 2)}
+
+    Raises:
+        SpecError: no choice of indices keeps these places and no other.
+    """
+    found: dict[str, set[int]] = {axis: set() for axis in _ordered(dimension)}
+    for part, start in _parts(dimension, sizes):
+        axes = part.split("*")
+        inside = torch.tensor([p - start for p in places if 0 <= p - start < size(part, sizes)], dtype=torch.long)
+        for axis, index in zip(axes, torch.unravel_index(inside, [sizes[axis] for axis in axes]), strict=True):
+            found[axis] |= set(index.tolist())
+    kept = {axis: tuple(sorted(index)) for axis, index in found.items()}
+    if positions(dimension, sizes, kept).tolist() != list(places):
+        raise SpecError(f"these channels are no whole parts of {dimension.replace('*', ' x ').replace('+', ' and ')}")
+    return {axis: index for axis, index in kept.items() if len(index) < sizes[axis]}
+
+
+def checked(axis: str, keep: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
+    """Indices of an axis that stay.
+
+    Raises:
+        SpecError: there is no such axis, or the indices are none of it, are not rising, or are none at all.
+    """
+    if axis not in sizes:
+        raise SpecError(f"{axis}: no such axis{suggest(axis, sizes)}")
+    rising: list[Any] = sorted(set(keep))
+    if not rising or list(keep) != rising or rising[0] < 0 or rising[-1] >= sizes[axis]:
+        wanted = f"rising indices in 0..{sizes[axis] - 1}, one at least"
+        raise SpecError(f"{axis}: expected {wanted}, found {list(keep)!r:.80}")
+    return tuple(rising)
+
+
+def _ordered(dimension: str) -> list[str]:
+    return list(dict.fromkeys(axis for part in dimension.split("+") for axis in part.split("*")))
 
 
 def _parts(dimension: str, sizes: Sizes) -> list[tuple[str, int]]:
@@ -40,10 +120,10 @@ def _parts(dimension: str, sizes: Sizes) -> list[tuple[str, int]]:
     return parts
 
 
-def _positions(part: str, sizes: Sizes, keep: Mapping[str, Tensor]) -> Int[Tensor, "kept"]:
+def _within(part: str, sizes: Sizes, keep: Mapping[str, Sequence[int]]) -> Int[Tensor, "kept"]:
     """Flat indices of the kept combinations of a product of axes, outermost first."""
     flat = torch.zeros(1, dtype=torch.long)
     for axis in part.split("*"):
-        kept = keep.get(axis, torch.arange(sizes[axis]))
+        kept = torch.as_tensor(keep.get(axis, range(sizes[axis])), dtype=torch.long)
         flat = (flat[:, None] * sizes[axis] + kept).flatten()
     return flat

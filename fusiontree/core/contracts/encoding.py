@@ -7,10 +7,13 @@ from typing import Annotated, ClassVar, Literal, Self
 from jaxtyping import Int
 from torch import Tensor
 
+from fusiontree.core.contracts import axes
+from fusiontree.core.contracts.axes import Narrowing
 from fusiontree.core.contracts.context import Table
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.spec.base import Spec
 from fusiontree.core.spec.registry import Registry
+from fusiontree.errors import SpecError
 
 Hook = Literal["input", "rotate", "bias"]
 
@@ -19,6 +22,8 @@ class EncodingSpec(Spec, ABC):
     """A time base that branches share by naming it."""
 
     hooks: ClassVar[frozenset[Hook]]
+    plain: ClassVar[frozenset[str]] = frozenset()
+    """As of a node."""
 
     @classmethod
     @abstractmethod
@@ -49,6 +54,20 @@ class EncodingSpec(Spec, ABC):
     def sizes(self, width: int) -> Mapping[str, int]:
         """As of a node."""
         return {"width": width}
+
+    def narrow(self, axis: str, keep: Sequence[int], width: int) -> Narrowing[Self]:
+        """As of a node.
+
+        Raises:
+            SpecError: no such axis or indices, or no narrower encoding gives the same.
+        """
+        sizes = self.sizes(width)
+        kept = axes.checked(axis, keep, sizes)
+        if len(kept) == sizes[axis]:
+            return Narrowing(self)
+        if axis not in self.plain:
+            raise SpecError(f"{axis}: cannot be narrowed here")
+        return Narrowing(self.model_copy(update={axis: len(kept)}), {"": {axis: kept}})
 
 
 class Encoding(Module, ABC):

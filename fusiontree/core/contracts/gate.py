@@ -1,6 +1,7 @@
 """What a gate promises: how much of each branch."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -12,6 +13,7 @@ from fusiontree.core.contracts.context import Context
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.spec.base import Problems, Spec
 from fusiontree.core.spec.registry import Registry
+from fusiontree.errors import SpecError
 
 Weights = dict[str, Tensor]
 """Gate values by branch name, each [batch, time, units] or [units]; `units` equal groups of the width."""
@@ -66,6 +68,31 @@ class GateSpec(Spec, ABC):
     def sizes(self, scope: GateScope) -> Mapping[str, int]:
         """As of a node."""
         return {"features": scope.features, "units": self.units(scope.width)}
+
+    def narrow(self, axis: str, keep: tuple[int, ...], scope: GateScope) -> Self:
+        """As of a node, for an axis that there is but `units`, which leave with the width (`narrow_width`).
+
+        Raises:
+            SpecError: no narrower gate gives the same values.
+        """
+        raise SpecError(f"gate_{axis}: cannot be narrowed here, other nodes' parameters run over it")
+
+    def narrow_width(self, keep: tuple[int, ...], scope: GateScope) -> tuple[Self, tuple[int, ...]]:
+        """The gate of a fusion that keeps these channels of its width, and which units stay. Units lose equally many
+        channels, or all.
+
+        Raises:
+            SpecError: they do not.
+        """
+        units = self.units(scope.width)
+        left = Counter(channel * units // scope.width for channel in keep)
+        if len(set(left.values())) > 1:
+            raise SpecError(f"gate: its {units} groups would not stay equal")
+        return self.with_units(len(left)), tuple(left)
+
+    def with_units(self, units: int) -> Self:
+        """The gate of so many groups, each with a value of its own; where it has one for all, itself."""
+        return self
 
 
 class Probed(Module):

@@ -4,18 +4,19 @@ Construction only declares shapes (it runs on the meta device); `initialise` dra
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
 from fusiontree import products
-from fusiontree.core.spec.base import Positive, Spec
-from fusiontree.errors import WeightsError
+from fusiontree.core.spec.base import Count, Positive, Spec, invalid
+from fusiontree.errors import SpecError, WeightsError
 
 Init = Callable[[Tensor, Generator], object]
 """Fills a float32 tensor on the CPU in place. A function of a module or a `partial` of one: models are pickled."""
@@ -103,11 +104,30 @@ class LinearModule(nn.Linear, Module):
 
 class Norm(Spec):
     """How features are normalised over the width: root mean square (arXiv 1910.07467) or layer norm
-    (arXiv 1607.06450, without a bias). `gain` is absent, a weight, or 1 + a weight that starts at 0 (Gemma)."""
+    (arXiv 1607.06450, without a bias). `gain` is absent, a weight, or 1 + a weight that starts at 0 (Gemma). `count`
+    is how many features the mean square is of (null: those that there are): where some were narrowed away it still
+    counts them, as zeros."""
 
     kind: Literal["rms", "layer"] = "rms"
     gain: Literal["none", "weight", "one_plus"] = "weight"
     eps: Positive = 1e-5
+    count: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_a_mean_square(self) -> Self:
+        if self.count is not None and self.kind == "layer":
+            raise invalid({("count",): "a layer norm subtracts the mean of the features that there are; leave it out"})
+        return self
+
+    def narrowed(self, width: int, places: Sequence[int]) -> Self:
+        """The norm over those of `width` features at `places`, the others being 0.
+
+        Raises:
+            SpecError: a layer norm, which moves zeros.
+        """
+        if self.kind == "layer":
+            raise SpecError("a layer norm over it would move what is silent")
+        return self.model_copy(update={"count": self.count or width})
 
 
 class NormModule(Module):
@@ -118,6 +138,7 @@ class NormModule(Module):
         self.spec, self.groups = spec, groups
         start = constant(1.0 if spec.gain == "weight" else 0.0)
         self.weight = None if spec.gain == "none" else self.declare("weight", (width,), start)
+        self.counted = spec.count or width // groups
         self.eps = torch.tensor(spec.eps, dtype=torch.float64, device="cpu")
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
@@ -126,10 +147,12 @@ class NormModule(Module):
             return self._by_length(x)
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
         precise, gain = x.to(wide(x.dtype)), self._gain(wide(x.dtype))
+        share = self.counted * self.groups / x.shape[-1]  # torch's functions count the features that there are
+        eps, factor = self.spec.eps * share, share**0.5
         if self.groups == 1:
-            return function(precise, x.shape[-1:], gain, eps=self.spec.eps).to(x.dtype)
+            return scaled(function(precise, x.shape[-1:], gain, eps=eps), factor).to(x.dtype)
         parts = precise.unflatten(-1, (self.groups, -1))
-        normed = function(parts, parts.shape[-1:], eps=self.spec.eps).flatten(-2)
+        normed = scaled(function(parts, parts.shape[-1:], eps=eps), factor).flatten(-2)
         return (normed if gain is None else normed * gain).to(x.dtype)
 
     def _counts_operations(self, x: Tensor) -> bool:
@@ -141,7 +164,7 @@ class NormModule(Module):
         """The root mean square norm in half of the operations that torch's own is made of."""
         parts, precise = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1)), wide(x.dtype)
         length = torch.linalg.vector_norm(parts, dim=-1, keepdim=True, dtype=precise)
-        y = parts * torch.addcmul(self.eps, length, length, value=1 / parts.shape[-1]).rsqrt_()
+        y = parts * torch.addcmul(self.eps, length, length, value=1 / self.counted).rsqrt_()
         y, weight = y if self.groups == 1 else y.flatten(-2), self.weight
         if weight is not None:
             y = y * weight if self.spec.gain == "weight" else torch.addcmul(y, y, weight.to(precise))

@@ -5,7 +5,7 @@ value_dim, state, groups, branches.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fusiontree.core.contracts import axes
+from fusiontree.core.contracts.axes import Narrowing
 from fusiontree.core.contracts.context import Context, State
 from fusiontree.core.contracts.encoding import EncodingSpec, Hook
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.spec.base import Name, Problems, Spec
 from fusiontree.core.spec.registry import Registry
-from fusiontree.errors import suggest
+from fusiontree.errors import SpecError, suggest
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ class Scope:
 class NodeSpec(Spec, ABC):
     """A branch or a fusion: something that maps [batch, time, width] to [batch, time, width], causally.
 
-    `rigid` axes have an order that matters; along any other axis parts may change places. `kv_source_field`
-    is the field that holds the path of a node of an earlier layer, whose published values the module reads.
+    `rigid` axes have an order that matters; along any other axis parts may change places. Along `plain` axes a
+    narrower spec differs in the field of the axis's name alone. Parts along `routed` axes are chosen by the scores of
+    the module's `router`, and are silent where they are never chosen. `kv_source_field` is the field that holds the
+    path of a node of an earlier layer, whose published values the module reads.
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width"})
+    plain: ClassVar[frozenset[str]] = frozenset()
+    routed: ClassVar[frozenset[str]] = frozenset()
     kv_source_field: ClassVar[str | None] = None
 
     @classmethod
@@ -125,6 +131,58 @@ class NodeSpec(Spec, ABC):
         """The size of every axis that `axes` names."""
         return {"width": scope.width}
 
+    def narrow(self, axis: str, keep: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """The node without some parts of it: those along an axis whose indices are not in `keep`.
+
+        With the weights narrowed likewise it computes what this one does while the parts are silent: while their
+        values are 0 where the next map or norm reads them.
+
+        Raises:
+            SpecError: no such axis or indices, or no narrower spec computes that.
+        """
+        sizes = self.sizes(scope)
+        kept = axes.checked(axis, keep, sizes)
+        return Narrowing(self) if len(kept) == sizes[axis] else self.narrowed(axis, kept, scope)
+
+    def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
+        """`narrow`, for an axis that there is, and fewer indices than it has."""
+        return self.with_fields(self.narrowed_fields(axis, keep, scope), axis, keep)
+
+    def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
+        """The fields that differ where fewer parts of an axis stay.
+
+        Raises:
+            SpecError: there are none that would be exact.
+        """
+        if axis in self.plain:
+            return {axis: len(keep)}
+        reason = "the order of its parts matters" if axis in self.rigid else "other nodes' parameters run over it"
+        raise SpecError(f"{axis}: cannot be narrowed here, {reason}")
+
+    def with_fields(self, fields: Mapping[str, Any], axis: str, keep: tuple[int, ...]) -> Narrowing[Self]:
+        """A narrowing along an axis of the node's own parameters, by the fields that differ."""
+        return Narrowing(type(self).parse({**self.data(), **fields}), {"": {axis: keep}})
+
+    def narrow_output(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """The node that returns these of its features alone (rising indices), for one that narrows what reads them.
+
+        Raises:
+            SpecError: it cannot.
+        """
+        raise SpecError("the features that it returns cannot be narrowed")
+
+    def narrow_input(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
+        """The node that reads these of its features alone, and returns as many as before.
+
+        Raises:
+            SpecError: it cannot.
+        """
+        raise SpecError("the features that it reads cannot be narrowed")
+
+    def places(self, dimension: str, axis: str, keep: tuple[int, ...], scope: Scope) -> list[int]:
+        """Where along a dimension the parts are that stay."""
+        return axes.positions(dimension, self.sizes(scope), {axis: keep}).tolist()
+
 
 class BranchSpec(NodeSpec, ABC):
     """A leaf of the tree: attention, a state-space model, a feed-forward network, ..."""
@@ -135,6 +193,16 @@ class BranchSpec(NodeSpec, ABC):
     def channels(self) -> Iterator[int]:
         """The widths that a rotary encoding would have to rotate here."""
         yield from ()
+
+    def refuse_with(self, hook: Hook, axis: str, scope: Scope) -> None:
+        """Refuse to narrow an axis along which an encoding that the branch names tells parts from each other.
+
+        Raises:
+            SpecError: it names one with this hook.
+        """
+        for name in self.encodings:
+            if _has_hook(scope, name, hook):
+                raise SpecError(f"{axis}: cannot be narrowed exactly, the encoding {name!r} depends on it")
 
     def problems(self, scope: Scope) -> Problems:
         """Encodings that nobody defined, that have no hook here, or that do not fit."""

@@ -101,6 +101,8 @@ class Spec(BaseModel):
     @classmethod
     def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Name them beside what is wrong with the others, so that one look shows all."""
+        plainer = isinstance(value, Spec) and type(value) is not cls and issubclass(cls, type(value))
+        value = value.data() if plainer else value  # as a Norm, where one with more fields may stand
         known = {field.alias or name for name, field in cls.model_fields.items()}
         unknown = (
             [k for k in value if k not in known and k not in cls.model_fields] if isinstance(value, Mapping) else []

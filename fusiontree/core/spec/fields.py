@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from fusiontree.core.spec.base import NamedMap, Spec
+from fusiontree.core.spec.base import OrderedMap, Spec
 from fusiontree.core.spec.paths import Steps
 from fusiontree.core.spec.registry import KindFamily
 from fusiontree.errors import SpecError
@@ -53,4 +53,4 @@ def _inside(kind: Any, step: str) -> Iterator[Any]:
 
 def _is_map(kind: Any) -> bool:
     """Whether this is the type of a mapping whose names are free."""
-    return isinstance(get_origin(kind), type) and issubclass(get_origin(kind), NamedMap)
+    return isinstance(get_origin(kind), type) and issubclass(get_origin(kind), OrderedMap)
