@@ -8,6 +8,7 @@ change.
 from fusiontree import products
 from fusiontree.core.contracts import axes
 from fusiontree.core.contracts.axes import Narrowing
+from fusiontree.core.contracts.cache import Rows
 from fusiontree.core.contracts.context import Context, State, Table
 from fusiontree.core.contracts.encoding import Encoding, EncodingSpec, Hook, encodings
 from fusiontree.core.contracts.fusion import AnyNode, Fusion, FusionSpec, branch_path, fusions
@@ -72,6 +73,7 @@ __all__ = [
     "Problems",
     "Real",
     "Registry",
+    "Rows",
     "Scope",
     "SharedNodeUser",
     "Spec",

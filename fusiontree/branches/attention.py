@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from fusiontree.branches import kv_cache
+from fusiontree.branches.kv_cache import Ring
 from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.components import (
     Context,
@@ -32,12 +33,11 @@ from fusiontree.components import (
     invalid,
     scaled,
 )
-from fusiontree.kernels.attention import Falling, Filled, Past, attention, attention_step
+from fusiontree.kernels.attention import Falling, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Channels = Float[Tensor, "batch time heads*channels"]
 Heads = Float[Tensor, "batch time heads channels"]
-Ring = Float[Tensor, "batch kv_heads slots channels"]
 
 
 KEY_AXES = "windowed_kv_heads*head_dim+global_kv_heads*head_dim"
@@ -230,16 +230,35 @@ class Attention(ProjectedSpec):
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Query heads run within their key-value head."""
-        rows = {"q": QUERY_AXES}
-        rows |= {} if self.keys_from else {"k": KEY_AXES, "v": KEY_AXES.replace("head_dim", "value_dim")}
-        rows |= {"gate": self.inner_axes} if self.gate else {}
+        rows = {path: row for name, parts in self._rows().items() for path, row in parts.items()}
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": (row, "width") for name, row in rows.items()}
         axes |= {f"{name}.bias": (row,) for name, row in rows.items()} if self.bias else {}
         axes |= self.output_axes()
         if self.qk_norm and self.qk_norm.gain != "none":
+            over = {"q": QUERY_AXES} if self.keys_from else {"q": QUERY_AXES, "k": KEY_AXES}
             each = self.qk_norm.over == "head"
-            axes |= {f"{n}_norm.weight": ("head_dim" if each else rows[n],) for n in ("q", "k") if n in rows}
+            axes |= {f"{name}_norm.weight": ("head_dim" if each else row,) for name, row in over.items()}
         return axes
+
+    def _rows(self) -> dict[str, dict[str, str]]:
+        """What the rows of the maps in run over, by name and then by path: that of the name, or those of the windowed
+        and of the global heads."""
+        rows = {"q": QUERY_AXES}
+        rows |= {} if self.keys_from else {"k": KEY_AXES, "v": KEY_AXES.replace("head_dim", "value_dim")}
+        rows |= {"gate": self.inner_axes} if self.gate else {}
+        groups = ("windowed", "global")
+        if not self.global_heads:
+            return {name: {name: row} for name, row in rows.items()}
+        return {
+            name: {f"{name}.{group}": part for group, part in zip(groups, row.split("+"), strict=True)}
+            for name, row in rows.items()
+        }
+
+    def packed(self) -> Mapping[str, Sequence[str]]:
+        """Windowed and global heads had the rows of one map."""
+        kinds = ("weight", "bias") if self.bias else ("weight",)
+        rows = self._rows().items() if self.global_heads else ()
+        return {f"{name}.{kind}": [f"{path}.{kind}" for path in parts] for name, parts in rows for kind in kinds}
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
         """Axis sizes."""
@@ -292,19 +311,35 @@ def _norm(norm: QKNorm | None, spec: Attention, heads: int) -> NormModule | None
     return NormModule(norm, spec.head_dim * (heads if norm.over == "all" else 1)) if norm else None
 
 
+class HeadMaps(nn.ModuleDict):
+    """The maps of windowed and of global heads, what they give side by side."""
+
+    def forward(self, x: Stream) -> Channels:
+        """Each map on the same input."""
+        return torch.cat([each(x) for each in self.values()], -1)
+
+
+def _maps(spec: Attention, width: int, rows: Mapping[str, int]) -> LinearModule | HeadMaps:
+    """One map, or one for each kind of heads, of so many rows."""
+    maps = {name: LinearModule(width, count, bias=spec.bias) for name, count in rows.items()}
+    return HeadMaps(maps) if len(maps) > 1 else next(iter(maps.values()))
+
+
 class AttentionModule(ProjectedModule):
-    """The module of `Attention`: separate q, k, v and out; windowed heads come first."""
+    """The module of `Attention`: separate q, k, v and out; windowed heads come first, and where there are global ones
+    too, each kind has maps in of its own."""
 
     def __init__(self, spec: Attention, scope: Scope) -> None:
         super().__init__()
         self.spec, self.prefix, width = spec, scope.prefix, scope.width
-        self.q = LinearModule(width, spec.heads * spec.head_dim, bias=spec.bias)
+        self.q = _maps(spec, width, {group.name: group.heads * spec.head_dim for group in spec.groups()})
         self.q_norm = _norm(spec.qk_norm, spec, spec.heads)
         if spec.keys_from is None:
-            self.k = LinearModule(width, spec.kv_heads * spec.head_dim, bias=spec.bias)
-            self.v = LinearModule(width, spec.kv_heads * spec.values, bias=spec.bias)
+            self.k = _maps(spec, width, {group.name: group.kv_heads * spec.head_dim for group in spec.groups()})
+            self.v = _maps(spec, width, {group.name: group.kv_heads * spec.values for group in spec.groups()})
             self.k_norm = _norm(spec.qk_norm and spec.qk_norm.of_keys, spec, spec.kv_heads)
-        self.gate = LinearModule(width, spec.inner, bias=spec.bias) if spec.gate else None
+        values = {group.name: group.heads * spec.values for group in spec.groups()}
+        self.gate = _maps(spec, width, values) if spec.gate else None
         self.add_output_map(spec, width)
         self.scale = spec.score_scale
         self.groups = spec.groups()
@@ -345,21 +380,24 @@ class AttentionModule(ProjectedModule):
         state = self.state(context)
         if state is None:
             return Keys(k, v)
-        rings = self._rings(group, context, state)
+        names = f"{group.name}.keys", f"{group.name}.values"
+        keys, values = kv_cache.rings(context, state, names, window=group.window)
         if context.is_step(k):
-            assert context.rows is not None
-            places = context.once(ring_places, *rings[0].shape[1:3])
-            context.rows.write_one(rings[0], k, places)
-            context.rows.write_one(rings[1], v, places)
-            return Keys(k, v, rings=rings)
-        return Keys(k, v, past=_recall(rings, context, k, v))
+            kv_cache.write_token(context, keys, k)
+            kv_cache.write_token(context, values, v)
+            return Keys(k, v, rings=(keys, values))
+        past_k, past_v = kv_cache.before(context, keys), kv_cache.before(context, values)
+        past = None if past_k is None or past_v is None else Past(past_k, past_v, kv_cache.ages(context, keys))
+        kv_cache.write_chunk(context, keys, k)
+        kv_cache.write_chunk(context, values, v)
+        return Keys(k, v, past=past)
 
     def _attend(self, group: Group, q: Heads, keys: Keys, context: Context) -> Channels:
         options, slopes = {"scale": self.scale, "softcap": self.spec.softcap}, self._slopes(group, context)
         if keys.rings is not None:
             slots = keys.rings[0].shape[2]
-            falling = None if slopes is None else Falling(slopes, context.once(_distances, slots))
-            filled = context.once(seen, slots, keys.rings[0].dtype)
+            falling = None if slopes is None else Falling(slopes, context.once(kv_cache.distances, slots))
+            filled = context.once(kv_cache.seen, slots, keys.rings[0].dtype)
             y = attention_step(q.squeeze(1), *keys.rings, filled, falling=falling, **options)
             return y.flatten(1)[:, None]
         visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
@@ -371,14 +409,6 @@ class AttentionModule(ProjectedModule):
         if slopes is None:
             return None
         return slopes[: group.heads] if group.name == "windowed" else slopes[-group.heads :]
-
-    def _rings(self, group: Group, context: Context, state: State) -> tuple[Ring, Ring]:
-        """A group's keys and values, with room for the chunk."""
-        assert context.rows is not None
-        names = f"{group.name}.keys", f"{group.name}.values"
-        if group.window is None and context.rows.room is not None:
-            state.update({name: grown(state[name], context.rows.room) for name in names})
-        return state[names[0]], state[names[1]]
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """A ring of keys and one of values for each group, heads before slots: a step reads a head's in one piece."""
@@ -399,40 +429,3 @@ def _received(node: Node, context: Context) -> list[Keys]:
 def _split(x: Heads, heads: list[int]) -> Sequence[Heads]:
     """The heads of each group."""
     return x.split(heads, 2) if len(heads) > 1 else [x]
-
-
-def ring_places(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
-    """Where a step writes into rings: what is kept of a row's token takes the place of what leaves the window."""
-    assert context.rows is not None
-    return context.rows.places(heads, slots)
-
-
-def _distances(context: Context, slots: int) -> Int[Tensor, "batch slots"]:
-    assert context.rows is not None
-    return context.rows.distances(slots)
-
-
-def seen(context: Context, slots: int, dtype: torch.dtype) -> Filled:
-    """Which slots of a ring a step's queries see."""
-    assert context.rows is not None
-    return Filled.of(context.rows.filled(slots), slots, dtype)
-
-
-def _recall(rings: tuple[Ring, Ring], context: Context, k: Heads, v: Heads) -> Past | None:
-    """What the cache holds before a chunk, None where that is nothing; the chunk is written into it."""
-    rows = context.rows
-    assert rows is not None
-    keys, values = (ring.transpose(1, 2) for ring in rings)
-    used = min(rows.held, keys.shape[1])  # slots fill in order
-    past = None
-    if used:
-        past = Past(keys[:, :used].clone(), values[:, :used].clone(), rows.ages(keys.shape[1])[:, :used])
-    rows.write(keys, k)
-    rows.write(values, v)
-    return past
-
-
-def grown(ring: Ring, tokens: int) -> Ring:
-    """A ring that never wraps, with room for this many tokens; doubled so that growing stays cheap."""
-    slots = ring.shape[2]
-    return ring if tokens <= slots else F.pad(ring, (0, 0, 0, max(tokens, 2 * slots) - slots))

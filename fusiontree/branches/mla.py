@@ -14,7 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.branches.attention import Group, grown, mean_visible, ring_places, seen
+from fusiontree.branches import kv_cache
+from fusiontree.branches.attention import Group, mean_visible
 from fusiontree.branches.projected import ProjectedModule, ProjectedSpec
 from fusiontree.components import (
     Context,
@@ -234,7 +235,7 @@ class MlaModule(ProjectedModule):
     def _attend(self, q: Heads, memory: Memory, context: Context) -> Heads:
         spec, state, past = self.spec, self.state(context), None
         if state is not None:
-            ring = self._ring(context, state)
+            (ring,) = kv_cache.rings(context, state, ["memory"], window=spec.window)
             if context.is_step(q):
                 return self._step(ring, q[:, 0], memory, context)[:, None]
             past = self._recall(ring, memory, context)
@@ -250,31 +251,20 @@ class MlaModule(ProjectedModule):
 
     def _step(self, ring: Tensor, q: Tensor, memory: Tensor, context: Context) -> Float[Tensor, "batch heads channels"]:
         """One token a row: the ring is the keys of one head that all queries read, its latents are the values."""
-        rows, spec = context.rows, self.spec
-        assert rows is not None
-        rows.write_one(ring, memory[:, :, None], context.once(ring_places, *ring.shape[1:3]))
+        spec = self.spec
+        kv_cache.write_token(context, ring, memory[:, :, None])
         own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
         asked = torch.cat([_by_head(own, self.k.by_head()), shared], -1)
-        filled, latents = context.once(seen, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)
+        filled, latents = context.once(kv_cache.seen, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)
         return _by_head(attention_step(asked, ring, latents, filled, scale=self.scale), self.v.by_head().mT)
 
     def _recall(self, ring: Tensor, memory: Memory, context: Context) -> Past | None:
         """Keys and values of what the cache holds before a chunk, None where that is nothing; the chunk is written
         into it."""
-        rows, slots = context.rows, ring.squeeze(1)
-        assert rows is not None
-        used, past = min(rows.held, slots.shape[1]), None  # slots fill in order
-        if used:
-            past = Past(*self._expanded(slots[:, :used].clone()), rows.ages(slots.shape[1])[:, :used])
-        rows.write(slots, memory)
+        before = kv_cache.before(context, ring)
+        past = None if before is None else Past(*self._expanded(before.squeeze(2)), kv_cache.ages(context, ring))
+        kv_cache.write_chunk(context, ring, memory[:, :, None])
         return past
-
-    def _ring(self, context: Context, state: State) -> Float[Tensor, "batch 1 slots rank+shared_dim"]:
-        """With room for the chunk."""
-        assert context.rows is not None
-        if self.spec.window is None and context.rows.room is not None:
-            state["memory"] = grown(state["memory"], context.rows.room)
-        return state["memory"]
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """A ring of latents and shared keys."""

@@ -3,7 +3,7 @@
 Every parameter belongs to a path, so the weights of a pruned model are those of its paths and nothing else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fusiontree.core.contracts.fusion import FusionSpec, nodes
 from fusiontree.core.contracts.node import BranchSpec
 from fusiontree.core.model.layers import LayerSpec, Residual
 from fusiontree.core.model.model import LanguageModel, build
+from fusiontree.core.model.narrow import narrow_spec, narrow_weights
 from fusiontree.core.model.spec import Lineage, ModelSpec
 from fusiontree.core.spec import paths
 from fusiontree.errors import SpecError, suggest
@@ -117,3 +118,14 @@ def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor]) -> LanguageMode
     model = build(spec, device="meta")
     model.load_state_dict({name: torch.clone(tensor) for name, tensor in weights.items()}, assign=True)
     return model.requires_grad_(True)
+
+
+def narrow(model: LanguageModel, path: str, axis: str, keep: Sequence[int]) -> LanguageModel:
+    """A new model without those parts of a node along an axis whose indices are not kept; see `narrow_spec`.
+
+    Raises:
+        SpecError: no such path, axis or index, or no narrower model computes the same as this one does while the
+            parts are silent.
+    """
+    weights = narrow_weights(model.spec, model.state_dict(), path, axis, keep)
+    return with_weights(narrow_spec(model.spec, path, axis, keep), weights)

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from fusiontree.files import read_json, write_json
 from fusiontree.training.errors import RunError, TrainingFailed
 
-FORMAT = 1
+FORMAT = 2
+"""That of the state and of the names of tensors: until 1, windowed and global heads of attention had one map."""
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
@@ -88,11 +89,15 @@ class Checkpoints:
             found, run, state = document["format"], document["run"], document["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path / STATE}: cannot be read ({_cause(error)}); {advice}") from None
-        if found != FORMAT or run != self.run:
+        if run != self.run:
             raise RunError(f"{path}: is a checkpoint of run {run}, this is run {self.run}")
+        if found not in (1, FORMAT):
+            raise RunError(f"{path}: expected a checkpoint of format 1 or {FORMAT}, found {found!r:.20}")
         try:
             load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=_alone())
         except (CheckpointException, OSError, SafetensorError) as error:
+            if found != FORMAT:
+                advice = "an older FusionTree wrote it, which named some tensors otherwise: finish the run with that"
             raise RunError(f"{path}: cannot be read ({_cause(error)}); {advice}") from None
         return state
 

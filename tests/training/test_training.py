@@ -55,7 +55,7 @@ def test_only_the_newest_checkpoints_stay_and_none_holds_a_pickle(one, two):
                 with safe_open(file, "pt") as opened:
                     assert opened.keys()
             else:
-                assert json.loads(file.read_text())["format"] == 1
+                assert json.loads(file.read_text())["format"] == 2
 
 
 def test_gate_statistics_are_evidence_for_pruning(one):

@@ -509,14 +509,16 @@ class TestVocabulary:
         [
             {"trainable_token_indices": {"embedding": [61, 62]}},
             {"modules_to_save": ["embedding"]},
-            {"target_modules": ["q", "embedding"]},
+            {"target_modules": ["q.windowed", "embedding"]},
         ],
         ids=["new tokens", "all of the embedding", "low rank"],
     )
     def test_a_tied_head_follows_what_an_adapter_makes_of_the_embedding(self, options):
         model, tokens = fresh(tied=True), torch.cat([ids(2, 9), torch.tensor([[61], [62]])], 1)
         model.resize_token_embeddings(63)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **({"target_modules": ["q"]} | options)))
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, **({"target_modules": ["q.windowed", "q.global"]} | options))
+        )
         adapted(tokens, labels=tokens).loss.backward()
         trained = [p for p in adapted.parameters() if p.requires_grad]
         torch.optim.SGD(trained, 5.0).step()

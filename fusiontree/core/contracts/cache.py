@@ -9,9 +9,6 @@ from torch import Tensor
 
 from fusiontree.errors import FusionTreeError
 
-EMPTY = -1
-"""What an empty slot holds."""
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -40,62 +37,6 @@ class Rows:
     held: int
     room: int | None
     prefix: int = 0
-
-    def _latest(self, tokens: Int[Tensor, "batch"], slots: int) -> Int[Tensor, "batch slots"]:
-        """The last of so many tokens of a document that each slot of a ring held; none where it is not among them."""
-        slot, last = torch.arange(slots, device=tokens.device), tokens[:, None] - 1
-        latest = last - (last - slot) % (slots - self.prefix)
-        latest = torch.where(slot < self.prefix, slot, latest)
-        return torch.where((latest >= slot) & (latest <= last), latest, EMPTY)
-
-    def ages(self, slots: int) -> Int[Tensor, "batch slots"]:
-        """How many tokens before the chunk the token in each slot of a ring is; 0 for an empty slot."""
-        latest = self._latest(self.before, slots)
-        return torch.where(latest >= 0, self.before[:, None] - latest, 0)
-
-    def distances(self, slots: int) -> Int[Tensor, "batch slots"]:
-        """How many tokens before the row's last one the token in each filled slot of a ring is, after the chunk."""
-        return self.after[:, None] - 1 - self._latest(self.after, slots)
-
-    def sources(self, slots: int) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:
-        """For each slot of a ring: where in the chunk the token is that it holds afterwards, and whether that
-        token is in the chunk at all (otherwise the slot keeps what it has)."""
-        held = self._latest(self.after, slots)
-        fresh = held >= self.carried[:, None]
-        return torch.where(fresh, held - self.carried[:, None] + self.tail[:, None], 0), fresh
-
-    def write(self, ring: Tensor, values: Tensor) -> None:
-        """Bring a ring [batch, slots, ...] up to date with a chunk's values [batch, time, ...], in place."""
-        values, slots = values.detach(), ring.shape[1]
-        index, fresh = self.sources(slots)
-        gathered = values.gather(1, _over(index, values).expand(-1, -1, *values.shape[2:]))
-        ring.copy_(torch.where(_over(fresh, values), gathered, ring))
-
-    def places(self, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
-        """Where rings [batch, heads, slots, ...], seen as [batch*heads*slots, ...], keep the token of each row, in a
-        chunk of one."""
-        slot = (self.after - (1 + self.prefix)) % (slots - self.prefix)
-        slot = slot + self.prefix if self.prefix else slot
-        first = torch.arange(0, len(self.after) * heads * slots, slots, device=slot.device)
-        return first + slot.repeat_interleave(heads)
-
-    def write_one(self, ring: Tensor, values: Tensor, places: Int[Tensor, "batch*heads"]) -> None:
-        """`write` for the values [batch, 1, heads, ...] of a chunk of one token, which touches one slot of each row of
-        a ring [batch, heads, slots, ...]."""
-        slots, values = ring.view(-1, *ring.shape[3:]), values.flatten(0, 2).to(ring.dtype)
-        if self.fresh is not None:
-            fresh = self.fresh.repeat_interleave(ring.shape[1])
-            values = torch.where(_over(fresh, values), values, slots[places])
-        slots.index_copy_(0, places, values)
-
-    def filled(self, slots: int) -> Int[Tensor, "batch"]:
-        """How many slots of a ring hold a token afterwards; 1 in a row that has none, whose slots are zeros."""
-        return self.after.clamp(1, slots)
-
-
-def _over(index: Tensor, values: Tensor) -> Tensor:
-    """An index of leading dimensions, shaped to broadcast over values."""
-    return index.reshape(*index.shape, *[1] * (values.ndim - index.ndim))
 
 
 def _by_layer(states: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, dict[str, Tensor]]]:

@@ -131,6 +131,11 @@ class NodeSpec(Spec, ABC):
         """The size of every axis that `axes` names."""
         return {"width": scope.width}
 
+    def packed(self) -> Mapping[str, Sequence[str]]:
+        """Parameters that files of format 1 hold as one, by its name those whose rows stood in it one after another
+        (see `fusiontree.core.model.formats`)."""
+        return {}
+
     def narrow(self, axis: str, keep: Sequence[int], scope: Scope) -> Narrowing[Self]:
         """The node without some parts of it: those along an axis whose indices are not in `keep`.
 

@@ -1,5 +1,6 @@
 """A model on disk: `spec.yaml` and `model.safetensors`, read strictly and written all or nothing."""
 
+import json
 import math
 import os
 import shutil
@@ -16,12 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusiontree.core.model import memory
+from fusiontree.core.model.formats import WEIGHTS, migrated
 from fusiontree.core.model.model import LanguageModel, build
 from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import WeightsError, suggest
 
 SPEC_FILE = "spec.yaml"
 WEIGHTS_FILE = "model.safetensors"
+FORMAT_KEY = "weights"
+"""Where in a file's metadata the number of its format stands."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What weights may be stored in, by the names that safetensors has for them."""
 
@@ -62,11 +66,21 @@ def save_weights(
         if not may_be_replaced(target):
             raise WeightsError(f"{target}: exists and is not a model of ours; choose a new directory")
         (new / SPEC_FILE).write_text(spec.to_yaml(), encoding="utf-8")
-        # one key, because several are written in no fixed order, and equal weights should be equal files
-        save_file(_to_write(target, weights), new / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(_to_write(target, weights), new / WEIGHTS_FILE, metadata={"format": "pt", FORMAT_KEY: WEIGHTS})
+        _order_metadata(new / WEIGHTS_FILE)
         for name, file in files.items():
             shutil.copyfile(file, new / name)
         _read_back(target, new)
+
+
+def _order_metadata(path: Path) -> None:
+    """Equal weights are equal files: safetensors writes several keys of metadata in no fixed order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def _to_write(target: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -187,10 +201,16 @@ def load(
     spec = ModelSpec.from_file(source / SPEC_FILE)
     target = memory.usable(device or "cpu")
     with _opened(source / WEIGHTS_FILE) as file:
-        shapes = _shapes(file)
-        check_shapes(source, _declared(spec), shapes)
+        declared, found, number = _declared(spec), _shapes(file), _format(file)
+        empty = {name: torch.empty(shape, device="meta") for name, shape in found.items()}
+        try:
+            shapes = {name: tuple(t.shape) for name, t in migrated(spec, empty, declared, number).items()}
+        except WeightsError as error:
+            raise WeightsError(f"{source / WEIGHTS_FILE}: {error}") from None
+        check_shapes(source, declared, shapes)
         memory.check_room(_bytes(file, dtype), target)
-        tensors = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in shapes}
+        stored = {name: _checked(source, name, file.get_tensor(name)).to(target, dtype) for name in found}
+        tensors = migrated(spec, stored, declared, number)
     model = build(spec, device="meta")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True).eval()
@@ -208,6 +228,11 @@ def _opened(path: Path):  # noqa: ANN202
 def _declared(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a spec's model."""
     return {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+
+
+def _format(file: Any) -> str:
+    """The number of the format of a file's weights; files that other tools write have none."""
+    return (file.metadata() or {}).get(FORMAT_KEY, "1")
 
 
 def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
