@@ -9,7 +9,6 @@ from fusiontree.training.run import RunSpec
 from fusiontree.training.sections import (
     CheckpointSpec,
     EverySpec,
-    LossesSpec,
     OptimizerSpec,
     ParallelismSpec,
     TrainingSpec,
@@ -22,7 +21,6 @@ __all__ = [
     "EverySpec",
     "GateMonitor",
     "Listener",
-    "LossesSpec",
     "OptimizerSpec",
     "ParallelismSpec",
     "Record",

@@ -5,7 +5,7 @@ A record is one JSON object a line, of one step; keys are there where the step h
     step               optimiser steps made
     loss               cross entropy of the step's rows, nats per label
     bits_per_byte      the same over ln 2: every label of a byte model stands for one byte
-    balance, entropy   the gates' terms, unweighted, where a loss asks for them
+    objectives         {name: value}, unweighted, where there is any beside cross entropy
     tokens             tokens trained on so far, over all processes
     tokens_per_second  of training steps since the last record, over all processes; validation and checkpoints
                        take no part

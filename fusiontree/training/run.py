@@ -12,14 +12,15 @@ from pydantic import Field, field_validator, model_validator
 from fusiontree.core.model.spec import ModelSpec
 from fusiontree.core.model.weights import SPEC_FILE
 from fusiontree.core.spec import paths, yaml
-from fusiontree.core.spec.base import Flag, Spec, invalid
+from fusiontree.core.spec.base import Flag, NamedMap, Spec, invalid
+from fusiontree.core.spec.fields import places
 from fusiontree.data import ByteTokenizer, DataSpec
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
+from fusiontree.training.objectives import AnyObjective, CrossEntropy
 from fusiontree.training.sections import (
     CheckpointSpec,
     EverySpec,
-    LossesSpec,
     OptimizerSpec,
     ParallelismSpec,
     ResolvedSpec,
@@ -40,7 +41,9 @@ class RunSpec(Spec):
         model: a preset's name, the path of a spec (in a file: from the file's folder), or the spec itself,
             which it always is once read. Not a saved model: weights are new.
         text: called `data` in files; relative paths there are taken from the file's folder.
-        training, optimizer, losses, parallelism, checkpoint: see the sections.
+        training, optimizer, parallelism, checkpoint: see the sections.
+        objectives: what is minimised, the sum of all. A name is the kind unless one is given, a number is the weight,
+            and cross entropy has the weight 1 unless it is given another.
         validation: null: never measure.
         monitor: how often to take gate statistics.
         log: how often to write metrics.
@@ -50,7 +53,7 @@ class RunSpec(Spec):
         resolved: written by a run that began; null in a run that did not.
     """
 
-    elsewhere: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    elsewhere: ClassVar[Mapping[str, str]] = {"losses": "; it is called objectives"} | dict.fromkeys(
         ("vocab_size", "width", "layers"), " of a run file; specs have it, and a run file names its spec (model: PATH)"
     )
     format: Literal[1] = 1
@@ -58,7 +61,7 @@ class RunSpec(Spec):
     text: DataSpec = Field(alias="data")
     training: TrainingSpec
     optimizer: OptimizerSpec
-    losses: LossesSpec = LossesSpec()
+    objectives: NamedMap[AnyObjective] = NamedMap(cross_entropy=CrossEntropy())
     validation: ValidationSpec | None = None
     monitor: EverySpec = EverySpec()
     log: EverySpec = EverySpec()
@@ -78,15 +81,23 @@ class RunSpec(Spec):
             raise invalid({(): _trained(Path(value))})
         return load_spec(value)
 
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _in_short(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        given = {"cross_entropy": {}, **value}
+        return {name: {"kind": name, **_weighted(each)} if _is_short(each) else each for name, each in given.items()}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         needed = ByteTokenizer.vocab_size
         if self.model.vocab_size < needed:
             raise invalid({("model", "vocab_size"): f"the data's tokens need {needed}, found {self.model.vocab_size}"})
         gated = any(True for _ in self.model.gates())
-        for name, weight in self.losses:
-            if weight and not gated:
-                raise invalid({("losses", name): f"the model has no gate, found a weight of {weight}"})
+        for name, objective in self.objectives.items():
+            if objective.reads_gates and not gated:
+                raise invalid({("objectives", name): "it is of gates, and the model has none"})
         asked = self.training.precision
         if self.resolved is not None and asked not in ("auto", self.resolved.precision):
             found = f"training.precision is {asked}, found {self.resolved.precision}; resolved=null takes it away"
@@ -130,16 +141,16 @@ class RunSpec(Spec):
         data = self.data()
         for path, value in edits.items():
             if not path.startswith("model."):
-                for place in self._places(data, path):
+                for place in self._places(data, path, adding=value is not None):
                     paths.put(data, place, value)
         run = self.parse(data)
         run = run.model_copy(update={"text": run.text.relative_to(Path.cwd())})
         return self.parse(run.data() | {"model": _replaced(run.model, inside)}) if inside else run
 
-    def _places(self, data: Any, path: str) -> list[paths.Steps]:
+    def _places(self, data: Any, path: str, *, adding: bool) -> list[paths.Steps]:
         if not paths.matches(data, path) and paths.matches(self.model.expand().data(), path):
             raise SpecError(f"{path}: a run has none; its model has: model.{path}")
-        return paths.find(data, path)
+        return places(RunSpec, data, path, adding=adding)
 
     @property
     def directory(self) -> Path:
@@ -201,3 +212,13 @@ def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
         return model.replace(edits)
     except SpecError as error:
         raise error.within("model") from None
+
+
+def _is_short(objective: Any) -> bool:
+    """Whether an objective is given without its kind."""
+    number = isinstance(objective, int | float) and not isinstance(objective, bool)
+    return number or (isinstance(objective, Mapping) and "kind" not in objective)
+
+
+def _weighted(objective: Any) -> Mapping[str, Any]:
+    return objective if isinstance(objective, Mapping) else {"weight": objective}

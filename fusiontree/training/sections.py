@@ -80,18 +80,6 @@ class OptimizerSpec(Spec):
     minimum: Share = 0.1
 
 
-class LossesSpec(Spec):
-    """Weights of what is added to cross entropy; see `fusiontree.training.losses`.
-
-    Attributes:
-        balance: pushes the branches of each gate to equal shares.
-        entropy: pushes each gate to decide for a branch.
-    """
-
-    balance: Weight = 0.0
-    entropy: Weight = 0.0
-
-
 class ValidationSpec(Spec):
     """When to measure on the held-out documents, and on how much of them.
 

@@ -52,7 +52,7 @@ def test_results_go_beside_the_file_unless_it_says_where(tmp_path):
 
 
 def test_the_written_file_is_the_same_run(tmp_path):
-    run = minimal(losses={"balance": 0.5}, validation={"every": 3}, output=str(tmp_path))
+    run = minimal(objectives={"balance": 0.5}, validation={"every": 3}, output=str(tmp_path))
     (tmp_path / "run.yaml").write_text(run.to_yaml())
     again = RunSpec.from_file(tmp_path / "run.yaml")
     assert again == run
@@ -70,7 +70,7 @@ def test_the_written_file_is_the_same_run(tmp_path):
             ("seed", 7),
             ("monitor.every", 3),
             ("parallelism.shard", 2),
-            ("losses", {"entropy": 0.5}),
+            ("objectives", {"entropy": 0.5}),
             ("model.width", 256),
             ("model.layers.*.mixer.gate.granularity", "token"),
         ]
@@ -101,7 +101,15 @@ def test_every_edit_is_another_run(edit):
         ("model.vocab_size=200", "model.vocab_size: the data's tokens need 257, found 200"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate: Input should be greater than 0, found -1"),
         ("optimizer.minimum=1.5", "optimizer.minimum: Input should be less than or equal to 1, found 1.5"),
-        ("losses.ballance=1", "losses.ballance: matches nothing; the nearest is 'losses.balance'"),
+        (
+            "objectives.ballance=1",
+            "objectives.ballance.kind: no objective is called 'ballance', did you mean 'balance'?",
+        ),
+        ("objectives.balance=-1", "objectives.balance.weight: Input should be greater than or equal to 0, found -1"),
+        (
+            "objectives.balance=true",
+            "objectives.balance: expected a mapping with the 'kind' of the objective (known: balance,",
+        ),
         ("parallelism.shard=0", "parallelism.shard"),
         ("format=2", "format: Input should be 1, found 2"),
         ("tokenizer=3", "tokenizer: matches nothing; known here: format, model, data, training"),
@@ -155,8 +163,24 @@ def test_unknown_keys_name_the_file_and_the_nearest(tmp_path):
 
 def test_a_loss_on_gates_needs_a_gate():
     plain = {"vocab_size": 257, "width": 16, "layers": [{"ffn": {"kind": "swiglu", "hidden": 24}}]}
-    with pytest.raises(SpecError, match=r"losses\.entropy: the model has no gate, found a weight of 0\.1"):
-        minimal(model=plain, losses={"entropy": 0.1})
+    with pytest.raises(SpecError, match=r"objectives\.entropy: it is of gates, and the model has none"):
+        minimal(model=plain, objectives={"entropy": 0.1})
+
+
+def test_objectives_in_short_and_in_full_are_the_same():
+    short = minimal(objectives={"balance": 0.1})
+    full = {"cross_entropy": {"kind": "cross_entropy"}, "balance": {"kind": "balance", "weight": 0.1}}
+    assert short == minimal(objectives=full)
+    named = minimal(objectives={"cross_entropy": 0, "even": {"kind": "balance"}})
+    assert {name: (o.kind, o.weight) for name, o in named.objectives.items()} == {
+        "cross_entropy": ("cross_entropy", 0.0),
+        "even": ("balance", 1.0),
+    }
+
+
+def test_the_old_name_of_objectives_says_the_new_one():
+    with pytest.raises(SpecError, match=r"losses: unknown key; it is called objectives"):
+        minimal(losses={"balance": 0.1})
 
 
 def test_every_recipe_is_a_valid_run():

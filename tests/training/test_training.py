@@ -105,8 +105,8 @@ def test_bits_per_byte_are_those_of_each_document_by_itself(one, data):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_a_killed_run_goes_on_bit_by_bit(compiled, data, tmp_path):
     noisy = data | {"model": runs.hybrid({"kind": "hard_concrete", "granularity": "token"})}
-    if compiled:  # losses of gates would look at the plain layers
-        noisy |= {"training": data["training"] | {"compile": True}, "losses": {}}
+    if compiled:  # objectives of gates would look at the plain layers
+        noisy |= {"training": data["training"] | {"compile": True}, "objectives": {}}
     file, log, killed = runs.write_run(tmp_path / "run.json", noisy), tmp_path / "log", tmp_path / "killed"
     process = runs.start(runs.command(file, f"output={killed}"), log)
     runs.wait_for_step(process, killed, 11, log)
@@ -232,13 +232,13 @@ def test_bfloat16_trains_and_keeps_float32_weights(one, data, tmp_path):
 def test_a_loss_that_is_no_number_fails_the_job_and_is_not_saved(data, tmp_path, capsys, monkeypatch, bad):
     from fusiontree.training.titan import trainer
 
-    calls, real = [], trainer.terms
+    calls, real = [], trainer.StepPart
 
     def broken(nats, *rest):
         calls.append(None)
         return real(nats * (bad if len(calls) > 9 else 1.0), *rest)
 
-    monkeypatch.setattr(trainer, "terms", broken)
+    monkeypatch.setattr(trainer, "StepPart", broken)
     file = runs.write_run(tmp_path / "run.json", data)
     assert main([str(file), f"output={tmp_path / 'out'}", "checkpoint.every=1", "validation=null"]) == 1
     assert capsys.readouterr().err == f"error: step 10: the loss is {bad}\n"

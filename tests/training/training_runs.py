@@ -44,13 +44,13 @@ def write_corpus(path: Path) -> Path:
 
 
 def run_data(corpus: Path) -> dict[str, Any]:
-    """A run of 20 steps with every kind of loss, a checkpoint every 8 steps and a measurement every 10."""
+    """A run of 20 steps with every kind of objective, a checkpoint every 8 steps and a measurement every 10."""
     return {
         "model": hybrid({"kind": "sigmoid", "granularity": "channel", "rank": 4}),
         "data": {"source": {"kind": "jsonl", "train": str(corpus), "held_out_share": 0.2}, "length": 32},
         "training": {"steps": STEPS, "rows": 4, "threads": 1, "precision": "float32", "compile": False},
         "optimizer": {"learning_rate": 0.01, "warmup": 3},
-        "losses": {"balance": 0.1, "entropy": 0.05},
+        "objectives": {"balance": 0.1, "entropy": 0.05},
         "validation": {"every": 10, "rows": 3},
         "monitor": {"every": 3},
         "log": {"every": 1},

@@ -28,7 +28,7 @@ from fusiontree.core.spec.base import (
     parts,
     relocated,
 )
-from fusiontree.core.spec.fields import is_open
+from fusiontree.core.spec.fields import is_open, places
 from fusiontree.errors import SpecError, suggest
 
 
@@ -232,7 +232,7 @@ class ModelSpec(Spec):
             raise SpecError(f"replace: a mapping from paths to values is needed, found {edits!r:.80}")
         data = self.expand().data()
         for pattern, value in edits.items():
-            for path in _places(data, pattern, adding=value is not None):
+            for path in places(ModelSpec, data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
                 if leftovers.removes(pattern, edits):
                     paths.get(data, path[:-1]).pop(path[-1], None)
@@ -343,17 +343,6 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tu
 
 def _holds_maps(values: list[Any]) -> bool:
     return any(isinstance(value, Mapping) for value in values)
-
-
-def _places(data: Any, pattern: str, *, adding: bool) -> list[paths.Steps]:
-    """Where a pattern points to; when adding, a new name in an open mapping included."""
-    *above, last = paths.split(pattern) or ("",)
-    if adding and above and last != "*":
-        with suppress(SpecError):
-            parents = [path for path in paths.find(data, ".".join(above)) if is_open(ModelSpec, data, path)]
-            if parents:
-                return [(*path, last) for path in parents]
-    return paths.find(data, pattern)
 
 
 def _edit(data: Any, path: paths.Steps, value: Any) -> None:

@@ -1,9 +1,11 @@
 """What the fields of specs say about a place in plain data."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from fusiontree.core.spec import paths
 from fusiontree.core.spec.base import OrderedMap, Spec
 from fusiontree.core.spec.paths import Steps
 from fusiontree.core.spec.registry import KindFamily
@@ -18,6 +20,21 @@ def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
         kinds = [inner for kind in kinds for outer in _plain(kind, data) for inner in _inside(outer, step)]
         data = data[int(step)] if isinstance(data, list) else data[step]
     return isinstance(data, Mapping) and any(_is_map(each) for kind in kinds for each in _plain(kind, data))
+
+
+def places(spec: type[Spec], data: Any, pattern: str, *, adding: bool) -> list[Steps]:
+    """Where a pattern points to in the data of a spec; when adding, a new name in an open mapping included.
+
+    Raises:
+        SpecError: nowhere; names the nearest.
+    """
+    *above, last = paths.split(pattern) or ("",)
+    if adding and above and last != "*":
+        with suppress(SpecError):
+            parents = [path for path in paths.find(data, ".".join(above)) if is_open(spec, data, path)]
+            if parents:
+                return [(*path, last) for path in parents]
+    return paths.find(data, pattern)
 
 
 def _plain(kind: Any, data: Any) -> Iterator[Any]:

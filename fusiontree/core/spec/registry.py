@@ -48,7 +48,8 @@ class KindFamily(ABC, Generic[S]):
             return value
         if not isinstance(value, Mapping) or "kind" not in value:
             known = ", ".join(self.names())
-            raise invalid({(): f"a {self.name} is a mapping with a 'kind' (known: {known}), found {value!r:.60}"})
+            wanted = f"expected a mapping with the 'kind' of the {self.name} (known: {known})"
+            raise invalid({(): f"{wanted}, found {value!r:.60}"})
         try:
             spec = self.get(str(value["kind"]))
         except SpecError as error:

@@ -1,4 +1,4 @@
-"""torchtitan's Trainer with our losses, gate statistics, validation, records, and stops in good order."""
+"""torchtitan's Trainer with our objectives, gate statistics, validation, records, and stops in good order."""
 
 import hashlib
 import math
@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtitan.trainer import Trainer
 
+from fusiontree.core.contracts.modules import scaled, total
 from fusiontree.core.model.model import LanguageModel
 from fusiontree.core.probes import probes
 from fusiontree.core.probes.gate_statistics import Observation
 from fusiontree.data import HeldOut
 from fusiontree.training.errors import TrainingFailed
 from fusiontree.training.gate_monitor import GateMonitor
-from fusiontree.training.losses import captured, terms
 from fusiontree.training.metrics import Listener, Metrics, Record
+from fusiontree.training.objectives import CrossEntropy, StepPart
+from fusiontree.training.objectives.base import captured
 from fusiontree.training.output import Output
 from fusiontree.training.run import RunSpec
 from fusiontree.training.stop import Stop
@@ -44,13 +46,15 @@ class FusionTrainer(Trainer):
         self.metrics = Metrics(self.output.root, tensorboard=self.run.tensorboard)
         self.monitor = GateMonitor(self.run.monitor.every, self.run.training.steps)
         super().__init__(config)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.means = [0.0, 0.0, 0.0]
+        self.objectives = self.run.objectives
+        self.sums = torch.zeros(1 + len(self.objectives), dtype=torch.float64, device=self.device)
+        """Of the step so far: cross entropy, then every objective."""
+        self.means = self.sums.tolist()
         model = self.model_parts[0]
         assert isinstance(model, LanguageModel)
         self.model = model
-        losses = self.run.losses
-        self.gates = probes.gates(self.model) if losses.balance or losses.entropy else {}
+        read = any(objective.reads_gates for objective in self.objectives.values())
+        self.gates = probes.gates(self.model) if read else {}
         self.held_out = self._held_out()
 
     def _held_out(self) -> HeldOut | None:
@@ -108,10 +112,13 @@ class FusionTrainer(Trainer):
         inputs, labels, places = self.post_dataloading_process(input_dict, labels)
         with self.train_context(), captured(self.gates) as gates:
             nats = self.model.cross_entropy(inputs, labels, **places)
-            parts = terms(nats, labels, global_valid_tokens, gates)
-            parts.total(self.run.losses).backward()
-        self.sums += torch.stack([parts.cross_entropy, parts.balance, parts.entropy]).detach()
-        return parts.cross_entropy.detach().nan_to_num()
+            part = StepPart(nats, labels, global_valid_tokens, gates)
+            values = [objective.value(part) for objective in self.objectives.values()]
+            weights = [objective.weight for objective in self.objectives.values()]
+            total(scaled(value, weight) for value, weight in zip(values, weights, strict=True) if weight).backward()
+        cross_entropy = CrossEntropy().value(part)
+        self.sums += torch.stack([cross_entropy, *values]).detach()
+        return cross_entropy.detach().nan_to_num()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
@@ -154,11 +161,10 @@ class FusionTrainer(Trainer):
     def _training_record(self, found: Record) -> Record:
         if not found:
             return {}
-        weights = self.run.losses
-        loss, balance, entropy = self.means
-        extra = {"balance": (weights.balance, balance), "entropy": (weights.entropy, entropy)}
-        asked = {name: value for name, (weight, value) in extra.items() if weight}
-        return {"loss": loss, "bits_per_byte": loss / math.log(2), **asked, "tokens": self._tokens()} | found
+        loss, *values = self.means
+        named = dict(zip(self.objectives, values, strict=True))
+        said = {"objectives": named} if list(named) != ["cross_entropy"] else {}
+        return {"loss": loss, "bits_per_byte": loss / math.log(2), **said, "tokens": self._tokens()} | found
 
     def _gate_record(self, observation: Observation | None) -> Record:
         if not observation:

@@ -1,21 +1,22 @@
-"""Losses: values known by hand, gradients by finite differences, and sums that no cut of a step changes."""
+"""Objectives: values known by hand, gradients by finite differences, and sums that no cut of a step changes, of every
+kind that is registered."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fusiontree import ModelSpec, build
 from fusiontree.core.probes import probes
 from fusiontree.data import IGNORED
 from fusiontree.testing.subject import randomised
-from fusiontree.training import LossesSpec
-from fusiontree.training.losses import GateValues, balance, captured, entropy, terms
+from fusiontree.training.objectives import Balance, GateValues, StepPart, objectives
+from fusiontree.training.objectives.balance import balance
+from fusiontree.training.objectives.base import captured
+from fusiontree.training.objectives.entropy import entropy
 
-WEIGHTS = LossesSpec(balance=0.7, entropy=0.3)
+KINDS = objectives.names()
 
 
 def gate_values(logits: torch.Tensor, real: torch.Tensor | None) -> GateValues:
@@ -38,10 +39,11 @@ def example(rows: int = 4, time: int = 5, dtype: torch.dtype = torch.float64) ->
     }
 
 
-def total(e: dict[str, torch.Tensor], rows: slice = slice(None)) -> torch.Tensor:
+def value(kind: str, e: dict[str, torch.Tensor], rows: slice = slice(None)) -> torch.Tensor:
     gates = [gate_values(e["dynamic"][rows], e["real"][rows]), gate_values(e["static"], None)]
     count = int((e["labels"] != IGNORED).sum())
-    return terms(nats(e["logits"][rows], e["labels"][rows]), e["labels"][rows], count, gates).total(WEIGHTS)
+    part = StepPart(nats(e["logits"][rows], e["labels"][rows]), e["labels"][rows], count, gates)
+    return objectives.get(kind)().value(part)
 
 
 def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -60,10 +62,11 @@ def test_entropy_is_1_for_equal_shares_and_0_for_a_decision():
     assert found.tolist() == pytest.approx([1, 0, by_hand])
 
 
-def test_gradients_are_those_of_finite_differences():
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_finite_differences(kind):
     e = example()
     leaves = (e["logits"], e["dynamic"], e["static"])
-    assert torch.autograd.gradcheck(lambda a, b, c: total(e | {"logits": a, "dynamic": b, "static": c}), leaves)
+    assert torch.autograd.gradcheck(lambda a, b, c: value(kind, e | {"logits": a, "dynamic": b, "static": c}), leaves)
 
 
 def test_a_share_of_exactly_0_has_a_finite_gradient():
@@ -73,36 +76,39 @@ def test_a_share_of_exactly_0_has_a_finite_gradient():
     assert torch.isfinite(closed.grad).all()
 
 
-@given(st.integers(1, 3))
-@settings(deadline=None)
-def test_any_cut_of_a_step_gives_the_same_sum_and_gradient(cut):
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_cut_of_a_step_gives_the_same_sum_and_gradient(kind, cut):
     e = example()
-    names = ("logits", "dynamic", "static")
-    whole = torch.autograd.grad(total(e), [e[name] for name in names])
-    parts = total(e, slice(0, cut)) + total(e, slice(cut, None))
-    torch.testing.assert_close(parts, total(e))
-    for one, other in zip(torch.autograd.grad(parts, [e[name] for name in names]), whole, strict=True):
+    leaves = [e[name] for name in ("logits", "dynamic", "static")]
+    whole = torch.autograd.grad(value(kind, e), leaves, allow_unused=True)
+    parts = value(kind, e, slice(0, cut)) + value(kind, e, slice(cut, None))
+    torch.testing.assert_close(parts, value(kind, e))
+    assert any(gradient is not None for gradient in whole)
+    for one, other in zip(torch.autograd.grad(parts, leaves, allow_unused=True), whole, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_terms_look_at_real_tokens_only():
+@pytest.mark.parametrize("kind", KINDS)
+def test_objectives_look_at_real_tokens_only(kind):
     e = example()
     garbage = torch.where(e["real"][..., None, None], e["dynamic"], 100.0)
-    torch.testing.assert_close(total(e | {"dynamic": garbage}), total(e))
+    torch.testing.assert_close(value(kind, e | {"dynamic": garbage}), value(kind, e))
 
 
-def test_a_positive_weight_lowers_its_term():
-    for name in ("balance", "entropy"):
-        logits = torch.tensor([[0.5, -0.2], [0.3, 0.6]], requires_grad=True)
-        optimizer = torch.optim.SGD([logits], lr=0.5)
-        seen = []
-        for _ in range(20):
-            found = terms(torch.tensor(4.0), torch.tensor([[1, 2]]), 2, [gate_values(logits, None)])
-            seen.append(float(getattr(found, name).detach()))
-            optimizer.zero_grad()
-            (found.total(LossesSpec.parse({name: 1.0})) - found.cross_entropy).backward()
-            optimizer.step()
-        assert seen[-1] < seen[0]
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if objectives.get(kind).reads_gates])
+def test_what_is_minimised_of_gates_falls(kind):
+    logits = torch.tensor([[0.5, -0.2], [0.3, 0.6]], requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=0.5)
+    seen = []
+    for _ in range(20):
+        part = StepPart(torch.tensor(4.0), torch.tensor([[1, 2]]), 2, [gate_values(logits, None)])
+        found = objectives.get(kind)().value(part)
+        seen.append(float(found.detach()))
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+    assert seen[-1] < seen[0]
 
 
 @pytest.mark.parametrize("more", [{}, {"prefix": {"tokens": 3}}])
@@ -122,7 +128,7 @@ def test_captured_values_are_those_of_the_forward_pass(data, more):
     assert len(gates) == 2, "the hooks are still there"
 
 
-def test_losses_see_neither_padding_nor_the_prefix(data):
+def test_objectives_see_neither_padding_nor_the_prefix(data):
     """Whatever stands there: the terms are those of the gates' values at tokens."""
     model = randomised(build(ModelSpec.parse(data["model"] | {"prefix": {"tokens": 3}}), dtype=torch.float64), 0)
     tokens, documents = torch.arange(12).reshape(2, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]])
@@ -133,10 +139,10 @@ def test_losses_see_neither_padding_nor_the_prefix(data):
         probes.watch(probes.gates(model), lambda p, w, real: seen.update({p: w})),
     ):
         model(tokens, documents=documents)
-    found = terms(torch.tensor(0.0, dtype=torch.float64), labels, 10, gates[:1])
+    found = Balance().value(StepPart(torch.tensor(0.0, dtype=torch.float64), labels, 10, gates[:1]))
     # row 0: prefix, 3 tokens, prefix, 3 tokens; row 1: prefix, 4 tokens, padding
     real = [[False] * 3 + [True] * 3 + [False] * 3 + [True] * 3, [False] * 3 + [True] * 4 + [False] * 5]
     values = torch.stack(list(seen["layers.0.mixer.gate"].values()), -1)
     rows = [row[torch.tensor(mask)].mean((0, 1)) for row, mask in zip(values, real, strict=True)]
     wanted = sum(share * balance(row) for share, row in zip((0.6, 0.4), rows, strict=True))
-    assert float(found.balance.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
