@@ -1,6 +1,8 @@
 """What README and the documentation tell a reader to type, typed."""
 
 import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from command_line import fusiontree
 
+import fusiontree as fusiontree_package
 from fusiontree.core.spec import yaml
 from fusiontree.recipes.train import load_run
 from fusiontree.zoo.presets import load_spec
@@ -97,3 +100,21 @@ def located(symbol):
             importlib.import_module(".".join(["fusiontree", *names[:depth]]))
         found = getattr(found, name)
     return found
+
+
+def undocumented(cls: type) -> list[str]:
+    """The public methods of a class that override nothing and say nothing of themselves."""
+    inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+    own = {name: getattr(each, "fget", None) or getattr(each, "__func__", each) for name, each in vars(cls).items()}
+    written = {name: each for name, each in own.items() if inspect.isfunction(each) and each.__name__ == name}
+    return [name for name, each in written.items() if name[0] != "_" and name not in inherited and not each.__doc__]
+
+
+def test_a_method_is_described_where_it_first_stands():
+    """What overrides a method needs no docstring, since pages inherit it."""
+    names = [module.name for module in pkgutil.walk_packages(fusiontree_package.__path__, "fusiontree.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    classes = {cls for module in modules for cls in vars(module).values() if inspect.isclass(cls)}
+    ours = {cls for cls in classes if cls.__module__.startswith("fusiontree.") and cls.__name__[0] != "_"}
+    assert len(ours) > 300
+    assert {f"{cls.__module__}.{cls.__qualname__}": undocumented(cls) for cls in ours if undocumented(cls)} == {}

@@ -211,7 +211,6 @@ class Attention(ProjectedSpec):
         yield self.head_dim
 
     def build(self, scope: Scope) -> "AttentionModule":
-        """The module."""
         return AttentionModule(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -261,7 +260,6 @@ class Attention(ProjectedSpec):
         return {f"{name}.{kind}": [f"{path}.{kind}" for path in parts] for name, parts in rows for kind in kinds}
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         sizes = {"width": scope.width, "head_dim": self.head_dim, "value_dim": self.values}
         for name, heads, kv_heads in self._counts():
             sizes |= {f"{name}_kv_heads": kv_heads, f"{name}_queries": heads // max(kv_heads, 1)}
@@ -345,7 +343,6 @@ class AttentionModule(ProjectedModule):
         self.groups = spec.groups()
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Attend, group by group."""
         spec, groups = self.spec, self.groups
         x = scaled(context.encode(spec.encodings, x), spec.multipliers.input)
         q = self._by_head(self.q(x), spec.heads, self.q_norm, context)

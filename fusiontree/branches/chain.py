@@ -67,11 +67,9 @@ class Chain(BranchSpec):
 
     @property
     def reads_embedding(self) -> bool:
-        """Whether it does."""
         return self.embedding
 
     def children(self) -> Iterator[tuple[str, NodeSpec]]:
-        """The links."""
         yield from ((f"links.{name}", node) for name, node in self.links.items())
 
     def child_scope(self, child: str, scope: Scope) -> Scope:
@@ -88,25 +86,20 @@ class Chain(BranchSpec):
         return widths
 
     def output_width(self, scope: Scope) -> int:
-        """What the last link returns."""
         name, last = list(self.links.items())[-1]
         return last.output_width(self.child_scope(f"links.{name}", scope))
 
     def build(self, scope: Scope) -> "ChainModule":
-        """The module."""
         return ChainModule(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
-        """None but the links'."""
         return 0.0
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of the norms."""
         normed = [name for name, norm in self.norms.items() if norm.gain != "none"]
         return {f"norms.{name}.weight": (f"{name}_width",) for name in normed}
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": scope.width} | {f"{name}_width": width for name, width in self._widths(scope).items()}
 
     def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
@@ -138,7 +131,6 @@ class ChainModule(Node):
         self.norms = nn.ModuleDict({name: NormModule(norm, around[name].width) for name, norm in spec.norms.items()})
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Link by link."""
         if self.spec.embedding:
             assert context.embedding is not None
             x = torch.cat([x, context.embedding], -1)

@@ -77,7 +77,6 @@ class FeedForwardSpec(BranchSpec):
         raise NotImplementedError
 
     def build(self, scope: Scope) -> "FeedForwardModule":
-        """The module."""
         return FeedForwardModule(self, scope.width)
 
     def maps(self) -> tuple[str, ...]:
@@ -85,11 +84,9 @@ class FeedForwardSpec(BranchSpec):
         return ("gate", "up") if self.gated else ("up",)
 
     def flops(self, scope: Scope, length: int) -> float:
-        """The maps in and the map out."""
         return 2.0 * (len(self.maps()) + 1) * scope.width * self.hidden
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """Maps in, the map out, and biases."""
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": ("hidden", "width") for name in self.maps()}
         axes["down.weight"] = ("width", "hidden")
         if self.bias:
@@ -97,7 +94,6 @@ class FeedForwardSpec(BranchSpec):
         return axes
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": scope.width, "hidden": self.hidden}
 
 
@@ -113,7 +109,6 @@ class FeedForwardModule(Node):
         self.down = LinearModule(spec.hidden, width, bias=spec.bias)
 
     def forward(self, x: Stream, context: Context) -> Stream:
-        """Each position on its own."""
         x = context.encode(self.spec.encodings, x)
         up = self.up(x)
         if self.gate is None:

@@ -124,7 +124,6 @@ class GatedDelta(ProjectedSpec):
         yield self.head_dim
 
     def build(self, scope: Scope) -> "GatedDeltaModule":
-        """The module."""
         return GatedDeltaModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -159,7 +158,6 @@ class GatedDelta(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         own = {name: getattr(self, name) for name in ("key_heads", "head_dim", "conv")}
         shares = {"group_heads": self.heads // self.key_heads, "value_dim": self.value_dim or self.head_dim}
         ranks = {"gate_rank": self.gate_rank or 1, "decay_rank": self.decay_rank or 1}
@@ -202,7 +200,6 @@ class GatedDeltaModule(ProjectedModule):
         self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Convolve, scan, normalise, gate."""
         spec, state = self.spec, self.state(context)
         x = context.encode(spec.encodings, x)
         inputs = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}

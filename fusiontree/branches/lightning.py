@@ -98,7 +98,6 @@ class Lightning(ProjectedSpec):
         yield self.head_dim
 
     def build(self, scope: Scope) -> "LightningModule":
-        """The module."""
         return LightningModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -120,7 +119,6 @@ class Lightning(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         own = {"heads": self.heads, "head_dim": self.head_dim, "value_dim": self.value_dim or self.head_dim}
         return {"width": scope.width, **own}
 
@@ -147,7 +145,6 @@ class LightningModule(ProjectedModule):
         self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Scan, normalise, gate."""
         spec = self.spec
         x = context.encode(spec.encodings, x)
         maps = (self.q, self.k, self.v)
@@ -166,7 +163,6 @@ class LightningModule(ProjectedModule):
         return scan(partial(ssd, A=rates), partial(ssd_step, A=rates), inputs, context, kept(state, "state"))
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
-        """The heads' states."""
         spec = self.spec
         shape = (batch, spec.heads, spec.value_dim or spec.head_dim, spec.head_dim)
         return {"state": like.new_zeros(shape, dtype=wide(like.dtype))}

@@ -26,35 +26,27 @@ class Linear(BranchSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """With a bias."""
         return cls(bias=True)
 
     def output_width(self, scope: Scope) -> int:
-        """The features that it returns."""
         return self.outputs or scope.width
 
     def build(self, scope: Scope) -> "LinearNode":
-        """The module."""
         return LinearNode(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
-        """The map."""
         return 2.0 * scope.width * self.output_width(scope)
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """Widths alone."""
         return {"map.weight": ("output_width", "width")} | ({"map.bias": ("output_width",)} if self.bias else {})
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": scope.width, "output_width": self.output_width(scope)}
 
     def narrow_output(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
-        """Fewer outputs."""
         return self.with_fields({"outputs": len(channels)}, "output_width", tuple(channels))
 
     def narrow_input(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
-        """Fewer columns."""
         return self.with_fields({"outputs": self.output_width(scope)}, "width", tuple(channels))
 
 
@@ -67,5 +59,4 @@ class LinearNode(Node):
         self.map = LinearModule(scope.width, spec.output_width(scope), bias=spec.bias)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time outputs"]:
-        """Each position on its own."""
         return self.map(context.encode(self.spec.encodings, x))

@@ -84,7 +84,6 @@ class Mamba1(ProjectedSpec):
         return cls(inner=12, state=4, rank=3, conv=3, norm=SelectionNorm(), bias=True, out_bias=True)
 
     def build(self, scope: Scope) -> "Mamba1Module":
-        """The module."""
         return Mamba1Module(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -109,7 +108,6 @@ class Mamba1(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": scope.width, **{name: getattr(self, name) for name in ("inner", "state", "rank", "conv")}}
 
     def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
@@ -144,7 +142,6 @@ class Mamba1Module(ProjectedModule):
         self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Convolve, select, scan, gate."""
         state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         u = F.silu(self.conv(self.x(x), context, kept(state, "conv")))

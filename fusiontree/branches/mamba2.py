@@ -135,7 +135,6 @@ class Mamba2(ProjectedSpec):
         yield self.state
 
     def build(self, scope: Scope) -> "Mamba2Module":
-        """The module."""
         return Mamba2Module(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -164,7 +163,6 @@ class Mamba2(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         own = {name: getattr(self, name) for name in ("groups", "head_dim", "state", "conv")}
         return {"width": scope.width, "group_heads": self.heads // self.groups, **own}
 
@@ -202,7 +200,6 @@ class Mamba2Module(ProjectedModule):
         self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Convolve, scan, gate."""
         spec, state = self.spec, self.state(context)
         times = spec.multipliers
         x = scaled(context.encode(spec.encodings, x), times.input)

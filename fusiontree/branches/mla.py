@@ -113,7 +113,6 @@ class Mla(ProjectedSpec):
         yield self.shared_dim
 
     def build(self, scope: Scope) -> "MlaModule":
-        """The module."""
         return MlaModule(self, scope)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -148,7 +147,6 @@ class Mla(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         own = {name: getattr(self, name) for name in ("heads", "head_dim", "shared_dim", "rank")}
         others = {"value_dim": self.value_dim or self.head_dim, "query_rank": self.query_rank or 1}
         return {"width": scope.width, **own, **others}
@@ -212,7 +210,6 @@ class MlaModule(ProjectedModule):
         self.scale = spec.score_scale
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Attend."""
         x = context.encode(self.spec.encodings, x)
         q, memory = self._queries(x, context), self._memory(x, context)
         y = self._attend(q, memory, context).flatten(2)

@@ -22,7 +22,6 @@ class Mlp(FeedForwardSpec):
 
     @property
     def activation_name(self) -> str:
-        """The function without the gate."""
         return GATED.get(self.activation, self.activation)
 
     @property

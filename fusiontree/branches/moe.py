@@ -126,7 +126,6 @@ class Moe(BranchSpec):
         return ("gate", "up") if self.gated else ("up",)
 
     def build(self, scope: Scope) -> "MoeModule":
-        """The module."""
         return MoeModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -147,7 +146,6 @@ class Moe(BranchSpec):
         return axes | ({"shared_gate.weight": ("one", "width")} if self.shared_gate else {})
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         sizes = {"width": scope.width, "hidden": self.hidden, "one": 1}
         sizes |= {"groups": self.router.groups, "group_experts": self.group_experts}
         return sizes | ({"shared_hidden": self.shared_hidden} if self.shared_hidden else {})
@@ -178,7 +176,6 @@ class MoeModule(Node):
         self.shared_gate = LinearModule(width, 1) if spec.shared_gate else None
 
     def forward(self, x: Stream, context: Context) -> Stream:
-        """Each position on its own."""
         x = context.encode(self.spec.encodings, x)
         tokens = x.flatten(0, 1)
         y = self.experts(tokens, *self.choose(tokens))

@@ -41,7 +41,6 @@ class ProjectedSpec(BranchSpec):
         return axes | ({"out.bias": ("width",)} if self.out_bias else {})
 
     def narrow(self, axis: str, keep: Sequence[int], scope: Scope) -> Narrowing[Self]:
-        """See `NodeSpec.narrow`."""
         if not self.project and axis in axes.names([self.inner_axes]):
             raise SpecError(f"{axis}: the branch returns features along it (project: false); narrow what reads it")
         return super().narrow(axis, keep, scope)

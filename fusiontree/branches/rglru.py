@@ -78,7 +78,6 @@ class RgLru(ProjectedSpec):
         return self.heads * self.head_dim
 
     def build(self, scope: Scope) -> "RgLruModule":
-        """The module."""
         return RgLruModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -101,7 +100,6 @@ class RgLru(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": scope.width, **{name: getattr(self, name) for name in ("heads", "head_dim", "conv")}}
 
 
@@ -133,7 +131,6 @@ class RgLruModule(ProjectedModule):
         self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Convolve, remember, gate."""
         state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         u = self.conv(self.x(x), context, kept(state, "conv"))

@@ -42,11 +42,9 @@ class ShortConv(ProjectedSpec):
         return cls(inner=width + 4, conv_bias=True, bias=True, out_bias=True)
 
     def build(self, scope: Scope) -> "ShortConvModule":
-        """The module."""
         return ShortConvModule(self, scope.width)
 
     def flops(self, scope: Scope, length: int) -> float:
-        """The maps and the convolution."""
         maps = 4 if self.project else 3
         return 2.0 * self.inner * (maps * scope.width + self.conv)
 
@@ -55,7 +53,6 @@ class ShortConv(ProjectedSpec):
         return (self.conv - 1) * self.inner * dtype.itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """Maps in, the convolution, and the map out."""
         axes: dict[str, tuple[str, ...]] = {f"{name}.weight": ("inner", "width") for name in ("B", "C", "x")}
         axes |= {f"{name}.bias": ("inner",) for name in ("B", "C", "x")} if self.bias else {}
         axes |= {"conv.weight": ("inner", "conv")}
@@ -63,7 +60,6 @@ class ShortConv(ProjectedSpec):
         return axes | self.output_axes()
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": scope.width, "inner": self.inner, "conv": self.conv}
 
 
@@ -78,7 +74,6 @@ class ShortConvModule(ProjectedModule):
         self.add_output_map(spec, width)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """Gate, convolve, gate."""
         state = self.state(context)
         x = context.encode(self.spec.encodings, x)
         y = self.C(x) * self.conv(self.B(x) * self.x(x), context, kept(state, "conv"))

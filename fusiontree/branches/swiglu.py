@@ -14,10 +14,8 @@ class SwiGLU(FeedForwardSpec):
 
     @property
     def activation_name(self) -> str:
-        """SiLU."""
         return "silu"
 
     @property
     def gated(self) -> bool:
-        """Yes."""
         return True

@@ -2,6 +2,13 @@
 
 Each use has a cache of its own, and may add low-rank maps of its own to maps that are shared (Zamba2, arXiv
 2411.15242).
+
+A use runs a twin of the shared node: other module objects with the same dictionaries of parameters, buffers and hooks.
+The shared modules themselves could run in every place if each call told them where they are: the path under which they
+find their cache, publish keys and report gates, and the adapters of the use. Every node would then read its path from
+the call and not from itself, and adapters would be hooks that are put in and taken out in every forward pass, which
+`torch.compile` would have to trace as state that changes. Twins keep that out of all other nodes; what they cost is
+`is_attached`, which looks before each forward pass whether a tool has replaced a part of the shared node.
 """
 
 from collections.abc import Iterator, Mapping
@@ -111,11 +118,9 @@ class Use(BranchSpec):
         return {path: (part.out_features, part.in_features) for path, part in maps}
 
     def output_width(self, scope: Scope) -> int:
-        """What the shared node returns."""
         return scope.shared[self.of].output_width(scope.for_shared) if self.of in scope.shared else scope.width
 
     def build(self, scope: Scope) -> "UseModule":
-        """The module."""
         return UseModule(self, self._maps(scope))
 
     def flops(self, scope: Scope, length: int) -> float:
@@ -125,7 +130,6 @@ class Use(BranchSpec):
         return shared + 2.0 * sum(a.rank * sum(maps[path]) for a in self.adapters.values() for path in a.maps)
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
-        """Those of the shared node."""
         return sum(node.cache_bytes(inside, length, dtype) for _, node, inside in self._shared(scope))
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -138,7 +142,6 @@ class Use(BranchSpec):
         return found
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         maps, found = self._maps(scope), {"width": scope.width}
         for name, adapter in self.adapters.items():
             found |= {f"{name}_rank": adapter.rank, f"{name}_in_width": maps[adapter.maps[0]][1]}
@@ -155,7 +158,6 @@ class Use(BranchSpec):
 
     @property
     def uses(self) -> str:
-        """The name of the shared node."""
         return self.of
 
 
@@ -224,7 +226,6 @@ class UseModule(SharedNodeUser):
         return bool(self.parts) and all(current)
 
     def forward(self, x: Stream, context: Context) -> Float[Tensor, "batch time features"]:
-        """As the shared node."""
         return self.twin(x, context)
 
     def train(self, mode: bool = True) -> Self:

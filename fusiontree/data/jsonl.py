@@ -50,7 +50,6 @@ class JsonLines(SourceSpec):
                 yield document
 
     def relative_to(self, folder: Path) -> Self:
-        """The same source with its relative paths taken from a folder."""
         held_out = None if self.held_out is None else _below(folder, self.held_out)
         return self.model_copy(update={"train": _below(folder, self.train), "held_out": held_out})
 

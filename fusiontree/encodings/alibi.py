@@ -19,11 +19,9 @@ class Alibi(EncodingSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """The only one."""
         return cls()
 
     def build(self, width: int, channels: Sequence[int]) -> "AlibiModule":
-        """The module."""
         return AlibiModule()
 
 

@@ -44,11 +44,9 @@ class Rope(EncodingSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """The defaults."""
         return cls()
 
     def build(self, width: int, channels: Sequence[int]) -> "RopeModule":
-        """The module."""
         return RopeModule(self, channels)
 
     def frequencies(self, dim: int, device: torch.device | None = None) -> Float[Tensor, "pairs"]:
@@ -75,7 +73,6 @@ class RopeModule(Encoding):
         self.frequencies = {dim: tuple(spec.frequencies(dim, cpu).tolist()) for dim in dims}
 
     def forward(self, positions: Ids) -> "Rotation":
-        """The rotation at these positions."""
         return Rotation(self.spec.dim, {dim: self._turns(dim, positions) for dim in self.frequencies})
 
     def _turns(self, dim: int, positions: Ids) -> dict[torch.dtype, Turns]:

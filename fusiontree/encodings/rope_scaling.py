@@ -51,7 +51,6 @@ class LinearScaling(RopeScaling):
     kind: Literal["linear"] = "linear"
 
     def kept(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """Nothing."""
         return torch.zeros_like(frequencies)
 
 

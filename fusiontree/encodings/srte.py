@@ -34,7 +34,6 @@ class Added(Table):
     vectors: Float[Tensor, "batch time width"]
 
     def input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
-        """The input with the vectors added."""
         return x + self.vectors.to(x.dtype)
 
 
@@ -58,15 +57,12 @@ class SrteLearned(EncodingSpec):
 
     @property
     def limit(self) -> int:
-        """How many positions there are."""
         return self.max_length
 
     def build(self, width: int, channels: Sequence[int]) -> "SrteLearnedModule":
-        """The module."""
         return SrteLearnedModule(self, width)
 
     def flops(self, width: int) -> float:
-        """The low-rank product."""
         return 2.0 * self.rank * width if self.rank else 0.0
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -75,7 +71,6 @@ class SrteLearned(EncodingSpec):
         return low_rank if self.rank else {"table": ("max_length", "width")}
 
     def sizes(self, width: int) -> Mapping[str, int]:
-        """Axis sizes."""
         return {"width": width, "max_length": self.max_length} | ({"rank": self.rank} if self.rank else {})
 
 
@@ -89,7 +84,6 @@ class SrteLearnedModule(Encoding):
         self.up = None if spec.rank is None else self.declare("up", (width, columns), fan_in(0.02))
 
     def forward(self, positions: Ids) -> Added:
-        """Look the positions up."""
         vectors = F.embedding(positions, self.table)
         return Added(vectors if self.up is None else products.linear(vectors, self.up))
 
@@ -108,11 +102,9 @@ class SrteSincos(EncodingSpec):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        """The defaults."""
         return cls()
 
     def build(self, width: int, channels: Sequence[int]) -> "SrteSincosModule":
-        """The module."""
         return SrteSincosModule(self, width)
 
 

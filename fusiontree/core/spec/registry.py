@@ -134,7 +134,6 @@ class Registry(KindFamily[S]):
         return {point.name: point for point in entry_points(group=f"fusiontree.{self.name}")}
 
     def names(self) -> list[str]:
-        """Every kind that can be named, sorted."""
         return sorted({*self.registered, *self.plugins})
 
     def get(self, kind: str) -> type[S]:
@@ -174,11 +173,9 @@ class OneOf(KindFamily[S]):
             family.siblings = families
 
     def names(self) -> list[str]:
-        """Every kind of every family, sorted."""
         return sorted({kind for family in self.families for kind in family.names()})
 
     def get(self, kind: str) -> type[S]:
-        """The spec class of a kind, from the family that has it."""
         for family in self.families:
             if kind in family.names():
                 return family.get(kind)
