@@ -7,12 +7,12 @@ TRITON := build/triton
 # What the programs set for themselves (fusiontree/machine.py), for the tests too.
 export GOMP_SPINCOUNT := 5000
 
-.PHONY: demo test triton bench lint docs clean
+.PHONY: demo test triton bench lint types types-strict docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: $(READY)
+test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
 
 # The adapters to Triton kernels with the real kernels, which Triton's interpreter runs on a CPU, in some minutes.
@@ -42,7 +42,14 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --jobs=2 --output-sync types types-strict
+
+types:
 	$(BIN)/pyright
+
+# Strict, but for the types that libraries do not tell and for checks of what users pass.
+types-strict:
+	$(BIN)/pyright --project pyright-strict.json
 
 docs: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -5,7 +5,7 @@ The compiler takes seconds to import, so it is imported when something is compil
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
@@ -60,7 +60,7 @@ _plain = _Plain()
 
 
 @contextmanager
-def eagerly() -> Iterator[None]:
+def eagerly() -> Generator[None]:
     """Run what is compiled as plain Python while the block runs."""
     imported = "torch._dynamo" in sys.modules  # if not, nothing is compiled yet, and `piece` compiles nothing
     _plain.blocks += 1

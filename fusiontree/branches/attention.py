@@ -156,19 +156,20 @@ class Attention(ProjectedSpec):
         return [("windowed", *windowed), ("global", self.global_heads, self.global_kv_heads)]
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        """Windowed and global heads with grouped queries, gated."""
-        return cls(
+    def examples(cls, width: int) -> Iterator[Self]:
+        """Windowed and global heads with grouped queries, gated; and without a window."""
+        yield cls(
             heads=6,
             kv_heads=3,
             head_dim=4,
-            value_dim=6,
+            value_dim=width // 4,
             window=5,
             global_heads=2,
             global_kv_heads=1,
             qk_norm=QKNorm(),
             gate=True,
         )
+        yield cls(heads=4, kv_heads=2, head_dim=4, value_dim=3 * width // 8)
 
     def groups(self) -> list[Group]:
         """The groups that have heads, in the order of the parameters' rows."""

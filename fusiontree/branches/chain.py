@@ -55,7 +55,7 @@ class Chain(BranchSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Attention over stream and embedding, a map back to the stream's width, and a feed-forward network."""
         attention = {"kind": "attention", "heads": 2, "kv_heads": 1, "head_dim": 4, "window": 4, "project": False}
         links = {
@@ -63,7 +63,7 @@ class Chain(BranchSpec):
             "out": {"kind": "linear", "outputs": width},
             "mlp": {"kind": "mlp", "hidden": 8},
         }
-        return cls.model_validate({"links": links, "norms": {"attention": {}, "mlp": {}}, "embedding": True})
+        yield cls.model_validate({"links": links, "norms": {"attention": {}, "mlp": {}}, "embedding": True})
 
     @property
     def reads_embedding(self) -> bool:

@@ -1,6 +1,6 @@
 """What feed-forward branches have in common: W_down act(W_up x), with a gate W_gate x where the kind has one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import ClassVar, Self
 
@@ -62,9 +62,9 @@ class FeedForwardSpec(BranchSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Twice as wide inside, with biases."""
-        return cls(hidden=2 * width, bias=True)
+        yield cls(hidden=2 * width, bias=True)
 
     @property
     def activation_name(self) -> str:

@@ -94,10 +94,11 @@ class GatedDelta(ProjectedSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Two heads a key head, values wider than keys, beta up to 2, decays of channels, a gate of low rank."""
-        shape = {"heads": 4, "key_heads": 2, "head_dim": 4, "value_dim": 6, "conv": 3, "negative_eigenvalues": True}
-        return cls.model_validate(shape | {"decay": "channel", "decay_rank": 3, "gate": "sigmoid", "gate_rank": 2})
+        shape = {"heads": 4, "key_heads": 2, "head_dim": 4, "value_dim": 3 * width // 8, "conv": 3}
+        yield cls.model_validate({**shape, "decay": "channel", "decay_rank": 3, "gate": "sigmoid", "gate_rank": 2})
+        yield cls.model_validate({**shape, "negative_eigenvalues": True, "bias": True, "conv_bias": True})
 
     @property
     def keys(self) -> int:

@@ -74,9 +74,10 @@ class Lightning(ProjectedSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Three heads, of which one forgets nothing, values wider than keys, with biases."""
-        return cls(heads=3, head_dim=4, value_dim=6, slopes=(0.0, 0.1, 0.7), bias=True, out_bias=True)
+        shape = {"heads": 3, "head_dim": 4, "value_dim": width // 2, "slopes": (0.0, 0.1, 0.7)}
+        yield cls.model_validate({**shape, "bias": True, "out_bias": True})
 
     @property
     def keys(self) -> int:

@@ -1,6 +1,6 @@
 """A linear map alone: a link between nodes of different widths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
 from jaxtyping import Float
@@ -25,8 +25,8 @@ class Linear(BranchSpec):
     bias: Flag = False
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        return cls(bias=True)
+    def examples(cls, width: int) -> Iterator[Self]:
+        yield cls(bias=True)
 
     def output_width(self, scope: Scope) -> int:
         return self.outputs or scope.width

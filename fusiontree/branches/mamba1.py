@@ -6,7 +6,7 @@ x stands behind a short causal convolution; dt, B and C are linear maps of what 
 B and C, and dt going through a low rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -79,9 +79,9 @@ class Mamba1(ProjectedSpec):
     project: Flag = True
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """As wide as no other part, with norms and every bias."""
-        return cls(inner=12, state=4, rank=3, conv=3, norm=SelectionNorm(), bias=True, out_bias=True)
+        yield cls(inner=3 * width // 2, state=4, rank=3, conv=3, norm=SelectionNorm(), bias=True, out_bias=True)
 
     def build(self, scope: Scope) -> "Mamba1Module":
         return Mamba1Module(self, scope.width)

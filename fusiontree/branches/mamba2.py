@@ -116,9 +116,9 @@ class Mamba2(ProjectedSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Two groups of two heads, dt cut on both sides."""
-        return cls(heads=4, head_dim=6, state=8, groups=2, conv=3, dt_limit=(0.01, 0.5))
+        yield cls(heads=4, head_dim=3 * width // 8, state=8, groups=2, conv=3, dt_limit=(0.01, 0.5))
 
     @property
     def inner(self) -> int:

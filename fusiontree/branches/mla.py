@@ -88,10 +88,10 @@ class Mla(ProjectedSpec):
     project: Flag = True
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Both latents, values wider than keys, a window. No biases: unrotated, that of the shared key moves all scores
         of a query alike, which no softmax sees."""
-        return cls(heads=3, head_dim=4, shared_dim=2, value_dim=6, rank=5, query_rank=7, window=5)
+        yield cls(heads=3, head_dim=4, shared_dim=2, value_dim=width // 2, rank=5, query_rank=7, window=5)
 
     @property
     def inner(self) -> int:

@@ -4,7 +4,7 @@ No token is dropped and none waits for a place: tokens are sorted by expert, and
 products with all of them. What a token gets depends on nothing but the token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -105,10 +105,11 @@ class Moe(BranchSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Six experts of which two are visited, in two of three groups, and a gated shared network."""
         router = Router(scores="sigmoid", multiplier=1.5, correction=True, groups=3, top_groups=2)
-        return cls(experts=6, top_k=2, hidden=6, router=router, shared_hidden=10, shared_gate=True)
+        yield cls(experts=6, top_k=2, hidden=6, router=router, shared_hidden=10, shared_gate=True)
+        yield cls(experts=3, top_k=2, hidden=4, activation="relu2")
 
     @property
     def group_experts(self) -> int:

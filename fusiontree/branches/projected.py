@@ -12,7 +12,8 @@ from fusiontree.components import BranchSpec, LinearModule, Narrowing, Node, Sco
 
 class ProjectedSpec(BranchSpec):
     """A branch with the fields `project` (false: return the inner features) and `out_bias`, and with `inner`, a field
-    or a property: the width of its inner features, which run over the axes of the dimension `inner_axes`."""
+    or a property: the width of its inner features, which run over the axes of the dimension `inner_axes`. Examples
+    have 3/2 of the stream's width inside, so that they can meet in a fusion."""
 
     inner_axes: ClassVar[str]
 

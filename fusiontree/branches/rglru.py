@@ -6,7 +6,7 @@ causal convolution without an activation. At the first token of a document the f
 output is W_out (h * gelu(z)).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -68,9 +68,9 @@ class RgLru(ProjectedSpec):
     project: Flag = True
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Three heads, with every bias."""
-        return cls(heads=3, head_dim=4, conv=3, bias=True, out_bias=True)
+        yield cls(heads=3, head_dim=width // 2, conv=3, bias=True, out_bias=True)
 
     @property
     def inner(self) -> int:

@@ -3,7 +3,7 @@
 The output is W_out (C * conv(B * x)), with B, C and x linear in the input and a short causal convolution a channel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -37,9 +37,9 @@ class ShortConv(ProjectedSpec):
     project: Flag = True
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Wider inside, with all biases."""
-        return cls(inner=width + 4, conv_bias=True, bias=True, out_bias=True)
+        yield cls(inner=3 * width // 2, conv_bias=True, bias=True, out_bias=True)
 
     def build(self, scope: Scope) -> "ShortConvModule":
         return ShortConvModule(self, scope.width)

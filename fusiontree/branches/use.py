@@ -68,9 +68,10 @@ class Use(BranchSpec):
     adapters: NamedMap[Adapter] = NamedMap()
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        """A feed-forward network, two of whose maps are adapted together."""
-        return cls(of="block", adapters=NamedMap(hidden=Adapter(maps=("gate", "up"), rank=2)))
+    def examples(cls, width: int) -> Iterator[Self]:
+        """A feed-forward network, two of whose maps are adapted together; and as it is."""
+        yield cls(of="block", adapters=NamedMap(hidden=Adapter(maps=("gate", "up"), rank=2)))
+        yield cls(of="block")
 
     @classmethod
     def example_needs(cls, width: int) -> Mapping[str, Any]:

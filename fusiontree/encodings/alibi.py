@@ -1,6 +1,6 @@
 """ALiBi: attention whose scores fall linearly with the distance, by a slope a head (arXiv 2108.12409)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, Self
 
 from jaxtyping import Int
@@ -18,8 +18,8 @@ class Alibi(EncodingSpec):
     kind: Literal["alibi"] = "alibi"
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        return cls()
+    def examples(cls, width: int) -> Iterator[Self]:
+        yield cls()
 
     def build(self, width: int, channels: Sequence[int]) -> "AlibiModule":
         return AlibiModule()

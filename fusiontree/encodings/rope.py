@@ -43,8 +43,12 @@ class Rope(EncodingSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        return cls()
+    def examples(cls, width: int) -> Iterator[Self]:
+        """All channels, some, and each kind of scaling."""
+        yield cls()
+        yield cls(theta=100.0, dim=2)
+        for kind in ("yarn", "llama3"):
+            yield cls.model_validate({"theta": 50.0, "scaling": {"kind": kind, "factor": 2.0, "original_length": 8}})
 
     def build(self, width: int, channels: Sequence[int]) -> "RopeModule":
         return RopeModule(self, channels)

@@ -2,7 +2,7 @@
 every branch that names it. A learned table (also low-rank), or sines and cosines (arXiv 1706.03762, section 3.5).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -51,9 +51,10 @@ class SrteLearned(EncodingSpec):
     rank: Count | None = None
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        """Low-rank, so that both parameters are tested."""
-        return cls(max_length=256, rank=4)
+    def examples(cls, width: int) -> Iterator[Self]:
+        """Low-rank, and full."""
+        yield cls(max_length=256, rank=4)
+        yield cls(max_length=64)
 
     @property
     def limit(self) -> int:
@@ -101,8 +102,8 @@ class SrteSincos(EncodingSpec):
     multiplier: Positive = 1.0
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        return cls()
+    def examples(cls, width: int) -> Iterator[Self]:
+        yield cls()
 
     def build(self, width: int, channels: Sequence[int]) -> "SrteSincosModule":
         return SrteSincosModule(self, width)

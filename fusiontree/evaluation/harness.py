@@ -3,7 +3,7 @@
 Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,7 @@ def evaluate(
 
 
 @contextmanager
-def _without_git() -> Iterator[None]:
+def _without_git() -> Generator[None]:
     """Let lm-eval not ask git for the commit of the working directory, which complains where there is none."""
     before, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:

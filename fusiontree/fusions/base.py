@@ -61,7 +61,6 @@ class BaseFusionSpec(FusionSpec):
         return self
 
     def children(self) -> Iterator[tuple[str, NodeSpec]]:
-        """The branches, then the mlp."""
         yield from ((branch_path("", name), node) for name, node in self.branches.items())
         if self.mlp:
             yield "mlp", self.mlp
@@ -75,7 +74,6 @@ class BaseFusionSpec(FusionSpec):
         return next(iter(self.widths(scope).values()))
 
     def gate_scope(self, scope: Scope) -> GateScope:
-        """What surrounds the gate."""
         return GateScope(tuple(self.branches), scope.width, self.fused_width(scope))
 
     def problems(self, scope: Scope) -> Problems:
@@ -92,7 +90,6 @@ class BaseFusionSpec(FusionSpec):
             yield "mlp", f"has to return the width {scope.width}, found {self.mlp.output_width(scope)}"
 
     def flops(self, scope: Scope, length: int) -> float:
-        """The parts around the branches."""
         widths = self.widths(scope)
         parts = self.exchange.flops(widths) if self.exchange else 0.0
         parts += self.align.flops(widths, scope.width) if self.align else 0.0
@@ -124,7 +121,6 @@ class BaseFusionSpec(FusionSpec):
         return bias | ({"projection.weight": ("width", "fused_width")} if self.projection else {})
 
     def sizes(self, scope: Scope) -> Mapping[str, int]:
-        """Axis sizes."""
         sizes = {"width": scope.width, "fused_width": self.fused_width(scope)}
         sizes |= {f"{name}.width": width for name, width in self.widths(scope).items()}
         sizes |= {"exchange_rank": self.exchange.rank} if self.exchange else {}
@@ -221,7 +217,7 @@ class BaseFusionSpec(FusionSpec):
 
 def example_branches(width: int) -> NamedMap[NodeSpec]:
     """Two branches of different kinds, for examples that hold any."""
-    return NamedMap({kind: branches.get(kind).example(width) for kind in ("attention", "mamba2")})
+    return NamedMap({kind: next(branches.get(kind).examples(width)) for kind in ("attention", "mamba2")})
 
 
 class BaseFusion(Fusion):
@@ -255,7 +251,6 @@ class BaseFusion(Fusion):
         return fused if self.projection is None else self.projection(fused)
 
     def forward(self, x: Stream, context: Context) -> Stream:
-        """Run the parts in their order."""
         features = {name: branch(x, context) for name, branch in self.branches.items()}
         if self.branch_norm:
             features = {name: self.branch_norm[name](h) for name, h in features.items()}

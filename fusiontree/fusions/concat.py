@@ -1,5 +1,6 @@
 """The branches side by side under one projection, each with its own columns: W [h_1; h_2] = W_1 h_1 + W_2 h_2."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -24,20 +25,18 @@ class Concat(BaseFusionSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Two branches and a bias."""
-        return cls.model_validate({"branches": example_branches(width), "projection": {"bias": True}})
+        yield cls.model_validate({"branches": example_branches(width), "projection": {"bias": True}})
 
     def projection_inputs(self, scope: Scope) -> int:
         """All the branches' features."""
         return sum(self.widths(scope).values())
 
     def build(self, scope: Scope) -> "ConcatModule":
-        """The module."""
         return ConcatModule(self, scope)
 
     def projection_axes(self) -> dict[str, tuple[str, ...]]:
-        """The axes of the projection."""
         axes = {f"projection.inputs.{name}.weight": ("width", f"{name}.width") for name in self.branches}
         return axes | ({"projection.bias": ("width",)} if self.projection and self.projection.bias else {})
 

@@ -1,5 +1,6 @@
 """The gated fusion: a convex combination of the branches, unit by unit of the gate."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from einops import rearrange
@@ -31,9 +32,9 @@ class Gated(BaseFusionSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Two branches, every part."""
-        return cls.model_validate(
+        yield cls.model_validate(
             {
                 "branches": example_branches(width),
                 "branch_norm": {"gain": "none"},
@@ -47,15 +48,12 @@ class Gated(BaseFusionSpec):
 
     @property
     def gate_spec(self) -> GateSpec | None:
-        """The gate."""
         return self.gate
 
     def build(self, scope: Scope) -> "GatedModule":
-        """The module."""
         return GatedModule(self, scope)
 
     def rule_without(self, branch: str, left: int) -> dict[str, Any]:
-        """The fields of the rule that change as a branch leaves."""
         return {"gate": self.gate.without_branch(branch).data() if self.gate and left > 1 else None}
 
 
@@ -63,7 +61,6 @@ class GatedModule(BaseFusion):
     """The module of `Gated`."""
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
-        """The combination."""
         if not weights:
             return next(iter(features.values()))
         return total(_times(h, weights[name]) for name, h in features.items())

@@ -24,14 +24,13 @@ class Inject(BaseFusionSpec):
     norm: Norm | None = None
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Two branches into a feed-forward network."""
-        return cls.model_validate(
+        yield cls.model_validate(
             {"branches": example_branches(width), "into": {"kind": "mlp", "hidden": 8}, "norm": {}, "projection": {}}
         )
 
     def children(self) -> Iterator[tuple[str, NodeSpec]]:
-        """The branches, then the node that reads them."""
         yield from super().children()
         yield "into", self.into
 
@@ -42,7 +41,6 @@ class Inject(BaseFusionSpec):
             yield "into", f"has to return the width {scope.width}, found {self.into.output_width(scope)}"
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """As of every fusion, and the norm's."""
         own = {"norm.weight": ("width",)} if self.norm and self.norm.gain != "none" else {}
         return {**super().axes(), **own}
 
@@ -51,7 +49,6 @@ class Inject(BaseFusionSpec):
         return False
 
     def build(self, scope: Scope) -> "InjectModule":
-        """The module."""
         return InjectModule(self, scope)
 
 
@@ -64,10 +61,8 @@ class InjectModule(BaseFusion):
         self.norm = NormModule(spec.norm, scope.width) if spec.norm else None
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
-        """The sum of the branches."""
         return total(features.values())
 
     def forward(self, x: Stream, context: Context) -> Stream:
-        """The branches, then the node."""
         x = x + super().forward(x, context)
         return self.into(x if self.norm is None else self.norm(x), context)

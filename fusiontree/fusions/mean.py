@@ -1,5 +1,6 @@
 """The mean of the branches (Hymba, arXiv 2411.13676)."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from fusiontree.components import Count, Scope, Weights, fusions, total
@@ -18,9 +19,8 @@ class Mean(BaseFusionSpec):
     over: Count | None = None
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        """Two branches."""
-        return cls(branches=example_branches(width))
+    def examples(cls, width: int) -> Iterator[Self]:
+        yield cls(branches=example_branches(width))
 
     @property
     def divisor(self) -> int:
@@ -28,15 +28,12 @@ class Mean(BaseFusionSpec):
         return self.over or len(self.branches)
 
     def build(self, scope: Scope) -> "MeanModule":
-        """The module."""
         return MeanModule(self, scope)
 
     def is_identity(self, branch: str) -> bool:
-        """Whether the rule leaves a single branch as it is."""
         return self.divisor == 1
 
     def rule_without(self, branch: str, left: int) -> dict[str, Any]:
-        """The fields of the rule that change as a branch leaves."""
         return {"over": self.divisor}
 
 
@@ -48,5 +45,4 @@ class MeanModule(BaseFusion):
         self.divisor = spec.divisor
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
-        """The mean."""
         return total(features.values()) / self.divisor

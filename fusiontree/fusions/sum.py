@@ -1,5 +1,6 @@
 """The sum of the branches, each times a constant (Falcon-H1, arXiv 2507.22448)."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
@@ -27,21 +28,17 @@ class Sum(BaseFusionSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
-        """Two branches."""
+    def examples(cls, width: int) -> Iterator[Self]:
         branches = example_branches(width)
-        return cls.model_validate({"branches": branches, "multipliers": {next(iter(branches)): 0.5}})
+        yield cls.model_validate({"branches": branches, "multipliers": {next(iter(branches)): 0.5}})
 
     def build(self, scope: Scope) -> "SumModule":
-        """The module."""
         return SumModule(self, scope)
 
     def is_identity(self, branch: str) -> bool:
-        """Whether the rule leaves a single branch as it is."""
         return self.multipliers.get(branch, 1.0) == 1.0
 
     def rule_without(self, branch: str, left: int) -> dict[str, Any]:
-        """The fields of the rule that change as a branch leaves."""
         return {"multipliers": {name: value for name, value in self.multipliers.items() if name != branch}}
 
 
@@ -53,5 +50,4 @@ class SumModule(BaseFusion):
         self.multipliers = dict(spec.multipliers)
 
     def fuse(self, features: Features, weights: Weights) -> Fused:
-        """The sum."""
         return total(scaled(h, self.multipliers.get(name, 1.0)) for name, h in features.items())

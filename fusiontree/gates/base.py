@@ -1,6 +1,6 @@
 """What gates have in common: where their logits come from, at every granularity."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 from jaxtyping import Float
@@ -49,13 +49,19 @@ class LearnedGateSpec(GateSpec):
             raise invalid({("rank",): f"only for 'head' and 'channel' gates that read their input: {text}"})
         return self
 
+    @classmethod
+    def examples(cls, branches: tuple[str, ...], width: int) -> Iterator[Self]:
+        """Every granularity."""
+        yield cls(granularity="channel", rank=4)
+        yield from (cls(granularity=granularity) for granularity in ("layer", "token", "channel"))
+        yield from (cls(granularity="head", heads=4, static=static) for static in (False, True))
+        yield cls(granularity="channel", static=True)
+
     @property
     def reads_features(self) -> bool:
-        """Whether the values depend on the input."""
         return not (self.static or self.granularity == "layer")
 
     def units(self, width: int) -> int:
-        """How many groups of the width have a value of their own."""
         return {"layer": 1, "token": 1, "head": self.heads or 1, "channel": width}[self.granularity]
 
     def problems(self, scope: GateScope) -> Problems:
@@ -80,7 +86,6 @@ class LearnedGateSpec(GateSpec):
         return axes
 
     def sizes(self, scope: GateScope) -> Mapping[str, int]:
-        """Axis sizes."""
         return {**super().sizes(scope), **({"rank": self.rank} if self.rank else {})}
 
     def narrow(self, axis: str, keep: tuple[int, ...], scope: GateScope) -> Self:

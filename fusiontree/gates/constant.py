@@ -1,5 +1,6 @@
 """The constant gate: values written in the spec."""
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -36,18 +37,15 @@ class Constant(GateSpec):
         return self
 
     @classmethod
-    def example(cls, branches: tuple[str, ...], width: int) -> Self:
-        """Unequal shares."""
+    def examples(cls, branches: tuple[str, ...], width: int) -> Iterator[Self]:
         weights = range(1, len(branches) + 1)
-        return cls(values=NamedMap({b: w / sum(weights) for b, w in zip(branches, weights, strict=True)}))
+        yield cls(values=NamedMap({b: w / sum(weights) for b, w in zip(branches, weights, strict=True)}))
 
     def build(self, scope: GateScope) -> "ConstantModule":
-        """The module."""
         return ConstantModule(self)
 
     @property
     def reads_features(self) -> bool:
-        """It does not."""
         return False
 
     def problems(self, scope: GateScope) -> Problems:
@@ -78,6 +76,5 @@ class ConstantModule(Gate):
         self.values = dict(spec.values)
 
     def forward(self, features: Features, context: Context) -> Weights:
-        """The shares."""
         open_shares = shared({name: value for name, value in self.values.items() if name not in self.dropped})
         return {name: features.new_full((1,), open_shares.get(name, 0.0)) for name in self.values}

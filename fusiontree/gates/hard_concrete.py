@@ -22,7 +22,6 @@ class HardConcrete(TwoWayGateSpec):
     temperature: Positive = 2 / 3
 
     def build(self, scope: GateScope) -> "HardConcreteModule":
-        """The module."""
         return HardConcreteModule(self, scope)
 
 

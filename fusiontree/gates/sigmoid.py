@@ -1,7 +1,7 @@
 """The sigmoid gate of two branches: g for the first, 1 - g for the second."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,24 +12,16 @@ from fusiontree.gates.base import Features, LearnedGateSpec, Logit
 class TwoWayGateSpec(LearnedGateSpec):
     """A gate of exactly two branches; its value belongs to the first."""
 
-    @classmethod
-    def example(cls, branches: tuple[str, ...], width: int) -> Self:
-        """Channel-wise and low-rank."""
-        return cls(granularity="channel", rank=4)
-
     def problems(self, scope: GateScope) -> Problems:
-        """Another number of branches."""
         yield from super().problems(scope)
         if len(scope.branches) != 2:
             kind = getattr(self, "kind", "this gate")
             yield "kind", f"{kind!r} weighs two branches, found {len(scope.branches)}; softmax takes any number"
 
     def flops(self, scope: GateScope) -> float:
-        """One logit for each unit."""
         return self.logit_flops(scope)
 
     def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-        """The axes of the logit."""
         return self.logit_axes("logit.")
 
 
@@ -40,7 +32,6 @@ class Sigmoid(TwoWayGateSpec):
     kind: Literal["sigmoid"] = "sigmoid"
 
     def build(self, scope: GateScope) -> "TwoWayGate":
-        """The module."""
         return SigmoidModule(self, scope)
 
 
@@ -57,7 +48,6 @@ class TwoWayGate(Gate):
         raise NotImplementedError
 
     def forward(self, features: Features, context: Context) -> Weights:
-        """Both branches' values."""
         first, second = self.branches
         g = self.value(self.logit(features))
         if self.dropped:
@@ -69,5 +59,4 @@ class SigmoidModule(TwoWayGate):
     """The module of `Sigmoid`."""
 
     def value(self, logit: Tensor) -> Tensor:
-        """The logistic function."""
         return logit.sigmoid()

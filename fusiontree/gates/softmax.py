@@ -1,7 +1,7 @@
 """The softmax gate: any number of branches, one logit for each."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,21 +17,13 @@ class Softmax(LearnedGateSpec):
     kind: Literal["softmax"] = "softmax"
     temperature: Positive = 1.0
 
-    @classmethod
-    def example(cls, branches: tuple[str, ...], width: int) -> Self:
-        """Four groups of the width."""
-        return cls(granularity="head", heads=4)
-
     def build(self, scope: GateScope) -> "SoftmaxModule":
-        """The module."""
         return SoftmaxModule(self, scope)
 
     def flops(self, scope: GateScope) -> float:
-        """A logit for each branch and unit."""
         return len(scope.branches) * self.logit_flops(scope)
 
     def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-        """The axes of every branch's logit."""
         return {k: v for branch in branches for k, v in self.logit_axes(f"logits.{branch}.").items()}
 
 
@@ -44,7 +36,6 @@ class SoftmaxModule(Gate):
         self.logits = nn.ModuleDict({branch: Logit(spec, scope) for branch in scope.branches})
 
     def forward(self, features: Features, context: Context) -> Weights:
-        """Every branch's values."""
         logits = {branch: logit(features) / self.temperature for branch, logit in self.logits.items()}
         open_logits = [x if b not in self.dropped else torch.full_like(x, -torch.inf) for b, x in logits.items()]
         values = torch.stack(open_logits).softmax(0)

@@ -1,6 +1,6 @@
 """Operators with several interchangeable backends: choosing one, and explaining the choice."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -165,7 +165,7 @@ class Op(Generic[InputsT]):
 
 
 @contextmanager
-def use_backend(backends: Mapping[str, str]) -> Iterator[None]:
+def use_backend(backends: Mapping[str, str]) -> Generator[None]:
     """Replace "auto" by named backends inside the block, e.g. `{"ssd": "reference"}`.
 
     Raises:

@@ -1,6 +1,6 @@
 """A model that computes in another type, without a copy of it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ Held = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 @contextmanager
-def computing_in(model: LanguageModel, dtype: torch.dtype) -> Iterator[None]:
+def computing_in(model: LanguageModel, dtype: torch.dtype) -> Generator[None]:
     """Each node's own parameters have another type while it runs, so that only one node's are there twice.
 
     Those of the embedding have it all the time: a tied head reads them, and caches are made in their type.
@@ -52,10 +52,10 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 def _widen(held: Held, dtype: torch.dtype) -> Any:
     def widen(module: nn.Module, *_: Any) -> None:
         for part in _parts(module):
-            own = {name: parameter for name, parameter in part._parameters.items() if parameter is not None}
-            held.append((part._parameters, own))
-            wide = {name: nn.Parameter(parameter.detach().to(dtype), False) for name, parameter in own.items()}
-            part._parameters.update(wide)
+            parameters = part._parameters  # pyright: ignore[reportPrivateUsage]
+            own = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+            held.append((parameters, own))
+            parameters.update({name: nn.Parameter(p.detach().to(dtype), False) for name, p in own.items()})
 
     return widen
 

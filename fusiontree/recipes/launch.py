@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from uuid import uuid4
 
@@ -42,7 +42,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 @contextmanager
-def _shared_cores(processes: int) -> Iterator[None]:
+def _shared_cores(processes: int) -> Generator[None]:
     """Threads for each process, unless the user has said how many."""
     if machine.threads_are_set():
         yield
@@ -58,7 +58,7 @@ def _shared_cores(processes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _silent(*names: str) -> Iterator[None]:
+def _silent(*names: str) -> Generator[None]:
     """Leave what is said of failed processes to the processes themselves."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

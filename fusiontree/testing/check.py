@@ -1,6 +1,7 @@
-"""Run the laws on a component: on its example, in a small model around it."""
+"""Run the laws on a component: on its examples, in small models around them."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from fusiontree.core.contracts.encoding import EncodingSpec, encodings
@@ -53,17 +54,17 @@ def check_spec(spec: ModelSpec, *, laws: tuple[Law, ...] = LAWS) -> None:
 
 
 def models(component: type[Spec]) -> Iterator[ModelSpec]:
-    """Small models around a component's example, one for each way that it can be used."""
+    """Small models around a component's examples, one for each way that they can be used."""
     if not isinstance(component, type):
         raise TypeError(f"check takes a spec class, such as fusiontree.branches.Attention; found {component!r:.60}")
     if issubclass(component, BranchSpec):
-        yield from _around_branch(component.example(WIDTH))
+        yield from _around_branch(component)
     elif issubclass(component, FusionSpec):
-        yield _model(component.example(WIDTH))
+        yield from map(_model, component.examples(WIDTH))
     elif issubclass(component, GateSpec):
-        yield from (_model(_gated(gate)) for gate in _gates(component))
+        yield from (_model(_gated(gate)) for gate in component.examples(NAMES, WIDTH))
     elif issubclass(component, EncodingSpec):
-        yield from _around_encoding(component.example(WIDTH))
+        yield from _around_encoding(component)
     else:
         raise TypeError(f"{component.__qualname__} is neither a branch, a fusion, a gate nor an encoding")
 
@@ -75,38 +76,23 @@ def _model(mixer: NodeSpec, named: dict[str, EncodingSpec] | None = None) -> Mod
     return ModelSpec.model_validate(data)
 
 
-def _around_branch(branch: BranchSpec) -> Iterator[ModelSpec]:
-    """Plain, and with every encoding that it has a hook for."""
-    yield _model(branch)
+def _around_branch(component: type[BranchSpec]) -> Iterator[ModelSpec]:
+    """Each example by itself, and the first with every encoding that it has a hook for."""
+    yield from map(_model, component.examples(WIDTH))
     for _, kind in encodings.usable():
-        encoding = kind.example(WIDTH)
-        if encoding.hooks & branch.hooks:
-            yield _model(branch.model_copy(update={"encodings": ("time",)}), {"time": encoding})
+        yield from _naming(next(component.examples(WIDTH)), next(kind.examples(WIDTH)))
 
 
-def _around_encoding(encoding: EncodingSpec) -> Iterator[ModelSpec]:
-    """Shared by every kind of branch that has a hook for it."""
-    for _, kind in branches.usable():
-        branch = kind.example(WIDTH)
-        if encoding.hooks & branch.hooks:
-            yield _model(branch.model_copy(update={"encodings": ("time",)}), {"time": encoding})
+def _around_encoding(component: type[EncodingSpec]) -> Iterator[ModelSpec]:
+    """The first example shared by every kind of branch that has a hook for it, the others by one kind."""
+    for number, encoding in enumerate(component.examples(WIDTH)):
+        around = (model for _, kind in branches.usable() for model in _naming(next(kind.examples(WIDTH)), encoding))
+        yield from around if number == 0 else islice(around, 1)
 
 
-def _gates(component: type[GateSpec]) -> Iterator[GateSpec]:
-    """The example, and every granularity where there is a choice."""
-    example = component.example(NAMES, WIDTH)
-    yield example
-    if "granularity" in component.model_fields:
-        options = [
-            {"granularity": "layer"},
-            {"granularity": "token"},
-            {"granularity": "head", "heads": 4},
-            {"granularity": "head", "heads": 4, "static": True},
-            {"granularity": "channel"},
-            {"granularity": "channel", "static": True},
-            {"granularity": "channel", "rank": 2},
-        ]
-        yield from (component.model_validate({"kind": example.data()["kind"], **option}) for option in options)
+def _naming(branch: BranchSpec, encoding: EncodingSpec) -> Iterator[ModelSpec]:
+    if encoding.hooks & branch.hooks:
+        yield _model(branch.model_copy(update={"encodings": ("time",)}), {"time": encoding})
 
 
 NAMES = ("first", "second")

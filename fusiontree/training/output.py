@@ -10,7 +10,7 @@ model/           spec.yaml and model.safetensors, once the run is finished
 """
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class Output:
         return RunSpec.from_file(self.run).resolved if self.run.exists() else None
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> Generator[None]:
         """Own the directory while a block runs; one process of the run does. Where the run never began (see
         `begin`), nothing of it stays.
 

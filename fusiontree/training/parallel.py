@@ -1,10 +1,10 @@
 """How processes share a model: plain functions of a module and a device mesh, for any training loop."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ def rows_at_a_time(rows: int, microbatch_rows: int | None, processes: int) -> in
 
 
 @contextmanager
-def world() -> Iterator[tuple[int, int]]:
+def world() -> Generator[tuple[int, int]]:
     """Join the processes that torchrun started, or be the only one; yields (rank, processes).
 
     Raises:
@@ -94,7 +94,7 @@ def world() -> Iterator[tuple[int, int]]:
 def _join(alone: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.HashStore() if alone else None  # pyright: ignore[reportPrivateImportUsage]
-    place = {"store": store, "rank": 0, "world_size": 1} if alone else {}
+    place: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if alone else {}
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, **place)
     except (ValueError, RuntimeError) as error:

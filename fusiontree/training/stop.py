@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -26,7 +26,7 @@ class Stop:
         self._before: dict[int, object] = {}
 
     @contextmanager
-    def listening(self) -> Iterator["Stop"]:
+    def listening(self) -> Generator["Stop"]:
         """Take signals while a block runs (in the main thread; elsewhere Python delivers none)."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}

@@ -22,7 +22,7 @@ from fusiontree.testing.subject import Subject
 
 torch.set_num_threads(1)
 NARROWED = tuple(law for law in LAWS if law.name == "narrowed")
-TRIED = 8
+TRIED = 9
 DONE = []
 NARROW = {
     "attention": {"windowed_kv_heads", "windowed_queries", "global_queries", "head_dim", "value_dim"},
@@ -41,6 +41,7 @@ NARROW = {
     "gated": {"exchange_rank", "align_hidden", "gate_rank"},
     "hard_concrete": {"gate_rank"},
     "sigmoid": {"gate_rank"},
+    "softmax": {"gate_rank"},
     "srte_learned": {"rank"},
 }
 """The axes along which a kind's example narrows; kinds that are not here have none of their own."""
@@ -161,21 +162,21 @@ def test_experts_that_are_never_chosen_leave(scores, renormalise, correction):
 
 
 REFUSED = [
-    (Attention.example(16), "window", [0], "window: no such axis"),
+    (next(Attention.examples(16)), "window", [0], "window: no such axis"),
     (
-        Attention.example(16),
+        next(Attention.examples(16)),
         "head_dim",
         [0, 0],
         "head_dim: expected rising indices in 0..3, one at least, found [0, 0]",
     ),
-    (Attention.example(16), "head_dim", [4], "found [4]"),
-    (Attention.example(16), "head_dim", [], "found []"),
-    (Attention.example(16), "width", [0], "width: cannot be narrowed here, the order of its parts matters"),
-    (Mamba2.example(16), "conv", [0], "conv: cannot be narrowed here, the order of its parts matters"),
+    (next(Attention.examples(16)), "head_dim", [4], "found [4]"),
+    (next(Attention.examples(16)), "head_dim", [], "found []"),
+    (next(Attention.examples(16)), "width", [0], "width: cannot be narrowed here, the order of its parts matters"),
+    (next(Mamba2.examples(16)), "conv", [0], "conv: cannot be narrowed here, the order of its parts matters"),
     (Mamba2(heads=4, head_dim=6, state=2, norm={"kind": "layer"}), "head_dim", [0], "a layer norm over it would move"),
     (Mamba2(heads=3, head_dim=2, state=2, norm={"groups": 2}), "group_heads", [0, 1], "2 groups would not stay equal"),
-    (Moe.example(16), "groups", [0], "router.top_groups: found 2, groups is 1"),
-    (Moe.example(16), "group_experts", [0], "of which two have to stay"),
+    (next(Moe.examples(16)), "groups", [0], "router.top_groups: found 2, groups is 1"),
+    (next(Moe.examples(16)), "group_experts", [0], "of which two have to stay"),
 ]
 
 
@@ -213,15 +214,15 @@ def test_keys_that_a_later_layer_reads_refuse_by_its_path():
 
 def test_a_path_that_is_none_names_the_nearest():
     with pytest.raises(SpecError, match=r"mixr: nothing there can be narrowed, did you mean 'layers.0.mixer'"):
-        narrow_spec(model(Mla.example(16)), "layers.0.mixr", "rank", [0])
+        narrow_spec(model(next(Mla.examples(16))), "layers.0.mixr", "rank", [0])
 
 
 def test_narrowing_is_pure_and_remembered():
-    spec = model(Mamba1.example(16), prefix={"tokens": 1})
+    spec = model(next(Mamba1.examples(16)), prefix={"tokens": 1})
     weights = build(spec).state_dict()
     before = {name: tensor.clone() for name, tensor in weights.items()}
     narrower = narrow_spec(spec, "layers.0.mixer", "inner", [1, 4, 5])
-    assert narrower.lineage[-1].edit == "narrow layers.0.mixer, inner, to 3 of 12"
+    assert narrower.lineage[-1].edit == "narrow layers.0.mixer, inner, to 3 of 24"
     assert narrower.lineage[-1].parent == spec.digest()
     narrow_weights(spec, weights, "layers.0.mixer", "inner", [1, 4, 5])
     assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
@@ -277,4 +278,4 @@ def test_slopes_of_other_heads_are_found(monkeypatch):
 
 
 def test_a_narrowed_model_keeps_every_law():
-    check_spec(narrow_spec(model(Mamba2.example(16)), "layers.0.mixer", "head_dim", [0, 2, 5]))
+    check_spec(narrow_spec(model(next(Mamba2.examples(16))), "layers.0.mixer", "head_dim", [0, 2, 5]))

@@ -1,8 +1,11 @@
 """Every registered component keeps every law."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
+from fusiontree.core.contracts.encoding import EncodingSpec
 from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.testing import check, check_spec
 from fusiontree.zoo.presets import load_spec
@@ -26,3 +29,30 @@ def test_presets_keep_the_laws_when_made_small(name):
         mixer |= {"align.hidden": 8, "mlp.hidden": 8}
     small = spec.model_copy(update={"layers": one, "width": 16, "vocab_size": 11})
     check_spec(small.replace({f"layers.0.mixer.{path}": value for path, value in mixer.items()}))
+
+
+class Without(EncodingSpec):
+    """An encoding that says nothing of examples."""
+
+    hooks: ClassVar[frozenset[str]] = frozenset()
+
+    def build(self, width, channels):
+        raise NotImplementedError
+
+
+class Older(Without):
+    """One that was written when a class had one example."""
+
+    @classmethod
+    def example(cls, width):
+        return cls()
+
+
+def test_a_class_with_one_example_works_on_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"Older\.example: define `examples`, which yields several"):
+        assert list(Older.examples(16)) == [Older()]
+
+
+def test_a_class_without_examples_says_what_to_define():
+    with pytest.raises(NotImplementedError, match=r"Without: has no examples; define the class method `examples`"):
+        check(Without)

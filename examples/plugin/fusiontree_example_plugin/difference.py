@@ -4,7 +4,7 @@ In a parallel hybrid, subtracting did better than adding once the branches are n
 2510.04800); what two branches have in common cancels, as between the two maps of Ye et al., arXiv 2410.05258.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
@@ -31,10 +31,10 @@ class Difference(BaseFusionSpec):
         return self
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Two branches."""
         branches = example_branches(width)
-        return cls.model_validate({"branches": branches, "minus": list(branches)[-1]})
+        yield cls.model_validate({"branches": branches, "minus": list(branches)[-1]})
 
     def build(self, scope: Scope) -> "DifferenceModule":
         """The module."""

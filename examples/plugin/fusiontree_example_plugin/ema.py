@@ -5,7 +5,7 @@ Channel c has `state` averages s_t = alpha x_t + (1 - alpha delta) s_(t-1), whos
 out: a factor of eta says the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -41,9 +41,9 @@ class Ema(BranchSpec):
     state: Count = 4
 
     @classmethod
-    def example(cls, width: int) -> Self:
+    def examples(cls, width: int) -> Iterator[Self]:
         """Half as wide inside."""
-        return cls(hidden=width // 2, state=3)
+        yield cls(hidden=width // 2, state=3)
 
     def build(self, scope: Scope) -> "EmaModule":
         """The module."""

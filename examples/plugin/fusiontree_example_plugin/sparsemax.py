@@ -4,7 +4,7 @@ Martins and Astudillo, From softmax to sparsemax, arXiv 1602.02068, algorithm 1.
 """
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,6 @@ class Sparsemax(LearnedGateSpec):
     """A softmax that can close branches fully. Of two branches it is a hard sigmoid."""
 
     kind: Literal["sparsemax"] = "sparsemax"
-
-    @classmethod
-    def example(cls, branches: tuple[str, ...], width: int) -> Self:
-        """Channel-wise and low-rank."""
-        return cls(granularity="channel", rank=4)
 
     def build(self, scope: GateScope) -> "SparsemaxModule":
         """The module."""

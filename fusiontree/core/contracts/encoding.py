@@ -10,6 +10,7 @@ from torch import Tensor
 from fusiontree.core.contracts import axes
 from fusiontree.core.contracts.axes import Narrowing
 from fusiontree.core.contracts.context import Table
+from fusiontree.core.contracts.examples import by_older_name
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.spec.base import Spec
 from fusiontree.core.spec.registry import Registry
@@ -26,9 +27,9 @@ class EncodingSpec(Spec, ABC):
     """As of a node."""
 
     @classmethod
-    @abstractmethod
-    def example(cls, width: int) -> Self:
-        """A small valid instance; the laws are tested on it."""
+    def examples(cls, width: int) -> Iterator[Self]:
+        """As of a node."""
+        yield from by_older_name(cls, width)
 
     @property
     def limit(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusiontree.core.contracts.context import Context
+from fusiontree.core.contracts.examples import by_older_name
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.spec.base import Problems, Spec
 from fusiontree.core.spec.registry import Registry
@@ -32,9 +33,9 @@ class GateSpec(Spec, ABC):
     """How much of each branch; the values of all branches sum to 1."""
 
     @classmethod
-    @abstractmethod
-    def example(cls, branches: tuple[str, ...], width: int) -> Self:
-        """A small valid instance; the laws are tested on it."""
+    def examples(cls, branches: tuple[str, ...], width: int) -> Iterator[Self]:
+        """As of a node."""
+        yield from by_older_name(cls, branches, width)
 
     @abstractmethod
     def build(self, scope: GateScope) -> "Gate":

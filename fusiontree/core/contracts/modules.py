@@ -97,9 +97,9 @@ class LinearModule(nn.Linear, Module):
         self.weight = self.declare("weight", (outputs, inputs), init or fan_in(), decay=True)
         self.bias = self.declare("bias", (outputs,), constant(0.0)) if bias else None
 
-    def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+    def forward(self, input: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Apply the map to the last dimension."""
-        return products.linear(x, self.weight, self.bias)
+        return products.linear(input, self.weight, self.bias)
 
 
 class Norm(Spec):

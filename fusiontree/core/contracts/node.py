@@ -17,6 +17,7 @@ from fusiontree.core.contracts import axes
 from fusiontree.core.contracts.axes import Narrowing
 from fusiontree.core.contracts.context import Context, State
 from fusiontree.core.contracts.encoding import EncodingSpec, Hook
+from fusiontree.core.contracts.examples import by_older_name
 from fusiontree.core.contracts.modules import Module
 from fusiontree.core.spec.base import Name, Problems, Spec
 from fusiontree.core.spec.registry import Registry
@@ -55,9 +56,10 @@ class NodeSpec(Spec, ABC):
     kv_source_field: ClassVar[str | None] = None
 
     @classmethod
-    @abstractmethod
-    def example(cls, width: int) -> Self:
-        """A small valid instance for a stream of this width (a multiple of 8); the laws are tested on it."""
+    def examples(cls, width: int) -> Iterator[Self]:
+        """Small valid instances for a stream of this width (a multiple of 8), the most telling one first; the laws are
+        tested on them, and random specs are made of them."""
+        yield from by_older_name(cls, width)
 
     @abstractmethod
     def build(self, scope: Scope) -> "Node":

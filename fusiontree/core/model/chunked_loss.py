@@ -54,7 +54,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(ctx.dtypes)
         for place, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
             found[place] = (gradient * grad).to(ctx.dtypes[place])  # rounded once, behind the mean

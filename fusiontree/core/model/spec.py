@@ -275,7 +275,8 @@ def _expanded_place(place: Place, data: Any) -> Place:
             return ("layers", _layers_before(data, index) + inner, *rest)
         case ("layers", int(index), *rest):
             return ("layers", _layers_before(data, index), *rest)
-    return place
+        case _:
+            return place
 
 
 def _layers_before(data: Any, index: int) -> int:

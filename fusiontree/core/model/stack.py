@@ -37,9 +37,9 @@ class Embedding(nn.Embedding, Module):
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.weight = self.declare("weight", (vocab_size, width), normal(0.02))
 
-    def forward(self, tokens: Ids) -> Features:
-        """Look up the vectors."""
-        return F.embedding(tokens, self.weight)
+    def forward(self, input: Ids) -> Features:
+        """Look up the vectors of tokens."""
+        return F.embedding(input, self.weight)
 
 
 class Stack(nn.Module):

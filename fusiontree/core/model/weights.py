@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -145,7 +145,7 @@ def may_be_replaced(target: Path) -> bool:
 
 
 @contextmanager
-def complete_directory(target: Path) -> Iterator[Path]:
+def complete_directory(target: Path) -> Generator[Path]:
     """A directory to write into that takes its place, or replaces the files there, when the block ends well.
 
     Raises:

@@ -1,6 +1,6 @@
 """Looking at and taking over a model's gates and branches, for a while, without editing it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ class HasMode(Protocol):
 
 
 @contextmanager
-def evaluating(model: HasMode) -> Iterator[None]:
+def evaluating(model: HasMode) -> Generator[None]:
     """Evaluation mode while the block runs: gates make no noise."""
     was_training = model.training
     if was_training:
@@ -44,7 +44,7 @@ def evaluating(model: HasMode) -> Iterator[None]:
 
 
 @contextmanager
-def watch(gates: Mapping[str, Gate], see: Callable[[str, Weights, Real | None], None]) -> Iterator[None]:
+def watch(gates: Mapping[str, Gate], see: Callable[[str, Weights, Real | None], None]) -> Generator[None]:
     """Show what gates give, each time that one runs while the block does; without gates nothing happens.
 
     Args:
@@ -66,7 +66,7 @@ def _showing(path: str, see: Callable[[str, Weights, Real | None], None]) -> Cal
 
 
 @contextmanager
-def observe(model: nn.Module) -> Iterator[Observation]:
+def observe(model: nn.Module) -> Generator[Observation]:
     """Collect statistics of every gate while the block runs."""
     observation = Observation()
     with watch(gates(model), observation.add):
@@ -74,7 +74,7 @@ def observe(model: nn.Module) -> Iterator[Observation]:
 
 
 @contextmanager
-def force(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> Iterator[None]:
+def force(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> Generator[None]:
     """Give gates constant values, by the path of a gate or of its fusion, then by branch name.
 
     Branches that are not named share what is left equally.
@@ -119,7 +119,7 @@ def complete(path: str, given: Mapping[str, float], branches: list[str]) -> dict
 
 
 @contextmanager
-def drop(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+def drop(model: nn.Module, paths: Iterable[str]) -> Generator[None]:
     """Silence branches, sub-layers or whole layers: their output is 0 before anything reads it (law 8)."""
     modules = dict(model.named_modules())
     with eagerly(), ExitStack() as stack:

@@ -1,7 +1,7 @@
 """`ssd` by the Triton kernels of mamba-ssm (`mamba_ssm.ops.triton.ssd_combined`, read at 2.3.2.post1)."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -26,7 +26,7 @@ def _refusal(request: SSDRequest) -> str | None:
 
 
 @contextmanager
-def _bare(package: str) -> Iterator[None]:
+def _bare(package: str) -> Generator[None]:
     """Let modules of a package be imported without its own `__init__` running."""
     spec = find_spec(package)
     assert spec is not None

@@ -4,7 +4,7 @@ So the sum over micro-batches and processes is the value of the whole step, what
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -109,7 +109,7 @@ AnyObjective = Annotated[ObjectiveSpec, objectives]
 
 
 @contextmanager
-def captured(gates: Mapping[str, Gate]) -> Iterator[list[GateValues]]:
+def captured(gates: Mapping[str, Gate]) -> Generator[list[GateValues]]:
     """Collect what these gates give while a block runs, with its graph for gradients."""
     found: list[GateValues] = []
 

@@ -40,7 +40,7 @@ def install() -> None:
 def _set_timeout() -> None:
     """torch 2.14 made this public."""
     if not hasattr(dist, "set_timeout"):
-        from torch.distributed.distributed_c10d import _set_pg_timeout
+        from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
 
         dist.__dict__["set_timeout"] = lambda timeout, group=None: _set_pg_timeout(timeout, group)
 

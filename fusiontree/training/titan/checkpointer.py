@@ -32,7 +32,7 @@ class Checkpointer(BaseCheckpointManager):
         config: Config,
         *,
         model_parts: list[nn.Module],
-        optimizers: OptimizersContainer,
+        optimizers: "OptimizersContainer[Any]",
         lr_schedulers: LRSchedulersContainer,
         dataloader: BaseDataLoader,
         states: dict[str, Any],
@@ -43,7 +43,7 @@ class Checkpointer(BaseCheckpointManager):
         self.interval = config.interval
         self.model, self.optimizers = model_parts[0], optimizers
         self.trainer: FusionTrainer = states["train_state"]
-        self.others = {"schedule": lr_schedulers, "data": dataloader, "trainer": self.trainer}
+        self.others: dict[str, Any] = {"schedule": lr_schedulers, "data": dataloader, "trainer": self.trainer}
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights and the optimiser's state, live, by path."""

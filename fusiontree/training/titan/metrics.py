@@ -22,7 +22,7 @@ class StepMetrics(MetricsProcessor):
 
     def __init__(self, config: Config, **parts: Any) -> None:
         super().__init__(config, **parts)
-        self.config: StepMetrics.Config = config
+        self.config: StepMetrics.Config = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.record: Record = {}
         self._seconds, self._began = 0.0, 0.0
 

@@ -3,7 +3,7 @@
 import gc
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
 
 
 @contextmanager
-def _claimed(output: Output, rank: int) -> Iterator[None]:
+def _claimed(output: Output, rank: int) -> Generator[None]:
     """Process 0 claims the directory, and all learn whether it could."""
     with ExitStack() as stack:
         problem: FusionTreeError | None = None
@@ -124,7 +124,7 @@ def _write_model(trainer: FusionTrainer) -> None:
 
 
 @contextmanager
-def _logged(path: Path, rank: int) -> Iterator[None]:
+def _logged(path: Path, rank: int) -> Generator[None]:
     """Send what libraries log, and Python's warnings, to a file: all of process 0's, and the others' warnings."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -147,7 +147,7 @@ def _logged(path: Path, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
+def _threads(threads: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

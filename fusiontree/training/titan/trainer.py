@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +104,7 @@ class FusionTrainer(Trainer):
             self._write({"step": self.step} | record)
         self.stop.agree()
 
-    def forward_backward_step(
+    def forward_backward_step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
         """One micro-batch. torchtitan is told the cross entropy alone, and that it is finite: it would stop this
@@ -146,7 +146,7 @@ class FusionTrainer(Trainer):
         return self.step * self.run.training.rows * self.run.text.length
 
     @contextmanager
-    def _observing(self) -> Iterator[Observation | None]:
+    def _observing(self) -> Generator[Observation | None]:
         with ExitStack() as stack:
             due = self.monitor.due(self.step)
             yield stack.enter_context(probes.observe(self.model)) if due else None
