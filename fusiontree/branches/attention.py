@@ -288,10 +288,10 @@ class Attention(ProjectedSpec):
             return norm
         if norm.over == "head":
             return norm.narrowed(self.head_dim, keep)
-        norm = norm.narrowed(self.heads * self.head_dim, self.places(QUERY_AXES, axis, keep, scope))
+        norm = norm.narrowed(self.heads * self.head_dim, self.kept_along(QUERY_AXES, axis, keep, scope))
         if axis.endswith("queries"):
             return norm
-        count = norm.of_keys.narrowed(self.kv_heads * self.head_dim, self.places(KEY_AXES, axis, keep, scope)).count
+        count = norm.of_keys.narrowed(self.kv_heads * self.head_dim, self.kept_along(KEY_AXES, axis, keep, scope)).count
         return norm.model_copy(update={"key_count": count})
 
 

@@ -37,12 +37,12 @@ def _grown(ring: Ring, tokens: int) -> Ring:
 
 def write_token(context: Context, ring: Ring, values: Chunk) -> None:
     """Bring a ring up to date with a chunk of one token, which touches one slot of each row."""
-    fresh, places = _rows(context).fresh, context.once(token_places, *ring.shape[1:3])
+    fresh, targets = _rows(context).fresh, context.once(token_slots, *ring.shape[1:3])
     slots, values = ring.view(-1, *ring.shape[3:]), values.flatten(0, 2).to(ring.dtype)
     if fresh is not None:
         fresh = fresh.repeat_interleave(ring.shape[1])
-        values = torch.where(_over(fresh, values), values, slots[places])
-    slots.index_copy_(0, places, values)
+        values = torch.where(_over(fresh, values), values, slots[targets])
+    slots.index_copy_(0, targets, values)
 
 
 def write_chunk(context: Context, ring: Ring, values: Chunk) -> None:
@@ -67,7 +67,7 @@ def ages(context: Context, ring: Ring) -> Int[Tensor, "batch used"]:
     return found[:, : min(rows.held, slots)]
 
 
-def token_places(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
+def token_slots(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
     """Where rings, seen as [batch*heads*slots, channels], keep the token of each row, in a chunk of one."""
     rows = _rows(context)
     slot = (rows.after - (1 + rows.prefix)) % (slots - rows.prefix)

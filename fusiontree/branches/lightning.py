@@ -131,7 +131,7 @@ class Lightning(ProjectedSpec):
         if axis not in axes.names([self.inner_axes]):
             return super().narrowed_fields(axis, keep, scope)
         slopes = tuple(self.slopes[head] for head in keep) if axis == "heads" else self.slopes
-        norm = self.norm.narrowed(self.inner, self.places(self.inner_axes, axis, keep, scope))
+        norm = self.norm.narrowed(self.inner, self.kept_along(self.inner_axes, axis, keep, scope))
         return {axis: len(keep), "slopes": slopes, "norm": norm}
 
 

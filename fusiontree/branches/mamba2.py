@@ -52,18 +52,18 @@ class GatedNorm(Norm):
     groups: Count = 1
     order: Literal["gate_first", "norm_first"] = "gate_first"
 
-    def narrowed(self, width: int, places: Sequence[int]) -> Self:
+    def narrowed(self, width: int, kept: Sequence[int]) -> Self:
         """Of equal groups, or without some of them.
 
         Raises:
             SpecError: groups of unequal size would be left.
         """
         size = width // self.groups
-        left = Counter(place // size for place in places)
+        left = Counter(index // size for index in kept)
         if len(set(left.values())) > 1:
             raise SpecError(f"the norm's {self.groups} groups would not stay equal")
         whole = set(left.values()) == {size}
-        narrower = self if whole else super().narrowed(size, places)
+        narrower = self if whole else super().narrowed(size, kept)
         return narrower.model_copy(update={"groups": len(left)})
 
 
@@ -177,7 +177,7 @@ class Mamba2(ProjectedSpec):
         fields: dict[str, Any] = {name: left[name] for name in ("groups", "head_dim")}
         fields["heads"] = left["groups"] * left["group_heads"]
         if self.norm:
-            fields["norm"] = self.norm.narrowed(self.inner, self.places(self.inner_axes, axis, keep, scope))
+            fields["norm"] = self.norm.narrowed(self.inner, self.kept_along(self.inner_axes, axis, keep, scope))
         return fields
 
 

@@ -13,7 +13,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.core.model.weights import SPEC_FILE
 from fusiontree.core.spec import paths, yaml
 from fusiontree.core.spec.base import Flag, NamedMap, Spec, invalid
-from fusiontree.core.spec.fields import places
+from fusiontree.core.spec.fields import targets
 from fusiontree.data import ByteTokenizer, DataSpec
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
@@ -141,16 +141,16 @@ class RunSpec(Spec):
         data = self.data()
         for path, value in edits.items():
             if not path.startswith("model."):
-                for place in self._places(data, path, adding=value is not None):
-                    paths.put(data, place, value)
+                for target in self._targets(data, path, adding=value is not None):
+                    paths.put(data, target, value)
         run = self.parse(data)
         run = run.model_copy(update={"text": run.text.relative_to(Path.cwd())})
         return self.parse(run.data() | {"model": _replaced(run.model, inside)}) if inside else run
 
-    def _places(self, data: Any, path: str, *, adding: bool) -> list[paths.Steps]:
+    def _targets(self, data: Any, path: str, *, adding: bool) -> list[paths.Steps]:
         if not paths.matches(data, path) and paths.matches(self.model.expand().data(), path):
             raise SpecError(f"{path}: a run has none; its model has: model.{path}")
-        return places(RunSpec, data, path, adding=adding)
+        return targets(RunSpec, data, path, adding=adding)
 
     @property
     def directory(self) -> Path:

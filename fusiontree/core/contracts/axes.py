@@ -72,23 +72,23 @@ def positions(dimension: str, sizes: Sizes, keep: Mapping[str, Sequence[int]]) -
     return torch.cat([_within(part, sizes, keep) + start for part, start in _parts(dimension, sizes)])
 
 
-def kept_along(dimension: str, sizes: Sizes, places: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Which indices of each axis stay, where these places along a dimension do.
+def kept_along(dimension: str, sizes: Sizes, indices: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Which indices of each axis stay, where these along a dimension do.
 
     >>> kept_along("heads*head_dim", {"heads": 2, "head_dim": 3}, [3, 5])
     {'heads': (1,), 'head_dim': (0, 2)}
 
     Raises:
-        SpecError: no choice of indices keeps these places and no other.
+        SpecError: no choice of indices keeps these and no other.
     """
     found: dict[str, set[int]] = {axis: set() for axis in _ordered(dimension)}
     for part, start in _parts(dimension, sizes):
         axes = part.split("*")
-        inside = torch.tensor([p - start for p in places if 0 <= p - start < size(part, sizes)], dtype=torch.long)
+        inside = torch.tensor([p - start for p in indices if 0 <= p - start < size(part, sizes)], dtype=torch.long)
         for axis, index in zip(axes, torch.unravel_index(inside, [sizes[axis] for axis in axes]), strict=True):
             found[axis] |= set(index.tolist())
     kept = {axis: tuple(sorted(index)) for axis, index in found.items()}
-    if positions(dimension, sizes, kept).tolist() != list(places):
+    if positions(dimension, sizes, kept).tolist() != list(indices):
         raise SpecError(f"these channels are no whole parts of {dimension.replace('*', ' x ').replace('+', ' and ')}")
     return {axis: index for axis, index in kept.items() if len(index) < sizes[axis]}
 

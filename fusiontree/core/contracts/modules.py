@@ -119,8 +119,8 @@ class Norm(Spec):
             raise invalid({("count",): "a layer norm subtracts the mean of the features that there are; leave it out"})
         return self
 
-    def narrowed(self, width: int, places: Sequence[int]) -> Self:
-        """The norm over those of `width` features at `places`, the others being 0.
+    def narrowed(self, width: int, kept: Sequence[int]) -> Self:
+        """The norm over those of `width` features at the indices `kept`, the others being 0.
 
         Raises:
             SpecError: a layer norm, which moves zeros.

@@ -186,8 +186,8 @@ class NodeSpec(Spec, ABC):
         """
         raise SpecError("the features that it reads cannot be narrowed")
 
-    def places(self, dimension: str, axis: str, keep: tuple[int, ...], scope: Scope) -> list[int]:
-        """Where along a dimension the parts are that stay."""
+    def kept_along(self, dimension: str, axis: str, keep: tuple[int, ...], scope: Scope) -> list[int]:
+        """The indices along a dimension that stay."""
         return axes.positions(dimension, self.sizes(scope), {axis: keep}).tolist()
 
 

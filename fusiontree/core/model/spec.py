@@ -28,7 +28,7 @@ from fusiontree.core.spec.base import (
     parts,
     relocated,
 )
-from fusiontree.core.spec.fields import is_open, places
+from fusiontree.core.spec.fields import is_open, targets
 from fusiontree.errors import SpecError, suggest
 
 
@@ -232,7 +232,7 @@ class ModelSpec(Spec):
             raise SpecError(f"replace: a mapping from paths to values is needed, found {edits!r:.80}")
         data = self.expand().data()
         for pattern, value in edits.items():
-            for path in places(ModelSpec, data, pattern, adding=value is not None):
+            for path in targets(ModelSpec, data, pattern, adding=value is not None):
                 _edit(data, path, plain(value))
                 if leftovers.removes(pattern, edits):
                     paths.get(data, path[:-1]).pop(path[-1], None)

@@ -22,7 +22,7 @@ def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
     return isinstance(data, Mapping) and any(_is_map(each) for kind in kinds for each in _plain(kind, data))
 
 
-def places(spec: type[Spec], data: Any, pattern: str, *, adding: bool) -> list[Steps]:
+def targets(spec: type[Spec], data: Any, pattern: str, *, adding: bool) -> list[Steps]:
     """Where a pattern points to in the data of a spec; when adding, a new name in an open mapping included.
 
     Raises:
