@@ -136,3 +136,14 @@ def test_what_is_not_learned_is_saved_and_starts_at_0(tmp_path):
     correction.add_(torch.arange(6.0))
     ft.save(model, tmp_path / "saved")
     assert torch.equal(ft.load(tmp_path / "saved").get_buffer("layers.0.ffn.correction"), torch.arange(6.0))
+
+
+@pytest.mark.parametrize("more", [{}, {"activation": "relu2"}, {"top_k": 4, "shared_hidden": 3}], ids=str)
+def test_a_token_alone_has_the_values_and_gradients_that_it_has_among_others(more):
+    branch, x = built(**more), tokens(rows=1, time=5).requires_grad_()
+    alone, among = run(branch, x[:, :1]), run(branch, x)[:, :1]
+    torch.testing.assert_close(alone, among, rtol=0, atol=1e-12)
+    leaves = [x, *branch.parameters()]
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (alone, among)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
