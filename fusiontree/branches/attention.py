@@ -250,7 +250,7 @@ class Attention(ProjectedSpec):
         if not self.global_heads:
             return {name: {name: row} for name, row in rows.items()}
         return {
-            name: {f"{name}.{group}": part for group, part in zip(groups, row.split("+"), strict=True)}
+            name: {f"{name}.{group}_heads": part for group, part in zip(groups, row.split("+"), strict=True)}
             for name, row in rows.items()
         }
 
@@ -320,7 +320,7 @@ class HeadMaps(nn.ModuleDict):
 
 def _maps(spec: Attention, width: int, rows: Mapping[str, int]) -> LinearModule | HeadMaps:
     """One map, or one for each kind of heads, of so many rows."""
-    maps = {name: LinearModule(width, count, bias=spec.bias) for name, count in rows.items()}
+    maps = {f"{name}_heads": LinearModule(width, count, bias=spec.bias) for name, count in rows.items()}
     return HeadMaps(maps) if len(maps) > 1 else next(iter(maps.values()))
 
 

@@ -36,8 +36,10 @@ def test_rows_go_to_the_heads_that_they_were_of():
     packed, model = load_file(OLD / "model.safetensors"), load(OLD)
     for path in ("layers.0.mixer", "shared.block"):
         q, v = (model.get_submodule(f"{path}.{name}") for name in ("q", "v"))
-        assert torch.equal(torch.cat([q["windowed"].weight, q["global"].weight]), packed[f"{path}.q.weight"])
-        assert [v["windowed"].bias.tolist(), v["global"].bias.tolist()] == [
+        assert torch.equal(
+            torch.cat([q["windowed_heads"].weight, q["global_heads"].weight]), packed[f"{path}.q.weight"]
+        )
+        assert [v["windowed_heads"].bias.tolist(), v["global_heads"].bias.tolist()] == [
             packed[f"{path}.v.bias"][:4].tolist(),
             packed[f"{path}.v.bias"][4:].tolist(),
         ]
@@ -59,13 +61,13 @@ def rewrite(directory, edit, numbers=None):
     ("edit", "numbers", "text"),
     [
         (lambda t: None, {"weights": "3"}, "model.safetensors: format: expected 1 or 2, found 3; a newer FusionTree"),
-        (lambda t: None, {"weights": "2"}, "tensor 'shared.block.q.windowed.weight' is missing"),
+        (lambda t: None, {"weights": "2"}, "tensor 'shared.block.q.windowed_heads.weight' is missing"),
         (
             lambda t: t.update({"layers.0.mixer.q.bias": torch.ones(23)}),
             {},
-            "'layers.0.mixer.q.windowed.bias' is missing",
+            "'layers.0.mixer.q.windowed_heads.bias' is missing",
         ),
-        (lambda t: t.pop("layers.0.mixer.k.weight"), {}, "'layers.0.mixer.k.windowed.weight' is missing"),
+        (lambda t: t.pop("layers.0.mixer.k.weight"), {}, "'layers.0.mixer.k.windowed_heads.weight' is missing"),
     ],
 )
 def test_what_is_no_such_file_is_refused(copied, edit, numbers, text):

@@ -1,5 +1,6 @@
 """Paths into the expanded form, repeats, what varies over them, and folding back."""
 
+import keyword
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 from core_cases import MIXER, MLP, complaint, data, spec
 
 from fusiontree import LayerSpec, Repeat, build
+from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.core.model.layers import expand, fold
 from fusiontree.core.spec import paths
 from fusiontree.core.spec.base import OrderedMap
+from fusiontree.testing.check import models
 
 TREE = {"a": [{"x": 1, "y": {}}, {"x": 2}], "b": "text"}
 LAYERS = {letter: LayerSpec.parse({"ffn": MLP | {"hidden": 8 + index}}) for index, letter in enumerate("ABC")}
@@ -177,3 +180,11 @@ class TestOrderedMap:
         assert OrderedMap(a=1, b=2) == OrderedMap({"a": 1, "b": 2}) == {"a": 1, "b": 2}
         assert hash(OrderedMap(a=1, b=2)) == hash(OrderedMap({"a": 1}, b=2))
         assert isinstance(OrderedMap(a=1), Mapping)
+
+
+@pytest.mark.parametrize(("family", "kind"), [(f, k) for f, registry in REGISTRIES.items() for k in registry.names()])
+def test_no_step_of_a_path_is_a_word_of_python(family, kind):
+    """What `torch.export` writes has the steps as attributes; `global` once was one."""
+    for spec in models(REGISTRIES[family].get(kind)):
+        names = [name for name, _ in build(spec, device="meta").named_modules()]
+        assert not [name for name in names if any(keyword.iskeyword(step) for step in name.split("."))]

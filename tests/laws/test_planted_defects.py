@@ -207,7 +207,9 @@ def test_axis_table_lies(monkeypatch):
 
 def test_axis_table_forgets_a_parameter(monkeypatch):
     axes = Attention.axes
-    monkeypatch.setattr(Attention, "axes", lambda self: {n: d for n, d in axes(self).items() if n != "v.global.weight"})
+    monkeypatch.setattr(
+        Attention, "axes", lambda self: {n: d for n, d in axes(self).items() if n != "v.global_heads.weight"}
+    )
     assert broken_laws(Attention) == "counted"
 
 

@@ -509,7 +509,7 @@ class TestVocabulary:
         [
             {"trainable_token_indices": {"embedding": [61, 62]}},
             {"modules_to_save": ["embedding"]},
-            {"target_modules": ["q.windowed", "embedding"]},
+            {"target_modules": ["q.windowed_heads", "embedding"]},
         ],
         ids=["new tokens", "all of the embedding", "low rank"],
     )
@@ -517,7 +517,7 @@ class TestVocabulary:
         model, tokens = fresh(tied=True), torch.cat([ids(2, 9), torch.tensor([[61], [62]])], 1)
         model.resize_token_embeddings(63)
         adapted = peft.get_peft_model(
-            model, peft.LoraConfig(r=2, **({"target_modules": ["q.windowed", "q.global"]} | options))
+            model, peft.LoraConfig(r=2, **({"target_modules": ["q.windowed_heads", "q.global_heads"]} | options))
         )
         adapted(tokens, labels=tokens).loss.backward()
         trained = [p for p in adapted.parameters() if p.requires_grad]
