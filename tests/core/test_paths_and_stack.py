@@ -185,6 +185,6 @@ class TestOrderedMap:
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f, registry in REGISTRIES.items() for k in registry.names()])
 def test_no_step_of_a_path_is_a_word_of_python(family, kind):
     """What `torch.export` writes has the steps as attributes; `global` once was one."""
-    for spec in models(REGISTRIES[family].get(kind)):
-        names = [name for name, _ in build(spec, device="meta").named_modules()]
+    for each in models(REGISTRIES[family].get(kind)):
+        names = [name for name, _ in build(each, device="meta").named_modules()]
         assert not [name for name in names if any(keyword.iskeyword(step) for step in name.split("."))]
