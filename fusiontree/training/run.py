@@ -17,7 +17,7 @@ from fusiontree.core.spec.fields import targets
 from fusiontree.data import ByteTokenizer, DataSpec
 from fusiontree.errors import SpecError
 from fusiontree.training.errors import RunError
-from fusiontree.training.objectives import AnyObjective, CrossEntropy
+from fusiontree.training.objectives import AnyObjective, CrossEntropy, ObjectiveSpec, objectives
 from fusiontree.training.sections import (
     CheckpointSpec,
     EverySpec,
@@ -87,7 +87,7 @@ class RunSpec(Spec):
         if not isinstance(value, Mapping):
             return value
         given = {"cross_entropy": {}, **value}
-        return {name: {"kind": name, **_weighted(each)} if _is_short(each) else each for name, each in given.items()}
+        return {name: _whole_objective(str(name), each) for name, each in given.items()}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -98,6 +98,8 @@ class RunSpec(Spec):
         for name, objective in self.objectives.items():
             if objective.reads_gates and not gated:
                 raise invalid({("objectives", name): "it is of gates, and the model has none"})
+        if not any(objective.weight for objective in self.objectives.values()):
+            raise invalid({("objectives",): "one at least needs a weight above 0, found 0 for all"})
         asked = self.training.precision
         if self.resolved is not None and asked not in ("auto", self.resolved.precision):
             found = f"training.precision is {asked}, found {self.resolved.precision}; resolved=null takes it away"
@@ -150,6 +152,8 @@ class RunSpec(Spec):
     def _targets(self, data: Any, path: str, *, adding: bool) -> list[paths.Steps]:
         if not paths.matches(data, path) and paths.matches(self.model.expand().data(), path):
             raise SpecError(f"{path}: a run has none; its model has: model.{path}")
+        if (section := path.split(".")[0]) in self.elsewhere:
+            raise SpecError(f"{section}: unknown key{self.elsewhere[section]}")
         return targets(RunSpec, data, path, adding=adding)
 
     @property
@@ -214,11 +218,14 @@ def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
         raise error.within("model") from None
 
 
-def _is_short(objective: Any) -> bool:
-    """Whether an objective is given without its kind."""
-    number = isinstance(objective, int | float) and not isinstance(objective, bool)
-    return number or (isinstance(objective, Mapping) and "kind" not in objective)
-
-
-def _weighted(objective: Any) -> Mapping[str, Any]:
-    return objective if isinstance(objective, Mapping) else {"weight": objective}
+def _whole_objective(name: str, given: Any) -> Any:
+    """An objective with its kind, which its name says where nothing else does."""
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        given = {"weight": given}
+    given = given.data() if isinstance(given, ObjectiveSpec) else given
+    if not isinstance(given, Mapping):
+        raise invalid({(name,): f"expected a weight (a number) or a mapping, found {given!r:.60}"})
+    kind = given.get("kind", name)
+    if name in objectives.names() and kind != name:
+        raise invalid({(name, "kind"): f"the name of a kind stands for that kind alone, found {kind!r:.60}"})
+    return {**given, "kind": kind}

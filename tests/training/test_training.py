@@ -84,6 +84,14 @@ def test_micro_batches_alone_do_not_change_a_run(one, data, tmp_path):
     torch.testing.assert_close(runs.losses(tmp_path / "out"), runs.losses(one), rtol=1e-5, atol=0)
 
 
+def test_cross_entropy_of_weight_0_is_measured_only(one, data, tmp_path):
+    run(runs.spec(data, tmp_path / "out", "training.steps=10", "objectives.cross_entropy=0"))
+    found = runs.metrics.read(tmp_path / "out/metrics.jsonl")
+    assert [record["objectives"]["cross_entropy"] for record in found] == [record["loss"] for record in found]
+    assert found[-1]["loss"] == pytest.approx(found[0]["loss"], rel=0.02)
+    assert runs.losses(one)[9] < 0.9 * found[-1]["loss"]
+
+
 def test_bits_per_byte_are_those_of_each_document_by_itself(one, data):
     spec, model = RunSpec.from_file(one / "run.yaml"), load(one / "model")
     texts = [document.text for document in spec.text.documents("held_out")]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,12 +113,19 @@ class FusionTrainer(Trainer):
         with self.train_context(), captured(self.gates) as gates:
             nats = self.model.cross_entropy(inputs, labels, **places)
             part = StepPart(nats, labels, global_valid_tokens, gates)
-            values = [objective.value(part) for objective in self.objectives.values()]
-            weights = [objective.weight for objective in self.objectives.values()]
-            total(scaled(value, weight) for value, weight in zip(values, weights, strict=True) if weight).backward()
+            values = {name: objective.value(part) for name, objective in self.objectives.items()}
+            self._minimised(values).backward()
         cross_entropy = CrossEntropy().value(part)
-        self.sums += torch.stack([cross_entropy, *values]).detach()
+        self.sums += torch.stack([cross_entropy, *values.values()]).detach()
         return cross_entropy.detach().nan_to_num()
+
+    def _minimised(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum. Cross entropy is in it at a weight of 0, too: it leads to every parameter, and sharded
+        ones need a gradient each."""
+        weights = {name: objective.weight for name, objective in self.objectives.items()}
+        return total(
+            scaled(value, weights[name]) for name, value in values.items() if weights[name] or name == "cross_entropy"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
