@@ -37,7 +37,7 @@ class Chain(BranchSpec):
     Attributes:
         links: nodes, first to last; of any widths, if the last returns that of the stream.
         norms: of what a link reads, by its name.
-        embedding: the first link reads the stream and the embedding side by side, which is twice the width (Zamba,
+        embedding: the first link reads the embedding beside its input, which in a stream is twice the stream's width (Zamba,
             arXiv 2405.16712).
     """
 
@@ -79,7 +79,7 @@ class Chain(BranchSpec):
 
     def _widths(self, scope: Scope) -> dict[str, int]:
         """What each link reads."""
-        width, widths = scope.width * (2 if self.embedding else 1), {}
+        width, widths = scope.width + (scope.stream or scope.width if self.embedding else 0), {}
         for name, node in self.links.items():
             widths[name] = width
             width = node.output_width(replace(scope, width=width))

@@ -125,26 +125,29 @@ class BaseFusionSpec(FusionSpec):
         sizes |= {f"{name}.width": width for name, width in self.widths(scope).items()}
         sizes |= {"exchange_rank": self.exchange.rank} if self.exchange else {}
         sizes |= {"align_hidden": self.align.hidden} if self.align else {}
+        return sizes | self._gate_sizes(scope)
+
+    def _gate_sizes(self, scope: Scope) -> dict[str, int]:
         gate = self.gate_spec
-        return sizes | ({f"gate_{k}": v for k, v in gate.sizes(self.gate_scope(scope)).items()} if gate else {})
+        return {f"gate_{axis}": size for axis, size in gate.sizes(self.gate_scope(scope)).items()} if gate else {}
 
     def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
         """Parts of the fusion have axes of their own. The branches' features leave together (`fused_width`, or groups
         of them, `gate_units`), and one branch's by itself where the rule takes unequal widths."""
-        match axis.split("_", 1):
-            case ["exchange", _] if self.exchange:
-                return self.with_fields({"exchange": {"rank": len(keep)}}, axis, keep)
-            case ["align", _] if self.align:
-                return self.with_fields({"align": {"hidden": len(keep)}}, axis, keep)
-            case ["gate", own] if self.gate_spec and axis != "gate_units":
-                gate = self.gate_spec.narrow(own, keep, self.gate_scope(scope))
-                return self.with_fields({"gate": gate}, axis, keep)
+        if axis == "exchange_rank":
+            return self.with_fields({"exchange": {"rank": len(keep)}}, axis, keep)
+        if axis == "align_hidden":
+            return self.with_fields({"align": {"hidden": len(keep)}}, axis, keep)
+        if axis in self._gate_sizes(scope) and axis != "gate_units":
+            assert self.gate_spec is not None
+            gate = self.gate_spec.narrow(axis.removeprefix("gate_"), keep, self.gate_scope(scope))
+            return self.with_fields({"gate": gate}, axis, keep)
         if axis == "gate_units":
             size = self.fused_width(scope) // self.sizes(scope)[axis]
             keep, axis = tuple(size * unit + i for unit in keep for i in range(size)), "fused_width"
         names = list(self.branches) if axis == "fused_width" and self.equal_widths else [axis.removesuffix(".width")]
         if not set(names) <= set(self.branches) or (len(names) < len(self.branches) and self.equal_widths):
-            hint = "; narrow fused_width" if axis.endswith(".width") else ""
+            hint = f"; narrow {'fused_width' if axis.endswith('.width') else 'BRANCH.width'}" if self.projection else ""
             raise SpecError(f"{axis}: cannot be narrowed here, other nodes' parameters run over it{hint}")
         return self._without_features(names, keep, scope)
 

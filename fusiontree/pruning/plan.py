@@ -9,7 +9,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.core.spec.base import Spec
 from fusiontree.pruning.evidence import Evidence, PruneError
 from fusiontree.pruning.policies import Decision, Policy, PolicySpec
-from fusiontree.pruning.surgery import carry, drop_from_spec, with_weights
+from fusiontree.pruning.surgery import carry, drop_from_spec, tensors, with_weights
 
 
 class Plan(Spec):
@@ -68,4 +68,4 @@ def apply(model: LanguageModel, plan: Plan) -> LanguageModel:
         PruneError: the plan is for another spec, or drops what is not there.
     """
     spec = plan.edit(model.spec)
-    return with_weights(spec, carry(model.state_dict(), spec))
+    return with_weights(spec, carry(tensors(model), spec), training=model.training)

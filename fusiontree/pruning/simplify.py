@@ -8,7 +8,7 @@ from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.layers import LayerSpec
 from fusiontree.core.model.model import LanguageModel
 from fusiontree.core.model.spec import Lineage, ModelSpec
-from fusiontree.pruning.surgery import with_weights
+from fusiontree.pruning.surgery import tensors, with_weights
 
 PathMap = dict[str, str]
 """Old path to new path, for everything whose path has changed; what lies below moves along."""
@@ -82,4 +82,5 @@ def new_path(path: str, moved: PathMap) -> str:
 def simplify(model: LanguageModel) -> tuple[LanguageModel, PathMap]:
     """The same function from a simpler tree, and the map of paths."""
     spec, moved = simplify_spec(model.spec)
-    return with_weights(spec, {new_path(name, moved): tensor for name, tensor in model.state_dict().items()}), moved
+    weights = {new_path(name, moved): tensor for name, tensor in tensors(model).items()}
+    return with_weights(spec, weights, training=model.training), moved

@@ -113,11 +113,18 @@ def carry(weights: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     return {name: weights[name] for name in wanted}
 
 
-def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor]) -> LanguageModel:
-    """A model of exactly these weights (copies, so that neither model changes the other)."""
+def tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The weights of a model, by name, which know whether they are trained."""
+    return model.state_dict(keep_vars=True)
+
+
+def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor], *, training: bool) -> LanguageModel:
+    """A model of exactly these weights (copies, so that neither model changes the other), trained where they are."""
     model = build(spec, device="meta")
-    model.load_state_dict({name: torch.clone(tensor) for name, tensor in weights.items()}, assign=True)
-    return model.requires_grad_(True)
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(weights[name].requires_grad)
+    return model.train(training)
 
 
 def narrow(model: LanguageModel, path: str, axis: str, keep: Sequence[int]) -> LanguageModel:
@@ -127,5 +134,6 @@ def narrow(model: LanguageModel, path: str, axis: str, keep: Sequence[int]) -> L
         SpecError: no such path, axis or index, or no narrower model computes the same as this one does while the
             parts are silent.
     """
-    weights = narrow_weights(model.spec, model.state_dict(), path, axis, keep)
-    return with_weights(narrow_spec(model.spec, path, axis, keep), weights)
+    with torch.enable_grad():  # parts of what is trained are trained
+        weights = narrow_weights(model.spec, tensors(model), path, axis, keep)
+    return with_weights(narrow_spec(model.spec, path, axis, keep), weights, training=model.training)

@@ -1,6 +1,6 @@
 """Run the laws on a component: on its examples, in small models around them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -60,13 +60,30 @@ def models(component: type[Spec]) -> Iterator[ModelSpec]:
     if issubclass(component, BranchSpec):
         yield from _around_branch(component)
     elif issubclass(component, FusionSpec):
-        yield from map(_model, component.examples(WIDTH))
+        yield from map(_model, examples(component, WIDTH))
     elif issubclass(component, GateSpec):
-        yield from (_model(_gated(gate)) for gate in component.examples(NAMES, WIDTH))
+        yield from (_model(_gated(gate)) for gate in examples(component, NAMES, WIDTH))
     elif issubclass(component, EncodingSpec):
         yield from _around_encoding(component)
     else:
         raise TypeError(f"{component.__qualname__} is neither a branch, a fusion, a gate nor an encoding")
+
+
+def examples(component: type[Any], *around: Any) -> list[Any]:
+    """All examples of a component.
+
+    Raises:
+        TypeError: its `examples` is no class method that gives instances of the class, one at least.
+    """
+    place = f"{component.__qualname__}.examples"
+    if getattr(component.examples, "__self__", None) is not component:
+        raise TypeError(f"{place}: expected a class method, found {component.examples!r:.60}")
+    given: Any = component.examples(*around)
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, Spec) else []
+    if not found or any(not isinstance(each, component) for each in found):
+        wanted = f"expected an iterator of instances of {component.__qualname__}, one at least"
+        raise TypeError(f"{place}: {wanted}, found {found or given!r:.100}")
+    return found
 
 
 def _model(mixer: NodeSpec, named: dict[str, EncodingSpec] | None = None) -> ModelSpec:
@@ -78,15 +95,16 @@ def _model(mixer: NodeSpec, named: dict[str, EncodingSpec] | None = None) -> Mod
 
 def _around_branch(component: type[BranchSpec]) -> Iterator[ModelSpec]:
     """Each example by itself, and the first with every encoding that it has a hook for."""
-    yield from map(_model, component.examples(WIDTH))
+    every = examples(component, WIDTH)
+    yield from map(_model, every)
     for _, kind in encodings.usable():
-        yield from _naming(next(component.examples(WIDTH)), next(kind.examples(WIDTH)))
+        yield from _naming(every[0], examples(kind, WIDTH)[0])
 
 
 def _around_encoding(component: type[EncodingSpec]) -> Iterator[ModelSpec]:
     """The first example shared by every kind of branch that has a hook for it, the others by one kind."""
-    for number, encoding in enumerate(component.examples(WIDTH)):
-        around = (model for _, kind in branches.usable() for model in _naming(next(kind.examples(WIDTH)), encoding))
+    for number, encoding in enumerate(examples(component, WIDTH)):
+        around = (model for _, kind in branches.usable() for model in _naming(examples(kind, WIDTH)[0], encoding))
         yield from around if number == 0 else islice(around, 1)
 
 

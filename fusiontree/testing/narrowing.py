@@ -23,6 +23,9 @@ from fusiontree.testing.subject import Subject, far
 
 def narrowed(subject: Subject) -> str | None:
     """A narrower model is the whole one with the parts that left silenced, at once and step by step."""
+    for path, node in subject.spec.nodes():
+        if unknown := node.plain - set(type(node).model_fields):
+            return f"{path}: `plain` names {', '.join(sorted(unknown))}, which is no field"
     problems = ((case, problem_of(subject, *where)) for case, where in _cases(subject.spec))
     return next((f"{case}: {problem}" for case, problem in problems if problem), None)
 

@@ -14,6 +14,7 @@ from fusiontree.core.contracts.registries import REGISTRIES
 from fusiontree.core.model.narrow import narrow_spec, narrow_weights
 from fusiontree.errors import SpecError
 from fusiontree.fusions import Concat, Gated, Mean
+from fusiontree.pruning import narrow
 from fusiontree.testing import LawBroken, check, check_spec
 from fusiontree.testing.check import models
 from fusiontree.testing.laws import LAWS
@@ -134,6 +135,31 @@ def test_groups_that_are_no_whole_parts_of_a_branch_are_refused():
         narrow_spec(spec, "layers.0.mixer", "gate_units", [0, 2, 3])
 
 
+def test_parts_of_a_fusion_are_told_from_branches_with_names_like_theirs():
+    names = ("exchange_a", "align_a", "gate_a")
+    branch = {"kind": "mlp", "hidden": 8}
+    fusion = Concat.model_validate(
+        {"branches": dict.fromkeys(names, branch), "projection": {}, "exchange": {"rank": 2}, "align": {"hidden": 4}}
+        | {"mlp": branch}
+    )
+    for name in names:
+        with pytest.raises(SpecError, match=r"layers\.0\.mixer: the features that it returns cannot be narrowed"):
+            narrow_spec(model(fusion), "layers.0.mixer", f"{name}.width", range(8))
+    with pytest.raises(SpecError, match=r"fused_width: cannot be narrowed here.*; narrow BRANCH\.width"):
+        narrow_spec(model(fusion), "layers.0.mixer", "fused_width", range(8))
+    assert problem_of(Subject(model(fusion)), "layers.0.mixer", "exchange_rank", [1]) is None
+
+
+def test_heads_of_one_kind_do_not_all_leave_with_the_features_of_a_fusion():
+    """The maps of the others would have other names."""
+    attention = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 4, "project": False}
+    attention |= {"window": 3, "global_heads": 2, "global_kv_heads": 1}
+    spec = model(Mean.model_validate({"branches": {"a": attention}, "projection": {}}))
+    with pytest.raises(SpecError, match=r"layers\.0\.mixer: global_kv_heads: none would be left"):
+        narrow_spec(spec, "layers.0.mixer", "fused_width", range(8))
+    assert problem_of(Subject(spec), "layers.0.mixer", "fused_width", [0, 2, 4, 6, 8, 10, 12, 14]) is None
+
+
 def test_inner_features_of_equal_branches_leave_together():
     spec = inner(Mean)
     with pytest.raises(SpecError, match=r"a\.width: cannot be narrowed here.*; narrow fused_width"):
@@ -171,7 +197,16 @@ REFUSED = [
     ),
     (next(Attention.examples(16)), "head_dim", [4], "found [4]"),
     (next(Attention.examples(16)), "head_dim", [], "found []"),
-    (next(Attention.examples(16)), "width", [0], "width: cannot be narrowed here, the order of its parts matters"),
+    (next(Attention.examples(16)), "head_dim", [0.0, 1.0], "found [0.0, 1.0]"),
+    (next(Attention.examples(16)), "head_dim", [True, False, True, True], "found [True, False, True, True]"),
+    (next(Attention.examples(16)), "head_dim", torch.tensor([True, False, True, True]), "found tensor([ True, False,"),
+    (next(Attention.examples(16)), "head_dim", torch.arange(4).reshape(2, 2), "found tensor([[0, 1],"),
+    (next(Attention.examples(16)), "head_dim", "01", "found '01'"),
+    (next(Attention.examples(16)), "head_dim", 2, "found 2"),
+    (next(Attention.examples(16)), "head_dim", None, "found None"),
+    (next(Attention.examples(16)), "head_dim", slice(2), "found slice(None, 2, None)"),
+    (next(Attention.examples(16)), "head_dim", (i for i in (0, 1)), "found <generator object"),
+    (next(Attention.examples(16)), "width", [0], "width: cannot be narrowed here, other nodes' parameters run over it"),
     (next(Mamba2.examples(16)), "conv", [0], "conv: cannot be narrowed here, the order of its parts matters"),
     (Mamba2(heads=4, head_dim=6, state=2, norm={"kind": "layer"}), "head_dim", [0], "a layer norm over it would move"),
     (Mamba2(heads=3, head_dim=2, state=2, norm={"groups": 2}), "group_heads", [0, 1], "2 groups would not stay equal"),
@@ -228,6 +263,23 @@ def test_narrowing_is_pure_and_remembered():
     assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
 
 
+def test_a_narrowed_model_is_in_the_mode_of_the_whole_and_trains_what_it_trains():
+    whole = build(model(next(Mamba1.examples(16)))).eval()
+    whole.layers.requires_grad_(False)
+    for around in (torch.no_grad(), torch.enable_grad()):
+        with around:
+            narrower = narrow(whole, "layers.0.mixer", "inner", [0, 3])
+        assert not any(module.training for module in narrower.modules())
+        trained = {name for name, p in narrower.named_parameters() if p.requires_grad}
+        assert trained == {name for name, p in whole.named_parameters() if p.requires_grad} != set()
+        assert all(p.is_leaf for p in narrower.parameters())
+
+
+def test_where_every_part_stays_nothing_changes():
+    spec = model(next(Mamba1.examples(16)))
+    assert narrow_spec(spec, "layers.0.mixer", "rank", torch.arange(spec.node("layers.0.mixer").rank)) is spec
+
+
 def test_repeats_stay_where_every_layer_narrows_alike():
     layers = [{"repeat": 2, "layers": [{"ffn": {"kind": "mlp", "hidden": 8}}]}]
     spec = ModelSpec.model_validate({"vocab_size": 11, "width": 16, "layers": layers})
@@ -265,6 +317,11 @@ def test_a_norm_that_forgets_what_left_is_found(monkeypatch):
 def test_a_scale_that_follows_the_channels_is_found(monkeypatch):
     monkeypatch.setattr(Attention, "score_scale", property(lambda self: self.head_dim**-0.5))
     assert "head_dim 4 to 2" in broken(Attention)
+
+
+def test_an_axis_to_narrow_that_is_no_field_is_found(monkeypatch):
+    monkeypatch.setattr(Mamba1, "plain", frozenset({"inner", "innner"}))
+    assert "layers.0.mixer: `plain` names innner, which is no field" in broken(Mamba1)
 
 
 def test_slopes_of_other_heads_are_found(monkeypatch):

@@ -56,3 +56,33 @@ def test_a_class_with_one_example_works_on_with_a_warning():
 def test_a_class_without_examples_says_what_to_define():
     with pytest.raises(NotImplementedError, match=r"Without: has no examples; define the class method `examples`"):
         check(Without)
+
+
+class Odd(Without):
+    """One whose examples the tests choose."""
+
+    given: ClassVar[object] = None
+
+    @classmethod
+    def examples(cls, width):
+        return cls.given
+
+
+@pytest.mark.parametrize("given", [None, 3, [], iter(()), {"a": 1}, [Odd], [Older()], Odd()])
+def test_examples_that_are_none_are_named(monkeypatch, given):
+    monkeypatch.setattr(Odd, "given", given)
+    with pytest.raises(
+        TypeError, match=r"Odd\.examples: expected an iterator of instances of Odd, one at least, found"
+    ):
+        check(Odd)
+
+
+def test_a_list_of_examples_will_do(monkeypatch):
+    monkeypatch.setattr(Odd, "given", [Odd()])
+    assert check(Odd, laws=()) == []
+
+
+def test_examples_without_the_mark_of_a_class_method_say_so(monkeypatch):
+    monkeypatch.setattr(Odd, "examples", lambda self, width: iter([self]))
+    with pytest.raises(TypeError, match=r"Odd\.examples: expected a class method, found <function"):
+        check(Odd)

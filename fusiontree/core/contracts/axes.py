@@ -2,7 +2,8 @@
 what the parameter is for."""
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -79,7 +80,7 @@ def kept_along(dimension: str, sizes: Sizes, indices: Sequence[int]) -> dict[str
     {'heads': (1,), 'head_dim': (0, 2)}
 
     Raises:
-        SpecError: no choice of indices keeps these and no other.
+        SpecError: no choice of indices, one of each axis at least, keeps these and no other.
     """
     found: dict[str, set[int]] = {axis: set() for axis in _ordered(dimension)}
     for part, start in _parts(dimension, sizes):
@@ -88,6 +89,9 @@ def kept_along(dimension: str, sizes: Sizes, indices: Sequence[int]) -> dict[str
         for axis, index in zip(axes, torch.unravel_index(inside, [sizes[axis] for axis in axes]), strict=True):
             found[axis] |= set(index.tolist())
     kept = {axis: tuple(sorted(index)) for axis, index in found.items()}
+    for axis, index in kept.items():
+        if not index and sizes[axis]:
+            raise SpecError(f"{axis}: none would be left")
     if positions(dimension, sizes, kept).tolist() != list(indices):
         raise SpecError(f"these channels are no whole parts of {dimension.replace('*', ' x ').replace('+', ' and ')}")
     return {axis: index for axis, index in kept.items() if len(index) < sizes[axis]}
@@ -101,11 +105,22 @@ def checked(axis: str, keep: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
     """
     if axis not in sizes:
         raise SpecError(f"{axis}: no such axis{suggest(axis, sizes)}")
-    rising: list[Any] = sorted(set(keep))
-    if not rising or list(keep) != rising or rising[0] < 0 or rising[-1] >= sizes[axis]:
+    found = _integers(keep)
+    rising = sorted(set(found))
+    if not rising or found != rising or rising[0] < 0 or rising[-1] >= sizes[axis]:
         wanted = f"rising indices in 0..{sizes[axis] - 1}, one at least"
-        raise SpecError(f"{axis}: expected {wanted}, found {list(keep)!r:.80}")
+        raise SpecError(f"{axis}: expected {wanted}, found {keep!r:.80}")
     return tuple(rising)
+
+
+def _integers(keep: Any) -> list[int]:
+    """Indices as they were given, of any type of integers; none where something else is among them, as in a mask."""
+    if not isinstance(keep, Collection) or any(isinstance(i, bool) for i in keep):
+        return []
+    try:
+        return [operator.index(i) for i in keep]
+    except TypeError:
+        return []
 
 
 def _ordered(dimension: str) -> list[str]:

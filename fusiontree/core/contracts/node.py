@@ -163,7 +163,8 @@ class NodeSpec(Spec, ABC):
         """
         if axis in self.plain:
             return {axis: len(keep)}
-        reason = "the order of its parts matters" if axis in self.rigid else "other nodes' parameters run over it"
+        ordered = axis in self.rigid and axis != "width"
+        reason = "the order of its parts matters" if ordered else "other nodes' parameters run over it"
         raise SpecError(f"{axis}: cannot be narrowed here, {reason}")
 
     def with_fields(self, fields: Mapping[str, Any], axis: str, keep: tuple[int, ...]) -> Narrowing[Self]:

@@ -34,10 +34,11 @@ def narrow_spec(spec: ModelSpec, path: str, axis: str, keep: Sequence[int]) -> M
         SpecError: no such path, axis or index, or no narrower spec computes what this one does while the parts are
             silent (while their values are 0 where the next map or norm reads them).
     """
-    narrower = _narrowing(spec, path, axis, keep).spec
+    narrower, size = _narrowing(spec, path, axis, keep).spec, axis_tables(spec)[path][1][axis]
+    if len(keep) == size:
+        return spec
     data = spec.expand().data()
     paths.put(data, paths.split(path), narrower.data())
-    size = axis_tables(spec)[path][1][axis]
     edit = f"narrow {path}, {axis}, to {len(keep)} of {size}"
     data["lineage"].append(Lineage(parent=spec.digest(), edit=edit).data())
     return ModelSpec.parse(data).fold(like=spec)
