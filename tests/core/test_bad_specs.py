@@ -128,9 +128,11 @@ def test_further_problems_are_counted() -> None:
     complaint(lambda: ModelSpec.parse(data(widht=3, dephth=4)), "widht", "1 more")
 
 
-@pytest.mark.parametrize("name", ["keys", "items", "type", "forward", "training", "float", "T_destination"])
+@pytest.mark.parametrize(
+    "name", ["keys", "items", "type", "forward", "training", "float", "T_destination", "global", "lambda"]
+)
 @pytest.mark.parametrize("place", ["layers.0.mixer.branches", "encodings"])
-def test_names_that_modules_have_already_are_refused(name: str, place: str) -> None:
+def test_names_that_no_module_can_have_are_refused(name: str, place: str) -> None:
     mapping = {"encodings": {name: {"kind": "rope"}}}.get(place, {name: MAMBA, "attention": ATTENTION})
     complaint(lambda: ModelSpec.parse(edited(place, mapping)), f"{place}.{name}: ", "choose another")
 

@@ -60,12 +60,23 @@ def rewrite(directory, edit, numbers=None):
 @pytest.mark.parametrize(
     ("edit", "numbers", "text"),
     [
-        (lambda t: None, {"weights": "3"}, "model.safetensors: format: expected 1 or 2, found 3; a newer FusionTree"),
+        (lambda t: None, {"weights": "3"}, "format: expected 1 or 2, found '3'; a newer FusionTree wrote it"),
+        (
+            lambda t: None,
+            {"weights": ""},
+            "model.safetensors: the number of the weights' format: expected 1 or 2, found ''",
+        ),
+        (lambda t: None, {"weights": "two"}, "expected 1 or 2, found 'two'"),
         (lambda t: None, {"weights": "2"}, "tensor 'shared.block.q.windowed_heads.weight' is missing"),
         (
             lambda t: t.update({"layers.0.mixer.q.bias": torch.ones(23)}),
             {},
-            "'layers.0.mixer.q.windowed_heads.bias' is missing",
+            "'layers.0.mixer.q.bias' has the shape (23,), the spec says (24,)",
+        ),
+        (
+            lambda t: t.update({"layers.0.mixer.q.global_heads.weight": torch.ones(8, 16)}),
+            {},
+            "'layers.0.mixer.q.weight' of format 1 and 'layers.0.mixer.q.global_heads.weight', which stands for it now",
         ),
         (lambda t: t.pop("layers.0.mixer.k.weight"), {}, "'layers.0.mixer.k.windowed_heads.weight' is missing"),
     ],

@@ -4,7 +4,7 @@
 1: attention with windowed and global heads had one map for both; it had no number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -29,17 +29,29 @@ def migrated(
         number: the file's format.
 
     Raises:
-        WeightsError: there is no such format.
+        WeightsError: there is no such format, or a tensor of format 1 stands beside its parts or has another shape.
     """
     if number not in ("1", WEIGHTS):
-        raise WeightsError(f"format: expected 1 or {WEIGHTS}, found {number:.20}; a newer FusionTree wrote it")
+        newer = "; a newer FusionTree wrote it" if number.isdecimal() and int(number) > int(WEIGHTS) else ""
+        raise WeightsError(f"the number of the weights' format: expected 1 or {WEIGHTS}, found {number!r:.20}{newer}")
     found = dict(tensors)
     for old, names in _packed(spec) if number == "1" else ():
-        rows = [shapes[name][0] for name in names]
-        if old in found and found[old].shape[:1] == (sum(rows),):
-            parts = found.pop(old).split(rows)
+        if old in tensors:
+            wanted = [shapes[name] for name in names]
+            _check_packed(old, tensors[old], names, wanted, tensors)
+            parts = found.pop(old).split([rows for rows, *_ in wanted])
             found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     return found
+
+
+def _check_packed(
+    old: str, tensor: Tensor, names: Sequence[str], wanted: Sequence[Shape], tensors: Mapping[str, Tensor]
+) -> None:
+    if twice := [name for name in names if name in tensors]:
+        raise WeightsError(f"tensor {old!r} of format 1 and {twice[0]!r}, which stands for it now, are both there")
+    whole = (sum(rows for rows, *_ in wanted), *wanted[0][1:])
+    if tensor.shape != whole:
+        raise WeightsError(f"tensor {old!r} has the shape {tuple(tensor.shape)}, the spec says {whole}")
 
 
 def _packed(spec: ModelSpec) -> Iterator[tuple[str, list[str]]]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from difflib import get_close_matches
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast, get_args
 
@@ -46,6 +47,8 @@ _TAKEN = frozenset(dir(nn.ModuleDict()))
 def _not_taken(name: str) -> str:
     if name in _TAKEN:
         raise invalid({(): f"{name!r} is the name of a part of every module; choose another"})
+    if iskeyword(name):
+        raise invalid({(): f"{name!r} is a word of Python, which torch.export cannot write as a name; choose another"})
     return name
 
 
