@@ -37,7 +37,7 @@ class Chain(BranchSpec):
     Attributes:
         links: nodes, first to last; of any widths, if the last returns that of the stream.
         norms: of what a link reads, by its name.
-        embedding: the first link reads the embedding beside its input, which in a stream is twice the stream's width (Zamba,
+        embedding: the first link reads the embedding beside its input, in a stream twice its width (Zamba,
             arXiv 2405.16712).
     """
 
