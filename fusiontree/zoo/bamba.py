@@ -4,29 +4,95 @@ some, a gated feed-forward network in each."""
 from collections.abc import Iterator
 from typing import Any
 
-from fusiontree.branches import Attention
+from fusiontree.branches import Attention, Mamba2, SwiGLU
+from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.layers import MAX_LAYERS
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import Same, below
+from fusiontree.zoo.tensors import Same, within
+
+MAMBA_DEFAULTS = {
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_head": "auto",
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+"""Those of `mamba`."""
+DEFAULTS = MAMBA_DEFAULTS | {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    options.get("z_loss_coefficient", None)  # of the loss
-    norm, mixers = parts.rms(options), (mamba(options), _attention(options))
-    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
-    attends, rotation = _attends(options), _rope(options)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "encodings": {"rope": rotation} if any(attends) else {},
-        "layers": [{"mixer": mixers[there], "ffn": ffn, "norm": norm} for there in attends],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
+@register
+class Bamba(Family):
+    """One mixer and one feed-forward network in each layer."""
+
+    name = "bamba"
+    architecture = "BambaForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        options.get("z_loss_coefficient", None)  # of the loss
+        norm, mixers = parts.rms(options), (mamba(options), _attention(options))
+        ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
+        attends, rotation = _attends(options), _rope(options)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "encodings": {"rope": rotation} if any(attends) else {},
+            "layers": [{"mixer": mixers[there], "ffn": ffn, "norm": norm} for there in attends],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, ffn, layers = reader.spec, reader.first("swiglu"), reader.layers
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(layers),
+            "attn_layer_indices": [index for index, layer in enumerate(layers) if isinstance(layer.mixer, Attention)],
+            "intermediate_size": ffn.hidden,
+            "mlp_bias": ffn.bias,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "tie_word_embeddings": spec.head.tied,
+            **_attention_config(reader),
+            **mamba_config(reader),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from parts.whole(spec, "final_layernorm")
+        yield from parts.layers(spec, NORMS, node_tensors)
+
+
+NORMS = {"mixer": "input_layernorm", "ffn": "pre_ff_layernorm"}
+
+
+def node_tensors(node: NodeSpec) -> Iterator[Same]:
+    """What stands in a layer."""
+    match node:
+        case Attention():
+            yield from within("self_attn", parts.attention(node))
+        case Mamba2():
+            yield from within("mamba", parts.mamba2(node))
+        case SwiGLU():
+            yield from within("feed_forward", parts.gated_mlp(node.bias))
+        case _:
+            pass
 
 
 def _attends(options: Options) -> list[bool]:
@@ -103,31 +169,6 @@ def mamba_config(reader: Reader) -> dict[str, Any]:
     }
 
 
-def mamba_tensors(options: Options) -> Iterator[Same]:
-    """The tensors of `mamba`."""
-    heads, shared = options.count("mamba_n_heads"), options.count("mamba_n_groups") * options.count("mamba_d_state")
-    bias, inner = options["mamba_proj_bias"], heads * _mamba_head_dim(options)
-    conv_bias = options["mamba_conv_bias"]
-    yield from parts.mamba2(inner, shared, heads, bias=bias, out_bias=bias, conv_bias=conv_bias, norm=True)
-
-
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, ffn, layers = reader.spec, reader.first("swiglu"), reader.layers
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(layers),
-        "attn_layer_indices": [index for index, layer in enumerate(layers) if isinstance(layer.mixer, Attention)],
-        "intermediate_size": ffn.hidden,
-        "mlp_bias": ffn.bias,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "tie_word_embeddings": spec.head.tied,
-        **_attention_config(reader),
-        **mamba_config(reader),
-    }
-
-
 def _attention_config(reader: Reader) -> dict[str, Any]:
     attention, rotation = reader.find("attention"), reader.encoding("rope")
     if attention is None:
@@ -137,39 +178,3 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
         "attention_bias": attention.bias,
         "rope_parameters": partial_parameters(rotation, attention.head_dim),
     }
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield from parts.whole(options, "final_layernorm")
-    for index, attends in enumerate(_attends(options)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
-        if attends:
-            bias = options["attention_bias"]
-            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias, bias))
-        else:
-            yield from below(f"{theirs}.mamba", f"{ours}.mixer", mamba_tensors(options))
-        yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(options["mlp_bias"]))
-
-
-MAMBA_DEFAULTS = {
-    "mamba_n_heads": 128,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 256,
-    "mamba_d_head": "auto",
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_conv_bias": True,
-    "mamba_proj_bias": False,
-}
-"""Those of `mamba`."""
-DEFAULTS = MAMBA_DEFAULTS | {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-BAMBA = register(Family("bamba", "BambaForCausalLM", _spec, _config, _tensors, DEFAULTS))

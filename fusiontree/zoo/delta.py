@@ -69,11 +69,10 @@ def mixer_of(found: Any) -> dict[str, Any]:
     }
 
 
-def rows(options: Options) -> dict[str, int]:
+def rows(node: GatedDelta) -> dict[str, int]:
     """How many rows each of our maps has."""
-    heads, key_heads = options.count("linear_num_value_heads"), options.count("linear_num_key_heads")
-    keys, values = key_heads * options.count("linear_key_head_dim"), heads * options.count("linear_value_head_dim")
-    return {"q": keys, "k": keys, "v": values, "z": values, "beta": heads, "dt": heads}
+    keys, values = node.key_heads * node.head_dim, node.heads * (node.value_dim or node.head_dim)
+    return {"q": keys, "k": keys, "v": values, "z": values, "beta": node.heads, "dt": node.heads}
 
 
 def attention_of(found: Any) -> dict[str, Any]:

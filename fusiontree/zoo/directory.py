@@ -125,7 +125,7 @@ def _refuse_adapters(source: Path) -> None:
 def _as_stored(family: Family, config: Config, theirs: "Tensors", ignore: Iterable[str]) -> tuple[Config, list[str]]:
     """The config without a tie that the files do not have, and what there is to say of that. A family that has no head
     of its own is left to refuse one."""
-    embedding = family.all_copies(config).get(HEAD)
+    embedding = family.all_copies(config, ignore=ignore).get(HEAD)
     if embedding is None or not {HEAD, embedding} <= theirs.keys() or torch.equal(theirs[HEAD], theirs[embedding]):
         return config, []
     untied = {**config, **dict.fromkeys(("tie_word_embeddings", *(key for key in OLD_TIES if key in config)), False)}

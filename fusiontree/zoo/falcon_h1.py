@@ -4,44 +4,112 @@ feed-forward network; muP multipliers stand beside the weights."""
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
-from fusiontree.zoo import parts
+from fusiontree.zoo import bamba, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Same, below
+from fusiontree.zoo.tensors import Same
 
 PACKED = ("z", "x", "B", "C", "dt")
 """The parts of their map into Mamba-2, in its order, which is that of `ssm_multipliers` too."""
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    options.only("mamba_use_mlp", True)
-    for key in ("mamba_expand", "mlp_expansion_factor", "mamba_chunk_size"):
-        options.get(key, None)  # said by other fields, or of no consequence for the function
-    gate, down = options.get("mlp_multipliers", (1.0, 1.0))
-    out = {"mamba": options["ssm_out_multiplier"], "attention": options["attention_out_multiplier"]}
-    mixer = {
-        "kind": "sum",
-        "branches": {"mamba": _mamba(options), "attention": _attention(options)},
-        "multipliers": {name: float(value) for name, value in out.items() if value != 1.0},
-    }
-    ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
-    ffn["multipliers"] = {"gate": float(gate), "down": float(down)}
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "embedding": {"multiplier": float(options["embedding_multiplier"])},
-        "encodings": {"rope": rope_theta(options)},
-        "layers": [
-            {
-                "repeat": options["num_hidden_layers"],
-                "layers": [{"mixer": mixer, "ffn": ffn, "norm": parts.rms(options)}],
-            }
-        ],
-        "norm": parts.rms(options),
-        "head": {"tied": options["tie_word_embeddings"], "multiplier": float(options["lm_head_multiplier"])},
-    }
+DEFAULTS = {
+    "tie_word_embeddings": False,
+    "mamba_proj_bias": False,
+    "projectors_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "mamba_d_ssm": 1024,
+    "mamba_d_head": "auto",
+    "mamba_conv_bias": True,
+    "mamba_rms_norm": False,
+    "mamba_norm_before_gate": True,
+    "rms_norm_eps": 1e-5,
+    **{f"{name}_multiplier": 1.0 for name in ("lm_head", "embedding", "key", "attention_in", "attention_out")},
+    **{f"{name}_multiplier": 1.0 for name in ("ssm_in", "ssm_out")},
+}
+
+
+@register
+class FalconH1(Family):
+    """Two mixers side by side and one feed-forward network in each layer."""
+
+    name = "falcon_h1"
+    architecture = "FalconH1ForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        options.only("mamba_use_mlp", True)
+        for key in ("mamba_expand", "mlp_expansion_factor", "mamba_chunk_size"):
+            options.get(key, None)  # said by other fields, or of no consequence for the function
+        gate, down = options.get("mlp_multipliers", (1.0, 1.0))
+        out = {"mamba": options["ssm_out_multiplier"], "attention": options["attention_out_multiplier"]}
+        mixer = {
+            "kind": "sum",
+            "branches": {"mamba": _mamba(options), "attention": _attention(options)},
+            "multipliers": {name: float(value) for name, value in out.items() if value != 1.0},
+        }
+        ffn = {"kind": "swiglu", "hidden": options["intermediate_size"], "bias": options["mlp_bias"]}
+        ffn["multipliers"] = {"gate": float(gate), "down": float(down)}
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "embedding": {"multiplier": float(options["embedding_multiplier"])},
+            "encodings": {"rope": rope_theta(options)},
+            "layers": [
+                {
+                    "repeat": options["num_hidden_layers"],
+                    "layers": [{"mixer": mixer, "ffn": ffn, "norm": parts.rms(options)}],
+                }
+            ],
+            "norm": parts.rms(options),
+            "head": {"tied": options["tie_word_embeddings"], "multiplier": float(options["lm_head_multiplier"])},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
+        mixer, mamba, attention = reader.first("sum"), reader.first("mamba2"), reader.first("attention")
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "intermediate_size": ffn.hidden,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            **parts.attention_sizes(attention),
+            "attention_bias": attention.bias,
+            "mlp_bias": ffn.bias,
+            "projectors_bias": mamba.out_bias,
+            "mamba_proj_bias": mamba.bias,
+            "mamba_d_ssm": mamba.inner,
+            "mamba_n_heads": mamba.heads,
+            "mamba_d_head": mamba.head_dim,
+            "mamba_n_groups": mamba.groups,
+            "mamba_d_state": mamba.state,
+            "mamba_d_conv": mamba.conv,
+            "mamba_conv_bias": mamba.conv_bias,
+            "mamba_rms_norm": mamba.norm is not None,
+            "mamba_norm_before_gate": mamba.norm is None or mamba.norm.order == "norm_first",
+            "time_step_limit": parts.time_step_limit(mamba.dt_limit),
+            "rope_parameters": rope_parameters(rope),
+            "tie_word_embeddings": spec.head.tied,
+            "embedding_multiplier": spec.embedding.multiplier,
+            "lm_head_multiplier": spec.head.multiplier,
+            "mlp_multipliers": [ffn.multipliers.gate, ffn.multipliers.down],
+            "attention_in_multiplier": attention.multipliers.input,
+            "key_multiplier": attention.multipliers.key,
+            "attention_out_multiplier": mixer.multipliers.get("attention", 1.0),
+            "ssm_in_multiplier": mamba.multipliers.input,
+            "ssm_multipliers": [getattr(mamba.multipliers, name) for name in PACKED],
+            "ssm_out_multiplier": mixer.multipliers.get("mamba", 1.0),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from parts.whole(spec, "final_layernorm")
+        yield from parts.layers(spec, bamba.NORMS, bamba.node_tensors)
 
 
 def _mamba(options: Options) -> dict[str, Any]:
@@ -92,86 +160,3 @@ def _attention(options: Options) -> dict[str, Any]:
         "encodings": ["rope"],
         "multipliers": {name: float(value) for name, value in times.items()},
     }
-
-
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
-    mixer, mamba, attention = reader.first("sum"), reader.first("mamba2"), reader.first("attention")
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "intermediate_size": ffn.hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        **parts.attention_sizes(attention),
-        "attention_bias": attention.bias,
-        "mlp_bias": ffn.bias,
-        "projectors_bias": mamba.out_bias,
-        "mamba_proj_bias": mamba.bias,
-        "mamba_d_ssm": mamba.inner,
-        "mamba_n_heads": mamba.heads,
-        "mamba_d_head": mamba.head_dim,
-        "mamba_n_groups": mamba.groups,
-        "mamba_d_state": mamba.state,
-        "mamba_d_conv": mamba.conv,
-        "mamba_conv_bias": mamba.conv_bias,
-        "mamba_rms_norm": mamba.norm is not None,
-        "mamba_norm_before_gate": mamba.norm is None or mamba.norm.order == "norm_first",
-        "time_step_limit": parts.time_step_limit(mamba.dt_limit),
-        "rope_parameters": rope_parameters(rope),
-        "tie_word_embeddings": spec.head.tied,
-        "embedding_multiplier": spec.embedding.multiplier,
-        "lm_head_multiplier": spec.head.multiplier,
-        "mlp_multipliers": [ffn.multipliers.gate, ffn.multipliers.down],
-        "attention_in_multiplier": attention.multipliers.input,
-        "key_multiplier": attention.multipliers.key,
-        "attention_out_multiplier": mixer.multipliers.get("attention", 1.0),
-        "ssm_in_multiplier": mamba.multipliers.input,
-        "ssm_multipliers": [getattr(mamba.multipliers, name) for name in PACKED],
-        "ssm_out_multiplier": mixer.multipliers.get("mamba", 1.0),
-    }
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield from parts.whole(options, "final_layernorm")
-    for index in range(options["num_hidden_layers"]):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
-        yield from below(f"{theirs}.mamba", f"{ours}.mixer.branches.mamba", _mamba_tensors(options))
-        bias = options["attention_bias"]
-        yield from below(f"{theirs}.self_attn", f"{ours}.mixer.branches.attention", parts.attention(bias, bias))
-        yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(options["mlp_bias"]))
-
-
-def _mamba_tensors(options: Options) -> Iterator[Same]:
-    heads, shared = options.count("mamba_n_heads"), options["mamba_n_groups"] * options["mamba_d_state"]
-    inner = heads * _head_dim(options)
-    yield from parts.mamba2(
-        inner,
-        shared,
-        heads,
-        bias=options["mamba_proj_bias"],
-        out_bias=options["projectors_bias"],
-        conv_bias=options["mamba_conv_bias"],
-        norm=options["mamba_rms_norm"],
-    )
-
-
-DEFAULTS = {
-    "tie_word_embeddings": False,
-    "mamba_proj_bias": False,
-    "projectors_bias": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "mamba_d_ssm": 1024,
-    "mamba_d_head": "auto",
-    "mamba_conv_bias": True,
-    "mamba_rms_norm": False,
-    "mamba_norm_before_gate": True,
-    "rms_norm_eps": 1e-5,
-    **{f"{name}_multiplier": 1.0 for name in ("lm_head", "embedding", "key", "attention_in", "attention_out")},
-    **{f"{name}_multiplier": 1.0 for name in ("ssm_in", "ssm_out")},
-}
-FALCON_H1 = register(Family("falcon_h1", "FalconH1ForCausalLM", _spec, _config, _tensors, DEFAULTS))

@@ -1,8 +1,8 @@
 """What the zoo knows of a public model family: its config as a spec, its tensors as ours, and both ways back."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -20,39 +20,56 @@ HEAD = "lm_head.weight"
 """What all families call the head's weight."""
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """A family of models, as transformers names it.
 
     Attributes:
         name: the `model_type` of its configs.
         architecture: the class in transformers that has the head.
-        spec: plain data of the spec that a config describes; reads every option that matters.
-        config: a config for a spec of this family. It may overlook what the family does not have:
-            `config_of` compares what comes back.
-        tensors: which of their tensors are which of ours.
         defaults: options of the family's class that published configs leave out.
-        computed: tensors that may be there and say what we compute from the config, with their values. (A head that
-            is tied and frequencies of rotations are looked at for all families.)
-        files: the same of the tensors in files, where transformers reads them into modules of other names.
         unused: how names begin of tensors that transformers does not read either: of parts that only help another
             way to decode. The lineage notes them.
-        newest: a config in the form of today, where transformers still reads an older one.
-        copies: tensors of shared modules under further names, each with the name under which it is known. They may
-            be there, with the same values, and are not written.
+        stored: whether its tensors are those of files (`files`), and not those of modules in transformers.
     """
 
-    name: str
-    architecture: str
-    spec: Callable[[Options], Data]
-    config: Callable[["Reader"], Data]
-    tensors: Callable[[Options], Iterator[Part]]
-    defaults: Config = field(default_factory=dict)
-    computed: Callable[[Options], Mapping[str, Callable[[], Tensor]]] = lambda options: {}
-    files: Callable[[Options], Iterator[Part]] | None = None
-    unused: tuple[str, ...] = ()
-    newest: Callable[[Config], Config] = lambda config: config
-    copies: Callable[[Options], Mapping[str, str]] = lambda options: {}
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    defaults: ClassVar[Config] = {}
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *, stored: bool = False) -> None:
+        self.stored = stored
+
+    @abstractmethod
+    def spec(self, options: Options) -> Data:
+        """Plain data of the spec that a config describes; reads every option that matters."""
+
+    @abstractmethod
+    def config(self, reader: "Reader") -> Data:
+        """A config for a spec of this family. It may overlook what the family does not have: `config_of` compares
+        what comes back."""
+
+    @abstractmethod
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        """Which of their tensors are which of ours, in a spec of this family."""
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        """The same of the tensors in files, where transformers reads them into modules of other names."""
+        yield from self.tensors(spec)
+
+    def computed(self, options: Options) -> Mapping[str, Callable[[], Tensor]]:
+        """Tensors that may be there and say what we compute from the config, with their values. (A head that is tied
+        and frequencies of rotations are looked at for all families.)"""
+        return {}
+
+    def newest(self, config: Config) -> Config:
+        """A config in the form of today, where transformers still reads an older one."""
+        return config
+
+    def copies(self, spec: ModelSpec) -> Mapping[str, str]:
+        """Tensors of shared modules under further names, each with the name under which it is known. They may be
+        there, with the same values, and are not written."""
+        return {}
 
     def options(self, config: Config, ignore: Iterable[str] = ()) -> Options:
         """A config with the family's defaults."""
@@ -102,11 +119,11 @@ class Family:
             WeightsError: a tensor is missing, extra, has other rows than the config says, other values than one
                 that is the same by another name, or others than those that we compute.
         """
-        options = self.options(config)
-        parts, copies = [*self.tensors(options)], self.all_copies(config)
-        computed = check_computed(theirs, self.computed(options))
+        spec = self.spec_of(config, ignore=ignore)
+        parts, copies = [*self._parts(spec)], self._all_copies(spec)
+        computed = check_computed(theirs, self.computed(self.options(config)))
         if any(name.endswith(FREQUENCIES) for name in theirs):
-            computed |= check_frequencies(theirs, self.spec_of(config, ignore=ignore), parts, copies)
+            computed |= check_frequencies(theirs, spec, parts, copies)
         unused = [name for names in self.left_out(theirs).values() for name in names]
         return to_ours(parts, Once(theirs, copies), ignored=[*computed, *unused])
 
@@ -115,20 +132,25 @@ class Family:
         found = {part: [name for name in names if name.startswith(part)] for part in self.unused}
         return {part: inside for part, inside in found.items() if inside}
 
-    def all_copies(self, config: Config) -> dict[str, str]:
+    def all_copies(self, config: Config, *, ignore: Iterable[str] = ()) -> dict[str, str]:
         """`copies`, and a head beside a config that ties it."""
-        options = self.options(config)
-        places = {ours: part.names()[0] for part in self.tensors(options) for ours in part.places()}
+        return self._all_copies(self.spec_of(config, ignore=ignore))
+
+    def _all_copies(self, spec: ModelSpec) -> dict[str, str]:
+        places = {ours: part.names()[0] for part in self._parts(spec) for ours in part.places()}
         tied = {} if HEAD in places.values() else {HEAD: places["embedding.weight"]}
-        return tied | dict(self.copies(options))
+        return tied | dict(self.copies(spec))
 
     def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The family's state dict."""
-        return to_theirs(self.tensors(self.options(config)), ours)
+        return to_theirs(self._parts(self.spec_of(config)), ours)
+
+    def _parts(self, spec: ModelSpec) -> Iterator[Part]:
+        return self.files(spec) if self.stored else self.tensors(spec)
 
     def in_files(self) -> "Family":
         """The family whose tensors are those of files."""
-        return replace(self, tensors=self.files or self.tensors, files=None)
+        return type(self)(stored=True)
 
 
 class Reader:
@@ -163,12 +185,13 @@ class Reader:
 
 
 FAMILIES: dict[str, Family] = {}
+FamilyT = TypeVar("FamilyT", bound=Family)
 
 
-def register(family: Family) -> Family:
+def register(family: type[FamilyT]) -> type[FamilyT]:
     """Make a family known by its name."""
     assert family.name not in FAMILIES, f"two families are named {family.name!r}"
-    FAMILIES[family.name] = family
+    FAMILIES[family.name] = family()
     return family
 
 

@@ -8,10 +8,13 @@ there is a window.
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.branches import Attention, Mlp
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Same, below
+from fusiontree.zoo.tensors import Same, below, within
 
 LOCAL, GLOBAL = TYPES = ("sliding_attention", "full_attention")
 THETA = {LOCAL: ("rope_local_base_freq", 10_000.0), GLOBAL: ("rope_theta", 1_000_000.0)}
@@ -24,23 +27,84 @@ NORMS = {
     "pre_feedforward_layernorm": "ffn.before",
     "post_feedforward_layernorm": "ffn.after",
 }
+DEFAULTS = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": None,
+}
+CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
 
 
-def _spec2(options: Options) -> dict[str, Any]:
-    types = parts.layer_types(options, TYPES, lambda index: TYPES[index % 2])
-    data = _spec(options, [(_attention(options, each), "rope") for each in types])
-    return data | {"encodings": {"rope": rope_theta(options)}}
+class Gemma(Family):
+    """What both have."""
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from parts.whole(spec, "norm")
+        for index in range(len(spec.expanded_layers())):
+            norms = ((theirs, f"layers.{index}.norm.{ours}.weight") for theirs, ours in NORMS.items())
+            yield from (Same(f"model.layers.{index}.{theirs}.weight", (ours,)) for theirs, ours in norms)
+        for path, node in spec.nodes():
+            yield from below(f"model.layers.{path.split('.')[1]}", path, _node_tensors(node))
 
 
-def _spec3(options: Options) -> dict[str, Any]:
-    every = options.get("sliding_window_pattern", 6)
-    if options.get("layer_types", None) is not None:
-        options.get("_sliding_window_pattern", None)  # from which they were made
-    types = parts.layer_types(options, TYPES, lambda index: LOCAL if (index + 1) % every else GLOBAL)
-    qk_norm = {"qk_norm": _norm(options)}
-    data = _spec(options, [(_attention(options, each) | qk_norm, ROPE[each]) for each in types])
-    ropes = {ROPE[each]: found for each, found in _ropes(options).items() if each in types}
-    return data | {"encodings": ropes}
+@register
+class Gemma2(Gemma):
+    """With caps."""
+
+    name = "gemma2"
+    architecture = "Gemma2ForCausalLM"
+    defaults = DEFAULTS | CAPS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        types = parts.layer_types(options, TYPES, lambda index: TYPES[index % 2])
+        data = _spec(options, [(_attention(options, each), "rope") for each in types])
+        return data | {"encodings": {"rope": rope_theta(options)}}
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        softcap = reader.first("attention").softcap
+        parameters = rope_parameters(reader.encoding("rope"))
+        return {**_config(reader), "attn_logit_softcapping": softcap, "rope_parameters": parameters}
+
+
+@register
+class Gemma3(Gemma):
+    """With norms on queries and keys."""
+
+    name = "gemma3_text"
+    architecture = "Gemma3ForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        every = options.get("sliding_window_pattern", 6)
+        if options.get("layer_types", None) is not None:
+            options.get("_sliding_window_pattern", None)  # from which they were made
+        types = parts.layer_types(options, TYPES, lambda index: LOCAL if (index + 1) % every else GLOBAL)
+        qk_norm = {"qk_norm": _norm(options)}
+        data = _spec(options, [(_attention(options, each) | qk_norm, ROPE[each]) for each in types])
+        ropes = {ROPE[each]: found for each, found in _ropes(options).items() if each in types}
+        return data | {"encodings": ropes}
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        ropes: dict[str, Any] = {each: reader.spec.encodings.get(ROPE[each]) for each in TYPES}
+        parameters = {each: rope_parameters(found, THETA[each][1]) for each, found in ropes.items()}
+        return {**_config(reader), "rope_parameters": parameters}
+
+
+def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+    match node:
+        case Attention():
+            yield from within("self_attn", parts.attention(node))
+            for name in ("q_norm", "k_norm") if node.qk_norm else ():
+                yield Same(f"self_attn.{name}.weight", (f"{name}.weight",))
+        case Mlp():
+            yield from within("mlp", parts.gated_mlp())
 
 
 def _ropes(options: Options) -> dict[str, dict[str, Any]]:
@@ -106,49 +170,3 @@ def _config(reader: Reader) -> dict[str, Any]:
         "tie_word_embeddings": spec.head.tied,
         "final_logit_softcapping": spec.head.softcap,
     }
-
-
-def _config2(reader: Reader) -> dict[str, Any]:
-    softcap = reader.first("attention").softcap
-    parameters = rope_parameters(reader.encoding("rope"))
-    return {**_config(reader), "attn_logit_softcapping": softcap, "rope_parameters": parameters}
-
-
-def _config3(reader: Reader) -> dict[str, Any]:
-    ropes: dict[str, Any] = {each: reader.spec.encodings.get(ROPE[each]) for each in TYPES}
-    parameters = {each: rope_parameters(found, THETA[each][1]) for each, found in ropes.items()}
-    return {**_config(reader), "rope_parameters": parameters}
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield from parts.whole(options, "norm")
-    bias = options["attention_bias"]
-    for index in range(options["num_hidden_layers"]):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield from (Same(f"{theirs}.{norm}.weight", (f"{ours}.norm.{NORMS[norm]}.weight",)) for norm in NORMS)
-        yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias, bias))
-        yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp(bias=False))
-
-
-def _tensors3(options: Options) -> Iterator[Same]:
-    yield from _tensors(options)
-    for index in range(options["num_hidden_layers"]):
-        names = [f"{name}_norm.weight" for name in ("q", "k")]
-        yield from (Same(f"model.layers.{index}.self_attn.{name}", (f"layers.{index}.mixer.{name}",)) for name in names)
-
-
-DEFAULTS = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "attention_bias": False,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "final_logit_softcapping": None,
-}
-CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
-GEMMA2 = register(Family("gemma2", "Gemma2ForCausalLM", _spec2, _config2, _tensors, DEFAULTS | CAPS))
-GEMMA3 = register(Family("gemma3_text", "Gemma3ForCausalLM", _spec3, _config3, _tensors3, DEFAULTS))

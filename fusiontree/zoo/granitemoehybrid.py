@@ -2,41 +2,123 @@
 network, beside it experts where there are some; muP multipliers on embedding, attention, residuals and logits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from fusiontree.branches import Attention
+from fusiontree.branches import Attention, Mamba2, Moe, SwiGLU
+from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.layers import MAX_LAYERS
-from fusiontree.zoo import parts
-from fusiontree.zoo.bamba import MAMBA_DEFAULTS, mamba, mamba_config, mamba_tensors
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.zoo import llama, parts
+from fusiontree.zoo.bamba import MAMBA_DEFAULTS, mamba, mamba_config
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Part, Same, below
+from fusiontree.zoo.tensors import Part, Same, below, within
 
 KINDS = {
     **{"linear_attention": "mamba", "mamba": "mamba"},
     **{"full_attention": "attention", "attention": "attention"},
 }
 """Their words for mixers, now and in first conversions, and ours."""
+DEFAULTS = MAMBA_DEFAULTS | {
+    "num_attention_heads": 32,
+    "attention_bias": False,
+    "intermediate_size": 11008,
+    "shared_intermediate_size": 1024,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "position_embedding_type": None,
+    **{f"{name}_multiplier": 1.0 for name in ("embedding", "residual", "attention")},
+    "logits_scaling": 1.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    options.only("normalization_function", "rmsnorm")
-    for key in ("router_aux_loss_coef", "init_method"):
-        options.get(key, None)  # of the loss, of initialisation
-    norm, made, kinds = parts.rms(options), {"mamba": mamba(options), "attention": _attention(options)}, _kinds(options)
-    shared = {"ffn": _ffn(options), "norm": norm, "residual": {"add": options["residual_multiplier"]}}
-    rope = rope_theta(options)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "embedding": {"multiplier": options["embedding_multiplier"]},
-        "encodings": {"rope": rope} if _rotates(options) and "attention" in kinds else {},
-        "layers": [{"mixer": made[kind], **shared} for kind in kinds],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"], "multiplier": 1 / options.number("logits_scaling")},
-    }
+@register
+class GraniteMoeHybrid(Family):
+    """A mixer, and a network that all tokens visit beside experts, in each layer."""
+
+    name = "granitemoehybrid"
+    architecture = "GraniteMoeHybridForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        options.only("normalization_function", "rmsnorm")
+        for key in ("router_aux_loss_coef", "init_method"):
+            options.get(key, None)  # of the loss, of initialisation
+        norm, made, kinds = (
+            parts.rms(options),
+            {"mamba": mamba(options), "attention": _attention(options)},
+            _kinds(options),
+        )
+        shared = {"ffn": _ffn(options), "norm": norm, "residual": {"add": options["residual_multiplier"]}}
+        rope = rope_theta(options)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "embedding": {"multiplier": options["embedding_multiplier"]},
+            "encodings": {"rope": rope} if _rotates(options) and "attention" in kinds else {},
+            "layers": [{"mixer": made[kind], **shared} for kind in kinds],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"], "multiplier": 1 / options.number("logits_scaling")},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, layer = reader.spec, reader.layers[0]
+        kinds = [
+            "full_attention" if isinstance(each.mixer, Attention) else "linear_attention" for each in reader.layers
+        ]
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(kinds),
+            "layer_types": kinds,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "tie_word_embeddings": spec.head.tied,
+            "embedding_multiplier": spec.embedding.multiplier,
+            "residual_multiplier": layer.residual.add,
+            "logits_scaling": _divisor(spec.head.multiplier),
+            **_ffn_config(reader),
+            **_attention_config(reader),
+            **mamba_config(reader),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        names = {"router": "router.weight", "gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
+        yield from _tensors(spec, names)
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        names = {"router": "router.layer.weight", "gate_up": "input_linear.weight", "down": "output_linear.weight"}
+        yield from _tensors(spec, names)
+
+
+def _tensors(spec: ModelSpec, names: Mapping[str, str]) -> Iterator[Part]:
+    yield from parts.whole(spec, "norm")
+    yield from parts.layers(spec, llama.NORMS, partial(_node_tensors, names))
+
+
+def _node_tensors(names: Mapping[str, str], node: NodeSpec) -> Iterator[Part]:
+    match node:
+        case Attention():
+            yield from within("self_attn", parts.attention(node))
+        case Mamba2():
+            yield from within("mamba", parts.mamba2(node))
+        case SwiGLU():
+            yield from within("shared_mlp", _network(node.hidden))
+        case Moe():
+            yield from below("shared_mlp", "shared", _network(node.shared_hidden or 0))
+            yield Same(f"block_sparse_moe.{names['router']}", ("router.weight",))
+            experts = parts.experts(node, gate_up=names["gate_up"], down=names["down"])
+            yield from below("block_sparse_moe", "experts", experts)
+
+
+def _network(hidden: int) -> Iterator[Same]:
+    yield Same("input_linear.weight", ("gate.weight", "up.weight"), (hidden, hidden))
+    yield Same("output_linear.weight", ("down.weight",))
 
 
 def _kinds(options: Options) -> list[str]:
@@ -82,26 +164,6 @@ def _ffn(options: Options) -> dict[str, Any]:
     return {"kind": "moe", "experts": experts, "top_k": top_k, "hidden": hidden, "shared_hidden": shared}
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, layer = reader.spec, reader.layers[0]
-    kinds = ["full_attention" if isinstance(each.mixer, Attention) else "linear_attention" for each in reader.layers]
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(kinds),
-        "layer_types": kinds,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "tie_word_embeddings": spec.head.tied,
-        "embedding_multiplier": spec.embedding.multiplier,
-        "residual_multiplier": layer.residual.add,
-        "logits_scaling": _divisor(spec.head.multiplier),
-        **_ffn_config(reader),
-        **_attention_config(reader),
-        **mamba_config(reader),
-    }
-
-
 def _divisor(multiplier: float) -> float:
     """What has this reciprocal; of the few that do, the one with the fewest digits, which is what somebody wrote."""
     near = 1 / multiplier if multiplier else math.inf
@@ -134,69 +196,3 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
         "position_embedding_type": "rope" if rope else None,
         **turned,
     }
-
-
-def _tensors(options: Options) -> Iterator[Part]:
-    names = {"router": "router.weight", "gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
-    yield from _tensors_named(options, names)
-
-
-def _files(options: Options) -> Iterator[Part]:
-    names = {"router": "router.layer.weight", "gate_up": "input_linear.weight", "down": "output_linear.weight"}
-    yield from _tensors_named(options, names)
-
-
-def _tensors_named(options: Options, names: dict[str, str]) -> Iterator[Part]:
-    yield from parts.whole(options, "norm")
-    bias, experts = options["attention_bias"], options.count("num_local_experts", 0)
-    for index, kind in enumerate(_kinds(options)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
-        if kind == "attention":
-            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias, bias))
-        else:
-            yield from below(f"{theirs}.mamba", f"{ours}.mixer", mamba_tensors(options))
-        shared = f"{ours}.ffn.shared" if experts else f"{ours}.ffn"
-        yield from below(f"{theirs}.shared_mlp", shared, _shared(options))
-        if experts:
-            yield from below(f"{theirs}.block_sparse_moe", f"{ours}.ffn", _routed(options, names))
-
-
-def _shared(options: Options) -> Iterator[Same]:
-    hidden = options.count("shared_intermediate_size")
-    yield Same("input_linear.weight", ("gate.weight", "up.weight"), (hidden, hidden))
-    yield Same("output_linear.weight", ("down.weight",))
-
-
-def _routed(options: Options, names: dict[str, str]) -> Iterator[Same]:
-    yield Same(names["router"], ("router.weight",))
-    hidden = options.count("intermediate_size")
-    for part in parts.experts(hidden, gate_up=names["gate_up"], down=names["down"]):
-        yield part.within("", "experts.")
-
-
-DEFAULTS = MAMBA_DEFAULTS | {
-    "num_attention_heads": 32,
-    "attention_bias": False,
-    "intermediate_size": 11008,
-    "shared_intermediate_size": 1024,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "position_embedding_type": None,
-    **{f"{name}_multiplier": 1.0 for name in ("embedding", "residual", "attention")},
-    "logits_scaling": 1.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-GRANITE_MOE_HYBRID = register(
-    Family(
-        "granitemoehybrid",
-        "GraniteMoeHybridForCausalLM",
-        _spec,
-        _config,
-        _tensors,
-        DEFAULTS,
-        files=_files,
-    )
-)

@@ -2,29 +2,104 @@
 and C in the others, a gated feed-forward network in each, of experts in one layer of another period."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from fusiontree.branches import Attention, Moe
+from fusiontree.branches import Attention, Mamba1, Moe, SwiGLU
+from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.layers import MAX_LAYERS
-from fusiontree.zoo import parts
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.zoo import bamba, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Part, Same, below
+from fusiontree.zoo.tensors import Part, Same, below, linear, within
+
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "attn_layer_period": 8,
+    "attn_layer_offset": 4,
+    "mamba_expand": 2,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_dt_rank": "auto",
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    options.only("mamba_inner_layernorms", True)
-    options.get("router_aux_loss_coef", None)  # of the loss
-    norm, mixers, ffns = parts.rms(options), (_mamba(options), _attention(options)), (_mlp(options), _moe(options))
-    layers = zip(_attends(options), _routes(options), strict=True)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "layers": [{"mixer": mixers[attends], "ffn": ffns[routes], "norm": norm} for attends, routes in layers],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
+@register
+class Jamba(Family):
+    """A mixer and a network, or experts, in each layer."""
+
+    name = "jamba"
+    architecture = "JambaForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        options.only("mamba_inner_layernorms", True)
+        options.get("router_aux_loss_coef", None)  # of the loss
+        norm, mixers, ffns = parts.rms(options), (_mamba(options), _attention(options)), (_mlp(options), _moe(options))
+        layers = zip(_attends(options), _routes(options), strict=True)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "layers": [{"mixer": mixers[attends], "ffn": ffns[routes], "norm": norm} for attends, routes in layers],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, moe = reader.spec, reader.find("moe")
+        ffn = moe or reader.first("swiglu")
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "intermediate_size": ffn.hidden,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "num_experts": moe.experts if moe else 1,
+            "num_experts_per_tok": moe.top_k if moe else 1,
+            "tie_word_embeddings": spec.head.tied,
+            **_period_of("attn", [isinstance(layer.mixer, Attention) for layer in reader.layers]),
+            **_period_of("expert", [isinstance(layer.ffn, Moe) for layer in reader.layers]),
+            **parts.attention_sizes(reader.find("attention")),
+            **_mamba_of(reader),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, parts.experts)
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, lambda node: parts.experts_apart(node, parts.GATED))
+
+
+def _tensors(spec: ModelSpec, experts: Callable[[Moe], Iterator[Part]]) -> Iterator[Part]:
+    yield from parts.whole(spec, "final_layernorm")
+    yield from parts.layers(spec, bamba.NORMS, partial(_node_tensors, experts))
+
+
+def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> Iterator[Part]:
+    match node:
+        case Attention():
+            yield from within("self_attn", parts.attention(node))
+        case Mamba1():
+            yield from within("mamba", parts.mamba1(node))
+            for name in ("dt", "B", "C"):
+                yield Same(f"mamba.{name.lower()}_layernorm.weight", (f"norm.{name}.weight",))
+        case Moe():
+            yield from linear("feed_forward.router", "router")
+            yield from below("feed_forward.experts", "experts", experts(node))
+        case SwiGLU():
+            yield from within("feed_forward", parts.gated_mlp())
 
 
 def _attends(options: Options) -> list[bool]:
@@ -88,26 +163,6 @@ def _attention(options: Options) -> dict[str, Any]:
     }
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, moe = reader.spec, reader.find("moe")
-    ffn = moe or reader.first("swiglu")
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "intermediate_size": ffn.hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "num_experts": moe.experts if moe else 1,
-        "num_experts_per_tok": moe.top_k if moe else 1,
-        "tie_word_embeddings": spec.head.tied,
-        **_period_of("attn", [isinstance(layer.mixer, Attention) for layer in reader.layers]),
-        **_period_of("expert", [isinstance(layer.ffn, Moe) for layer in reader.layers]),
-        **parts.attention_sizes(reader.find("attention")),
-        **_mamba_of(reader),
-    }
-
-
 def _period_of(what: str, there: list[bool]) -> dict[str, Any]:
     """Where something stands; the period is longer than the stack where it does so once or never."""
     places = [index for index, stands in enumerate(there) if stands]
@@ -128,59 +183,3 @@ def _mamba_of(reader: Reader) -> dict[str, Any]:
         "mamba_conv_bias": mamba.conv_bias,
         "mamba_proj_bias": mamba.bias,
     }
-
-
-def _tensors(options: Options) -> Iterator[Part]:
-    hidden = options.count("intermediate_size")
-    yield from _tensors_with(options, lambda: parts.experts(hidden))
-
-
-def _files(options: Options) -> Iterator[Part]:
-    count = options.count("num_experts")
-    yield from _tensors_with(options, lambda: parts.experts_apart(count, ("gate", "up", "down")))
-
-
-def _tensors_with(options: Options, experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
-    yield from parts.whole(options, "final_layernorm")
-    for index, (attends, routes) in enumerate(zip(_attends(options), _routes(options), strict=True)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.pre_ff_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
-        if attends:
-            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(bias=False, out_bias=False))
-        else:
-            yield from below(f"{theirs}.mamba", f"{ours}.mixer", _mamba_tensors(options))
-        if routes:
-            yield Same(f"{theirs}.feed_forward.router.weight", (f"{ours}.ffn.router.weight",))
-            yield from below(f"{theirs}.feed_forward.experts", f"{ours}.ffn.experts", experts())
-        else:
-            yield from below(f"{theirs}.feed_forward", f"{ours}.ffn", parts.gated_mlp(bias=False))
-
-
-def _mamba_tensors(options: Options) -> Iterator[Same]:
-    rank, state = parts.dt_rank(options, "mamba_dt_rank"), options["mamba_d_state"]
-    bias, conv_bias = options["mamba_proj_bias"], options["mamba_conv_bias"]
-    yield from parts.mamba1(_inner(options), rank, state, bias=bias, conv_bias=conv_bias)
-    for name in ("dt", "B", "C"):
-        yield Same(f"{name.lower()}_layernorm.weight", (f"norm.{name}.weight",))
-
-
-DEFAULTS = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "expert_layer_period": 2,
-    "expert_layer_offset": 1,
-    "attn_layer_period": 8,
-    "attn_layer_offset": 4,
-    "mamba_expand": 2,
-    "mamba_d_state": 16,
-    "mamba_d_conv": 4,
-    "mamba_dt_rank": "auto",
-    "mamba_conv_bias": True,
-    "mamba_proj_bias": False,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-JAMBA = register(Family("jamba", "JambaForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))

@@ -1,14 +1,17 @@
 """Kimi Linear (arXiv 2510.26692): delta rules whose channels decay each on its own, in one layer of four latent
 attention, no positions anywhere, and behind the first layer experts as in DeepSeek-V3."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from fusiontree.branches import GatedDelta, Mla, Moe, SwiGLU
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError, suggest
-from fusiontree.zoo import delta, parts
+from fusiontree.zoo import delta, llama, parts
 from fusiontree.zoo.family import Config, Data, Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Either, Joined, Part, Same, Stacked, View, below, interleaved, linear
+from fusiontree.zoo.tensors import Either, Joined, Part, Same, View, below, interleaved, linear, within
 
 LATENT_EPS = 1e-6
 """Of the norms of latents, whatever the config says of the others."""
@@ -31,22 +34,168 @@ OF_DELTA = {
 }
 """What stands in `linear_attn_config` in the first configs, and where it stands in later ones."""
 PLACES = {"kda_layers": delta.LINEAR, "full_attn_layers": delta.FULL}
+DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 32,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+    "attention_bias": False,
+    "linear_num_heads": 32,
+    "linear_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "first_k_dense_replace": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "moe_intermediate_size": 1024,
+    "num_shared_experts": 1,
+    "moe_renormalize": True,
+    "routed_scaling_factor": 2.446,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 
 
-def _newest(config: Config) -> Data:
-    """Without `linear_attn_config`, which transformers takes apart too."""
-    found = {ALIASES.get(key, key): value for key, value in config.items()}
-    first = found.pop("linear_attn_config", None) or {}
-    if not isinstance(first, Mapping):
-        raise FusionTreeError(f"config.json: linear_attn_config: has to be a mapping, found {first!r:.60}")
-    for key, value in first.items():
-        if key not in OF_DELTA and key not in PLACES:
-            text = f"kimi_linear is not known to have it, found {value!r:.60}{suggest(key, [*OF_DELTA, *PLACES])}"
-            raise FusionTreeError(f"config.json: linear_attn_config.{key}: {text}")
-    found |= {key: first[name] for name, key in OF_DELTA.items() if name in first}
-    if found.get("layer_types") is None and any(name in first for name in PLACES):
-        found["layer_types"] = _types(first)
-    return found
+@register
+class KimiLinear(Family):
+    """A delta rule or latent attention, and a gated network or experts, in each layer."""
+
+    name = "kimi_linear"
+    architecture = "KimiLinearForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> Data:
+        _read_idle(options)
+        norm, mixers = parts.rms(options), {True: _attention(options), False: _mixer(options)}
+        networks = {"moe": _moe(options), "mlp": {"kind": "swiglu", "hidden": options["intermediate_size"]}}
+        layers = zip(_attends(options), _networks(options), strict=True)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "layers": [{"mixer": mixers[attends], "ffn": networks[kind], "norm": norm} for attends, kind in layers],
+            "norm": norm,
+            "head": {"tied": False},
+        }
+
+    def config(self, reader: Reader) -> Data:
+        spec, mlp = reader.spec, reader.find("swiglu")
+        kinds = ["sparse" if getattr(layer.ffn, "kind", None) == "moe" else "dense" for layer in reader.layers]
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "layer_types": delta.layer_types(reader),
+            "mlp_layer_types": kinds,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,  # their class has one that a small vocabulary has not
+            **({"intermediate_size": mlp.hidden} if mlp else {}),
+            **_mixer_of(reader.find("gated_delta")),
+            **_attention_of(reader.find("mla")),
+            **_moe_of(reader.find("moe")),
+        }
+
+    def newest(self, config: Config) -> Data:
+        """Without `linear_attn_config`, which transformers takes apart too."""
+        found = {ALIASES.get(key, key): value for key, value in config.items()}
+        first = found.pop("linear_attn_config", None) or {}
+        if not isinstance(first, Mapping):
+            raise FusionTreeError(f"config.json: linear_attn_config: has to be a mapping, found {first!r:.60}")
+        for key, value in first.items():
+            if key not in OF_DELTA and key not in PLACES:
+                text = f"kimi_linear is not known to have it, found {value!r:.60}{suggest(key, [*OF_DELTA, *PLACES])}"
+                raise FusionTreeError(f"config.json: linear_attn_config.{key}: {text}")
+        found |= {key: first[name] for name, key in OF_DELTA.items() if name in first}
+        if found.get("layer_types") is None and any(name in first for name in PLACES):
+            found["layer_types"] = _types(first)
+        return found
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, _node_tensors)
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, _file_tensors)
+
+
+def _tensors(spec: ModelSpec, inside: Callable[[NodeSpec], Iterator[Part]]) -> Iterator[Part]:
+    yield from parts.whole(spec, "norm")
+    yield from parts.layers(spec, llama.NORMS, inside)
+
+
+def _node_tensors(node: NodeSpec) -> Iterator[Part]:
+    match node:
+        case GatedDelta():
+            yield from within("self_attn", _delta_tensors("forget_gate."))
+            yield from within("self_attn", _convolution(node))
+        case Mla():
+            yield from within("self_attn", _attention_tensors(node))
+        case Moe():
+            yield from within("mlp", _moe_tensors(parts.experts(node)))
+        case SwiGLU():
+            yield from within("mlp", parts.gated_mlp())
+
+
+def _file_tensors(node: NodeSpec) -> Iterator[Part]:
+    """Published ones; transformers, when it saves, renames the dense networks as if they were experts too."""
+    match node:
+        case GatedDelta():
+            yield from within("self_attn", _delta_tensors(""))
+            (whole,) = within("self_attn", _convolution(node))
+            yield Joined(tuple(f"self_attn.{name}_conv1d.weight" for name in "qkv"), whole)
+        case Moe():
+            experts = parts.experts_apart(node, {"w1": "gate", "w3": "up", "w2": "down"})
+            yield from within(EXPERTS, _moe_tensors(experts))
+        case SwiGLU():
+            for part in within("mlp", parts.gated_mlp()):
+                yield Either(part, part.theirs.replace("mlp", EXPERTS))
+        case _:
+            yield from _node_tensors(node)
+
+
+def _convolution(node: GatedDelta) -> Iterator[Same]:
+    yield from parts.convolutions("conv1d", dict.fromkeys("qkv", node.heads * node.head_dim), bias=False)
+
+
+def _delta_tensors(decays: str) -> Iterator[Same]:
+    """All but the convolution; what decides the decays stands below a name."""
+    maps = {"q": "q", "k": "k", "v": "v", "b": "beta", "g_a": "z_down", "g_b": "z", "o": "out"}
+    for theirs, ours in maps.items():
+        yield from linear(f"{theirs}_proj", ours)
+    yield from linear(f"{decays}f_a_proj", "dt_down")
+    yield from linear(f"{decays}f_b_proj", "dt")
+    yield Same(f"{decays}dt_bias", ("dt_bias",))
+    heads = View(lambda tensor: tensor.flatten(), lambda tensor: tensor[None, None, :, None])
+    yield Same(f"{decays}A_log", ("A_log",), view=heads)
+    yield Same("o_norm.weight", ("norm.weight",))
+
+
+def _attention_tensors(node: Mla) -> Iterator[Same]:
+    """Each head of theirs has its own channels, then those for the shared keys, or its key, then its value."""
+    heads, own, shared, value = node.heads, node.head_dim, node.shared_dim, node.value_dim or node.head_dim
+    asked = "q_proj" if node.query_rank is None else "q_b_proj"
+    queries, keys_values = (heads * own, heads * shared), (heads * own, heads * value)
+    yield Same(f"{asked}.weight", ("q.weight", "q_shared.weight"), queries, interleaved(heads, own, shared))
+    if node.query_rank is not None:
+        yield from linear("q_a_proj", "q_latent", node.bias)
+        yield Same("q_a_layernorm.weight", ("q_latent_norm.weight",))
+    for kind in ("weight", "bias") if node.bias else ("weight",):
+        yield Same(f"kv_a_proj_with_mqa.{kind}", (f"latent.{kind}", f"shared.{kind}"), (node.rank, shared))
+    yield Same("kv_a_layernorm.weight", ("latent_norm.weight",))
+    yield Same("kv_b_proj.weight", ("k.weight", "v.weight"), keys_values, interleaved(heads, own, value))
+    yield from linear("o_proj", "out", node.out_bias)
+
+
+def _moe_tensors(experts: Iterator[Part]) -> Iterator[Part]:
+    yield Same("gate.weight", ("router.weight",))
+    yield Same("gate.e_score_correction_bias", ("correction",))
+    yield from below("experts", "experts", experts)
+    yield from below("shared_experts", "shared", parts.gated_mlp())
 
 
 def _types(first: Mapping[str, Any]) -> list[str]:
@@ -64,20 +213,6 @@ def _list(name: str, found: object) -> list[Any]:
         text = f"has to be a list of whole numbers, found {found!r:.60}"
         raise FusionTreeError(f"config.json: linear_attn_config.{name}: {text}")
     return found
-
-
-def _spec(options: Options) -> Data:
-    _read_idle(options)
-    norm, mixers = parts.rms(options), {True: _attention(options), False: _mixer(options)}
-    networks = {"moe": _moe(options), "mlp": {"kind": "swiglu", "hidden": options["intermediate_size"]}}
-    layers = zip(_attends(options), _networks(options), strict=True)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "layers": [{"mixer": mixers[attends], "ffn": networks[kind], "norm": norm} for attends, kind in layers],
-        "norm": norm,
-        "head": {"tied": False},
-    }
 
 
 def _read_idle(options: Options) -> None:
@@ -161,26 +296,6 @@ def _moe(options: Options) -> Data:
     }
 
 
-def _config(reader: Reader) -> Data:
-    spec, mlp = reader.spec, reader.find("swiglu")
-    kinds = ["sparse" if getattr(layer.ffn, "kind", None) == "moe" else "dense" for layer in reader.layers]
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "layer_types": delta.layer_types(reader),
-        "mlp_layer_types": kinds,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "tie_word_embeddings": False,
-        "pad_token_id": None,  # their class has one that a small vocabulary has not
-        **({"intermediate_size": mlp.hidden} if mlp else {}),
-        **_mixer_of(reader.find("gated_delta")),
-        **_attention_of(reader.find("mla")),
-        **_moe_of(reader.find("moe")),
-    }
-
-
 def _mixer_of(found: Any) -> Data:
     if found is None:
         return {}
@@ -216,118 +331,3 @@ def _moe_of(found: Any) -> Data:
         "num_expert_group": found.router.groups,
         "topk_group": found.router.top_groups,
     }
-
-
-class _Names(NamedTuple):
-    """What differs between transformers' modules and files."""
-
-    decays: str
-    convolution: Part
-    mlp: Sequence[Part]
-    moe: str
-    experts: Sequence[Part]
-
-
-def _tensors(options: Options) -> Iterator[Part]:
-    experts = [*parts.experts(options.count("moe_intermediate_size"))]
-    names = _Names("forget_gate.", _convolution(options), [*_mlp_tensors()], "mlp", experts)
-    yield from _tensors_named(options, names)
-
-
-def _files(options: Options) -> Iterator[Part]:
-    """Published ones; transformers, when it saves, renames the dense networks as if they were experts too."""
-    count, whole = options.count("num_experts"), _convolution(options)
-    apart = Joined(tuple(f"{name}_conv1d.weight" for name in "qkv"), whole)
-    stacks = {name: tuple(f"{index}.{name}.weight" for index in range(count)) for name in ("w1", "w3", "w2")}
-    experts = [Stacked(*pair) for pair in zip(stacks.values(), ("gate", "up", "down"), strict=True)]
-    mlp = [Either(part, part.theirs.replace("mlp", EXPERTS)) for part in _mlp_tensors()]
-    yield from _tensors_named(options, _Names("", apart, mlp, EXPERTS, experts))
-
-
-def _mlp_tensors() -> Iterator[Same]:
-    yield from below("mlp", "ffn", parts.gated_mlp(bias=False))
-
-
-def _convolution(options: Options) -> Same:
-    rows = options.count("linear_num_heads") * options.count("linear_head_dim")
-    (whole,) = parts.convolutions("conv1d", {name: rows for name in "qkv"}, bias=False)
-    return whole
-
-
-def _tensors_named(options: Options, names: _Names) -> Iterator[Part]:
-    yield from parts.whole(options, "norm")
-    mixers = {True: [*_attention_tensors(options)], False: [*_mixer_tensors(names)]}
-    networks = {"moe": [*below(names.moe, "ffn", _moe_tensors(names.experts))], "mlp": names.mlp}
-    for index, (attends, kind) in enumerate(zip(_attends(options), _networks(options), strict=True)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
-        yield from below(f"{theirs}.self_attn", f"{ours}.mixer", mixers[attends])
-        yield from below(theirs, ours, networks[kind])
-
-
-def _mixer_tensors(names: _Names) -> Iterator[Part]:
-    maps = {"q": "q", "k": "k", "v": "v", "b": "beta", "g_a": "z_down", "g_b": "z", "o": "out"}
-    for theirs, ours in maps.items():
-        yield from linear(f"{theirs}_proj", ours)
-    yield from linear(f"{names.decays}f_a_proj", "dt_down")
-    yield from linear(f"{names.decays}f_b_proj", "dt")
-    yield Same(f"{names.decays}dt_bias", ("dt_bias",))
-    heads = View(lambda tensor: tensor.flatten(), lambda tensor: tensor[None, None, :, None])
-    yield Same(f"{names.decays}A_log", ("A_log",), view=heads)
-    yield Same("o_norm.weight", ("norm.weight",))
-    yield names.convolution
-
-
-def _attention_tensors(options: Options) -> Iterator[Same]:
-    """Each head of theirs has its own channels, then those for the shared keys, or its key, then its value."""
-    heads, bias, rank = options.count("num_attention_heads"), options["attention_bias"], options.count("kv_lora_rank")
-    own, shared, value = (options.count(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    asked = "q_proj" if options.get("q_lora_rank", None) is None else "q_b_proj"
-    queries, keys_values = (heads * own, heads * shared), (heads * own, heads * value)
-    yield Same(f"{asked}.weight", ("q.weight", "q_shared.weight"), queries, interleaved(heads, own, shared))
-    if asked == "q_b_proj":
-        yield from linear("q_a_proj", "q_latent", bias)
-        yield Same("q_a_layernorm.weight", ("q_latent_norm.weight",))
-    for kind in ("weight", "bias") if bias else ("weight",):
-        yield Same(f"kv_a_proj_with_mqa.{kind}", (f"latent.{kind}", f"shared.{kind}"), (rank, shared))
-    yield Same("kv_a_layernorm.weight", ("latent_norm.weight",))
-    yield Same("kv_b_proj.weight", ("k.weight", "v.weight"), keys_values, interleaved(heads, own, value))
-    yield from linear("o_proj", "out", bias)
-
-
-def _moe_tensors(experts: Sequence[Part]) -> Iterator[Part]:
-    yield Same("gate.weight", ("router.weight",))
-    yield Same("gate.e_score_correction_bias", ("correction",))
-    yield from below("experts", "experts", experts)
-    yield from below("shared_experts", "shared", parts.gated_mlp(bias=False))
-
-
-DEFAULTS = {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 32,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "kv_lora_rank": 512,
-    "attention_bias": False,
-    "linear_num_heads": 32,
-    "linear_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "first_k_dense_replace": 1,
-    "num_experts": 256,
-    "num_experts_per_token": 8,
-    "moe_intermediate_size": 1024,
-    "num_shared_experts": 1,
-    "moe_renormalize": True,
-    "routed_scaling_factor": 2.446,
-    "num_expert_group": 1,
-    "topk_group": 1,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-KIMI_LINEAR = register(
-    Family("kimi_linear", "KimiLinearForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files, newest=_newest)
-)

@@ -3,32 +3,102 @@
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.branches import Attention, ShortConv, SwiGLU
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import TAPS, Same, below, linear
+from fusiontree.zoo.tensors import TAPS, Same, linear, within
 
 CONV, ATTENTION = TYPES = ("conv", "full_attention")
 THETA = 1_000_000.0
 OF_INITIALISATION = ("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init", "conv_use_xavier_init")
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 12288,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_multiple_of": 256,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": True,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    for key in OF_INITIALISATION:
-        options.get(key, None)
-    _said_twice(options)
-    types, norm = _layer_types(options), parts.rms(options, "norm_eps")
-    mixers = {CONV: _short_conv(options), ATTENTION: _attention(options)}
-    ffn, rope = {"kind": "swiglu", "hidden": _hidden(options)}, rope_theta(options, THETA)
-    options.only("theta", rope["theta"])
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "encodings": {"rope": rope} if ATTENTION in types else {},
-        "layers": [{"mixer": mixers[each], "ffn": ffn, "norm": norm} for each in types],
-        "norm": norm,
-        "head": {"tied": _tied(options)},
-    }
+@register
+class Lfm2(Family):
+    """A short convolution or attention, and a gated network, in each layer."""
+
+    name = "lfm2"
+    architecture = "Lfm2ForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        for key in OF_INITIALISATION:
+            options.get(key, None)
+        _said_twice(options)
+        types, norm = _layer_types(options), parts.rms(options, "norm_eps")
+        mixers = {CONV: _short_conv(options), ATTENTION: _attention(options)}
+        ffn, rope = {"kind": "swiglu", "hidden": _hidden(options)}, rope_theta(options, THETA)
+        options.only("theta", rope["theta"])
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "encodings": {"rope": rope} if ATTENTION in types else {},
+            "layers": [{"mixer": mixers[each], "ffn": ffn, "norm": norm} for each in types],
+            "norm": norm,
+            "head": {"tied": _tied(options)},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, attention, conv = reader.spec, reader.find("attention"), reader.find("short_conv")
+        kinds = [getattr(layer.mixer, "kind", None) for layer in reader.layers]
+        names = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "layer_types": [CONV if kind == "short_conv" else ATTENTION for kind in kinds],
+            **({theirs: getattr(attention, ours) for ours, theirs in names.items()} if attention else {}),
+            "conv_L_cache": conv.conv if conv else DEFAULTS["conv_L_cache"],
+            "conv_bias": conv.bias if conv else False,
+            "intermediate_size": reader.first("swiglu").hidden,
+            "block_auto_adjust_ff_dim": False,
+            "norm_eps": spec.norm.eps,
+            "rope_parameters": rope_parameters(reader.encoding("rope"), THETA),
+            "tie_word_embeddings": spec.head.tied,
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from parts.whole(spec, "embedding_norm")
+        yield from parts.layers(spec, NORMS, _node_tensors)
+
+
+NORMS = {"mixer": "operator_norm", "ffn": "ffn_norm"}
+
+
+def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+    match node:
+        case ShortConv():
+            yield from within("conv", _conv_tensors(node))
+        case Attention():
+            yield from within("self_attn", _attention_tensors())
+        case SwiGLU():
+            for theirs, ours in {"w1": "gate", "w3": "up", "w2": "down"}.items():
+                yield from linear(f"feed_forward.{theirs}", ours)
+
+
+def _conv_tensors(node: ShortConv) -> Iterator[Same]:
+    names = ("B", "C", "x")
+    for kind in ("weight", "bias") if node.bias else ("weight",):
+        yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in names), (node.inner,) * 3)
+    yield Same("conv.weight", ("conv.weight",), view=TAPS)
+    if node.bias:
+        yield Same("conv.bias", ("conv.bias",))
+    yield from linear("out_proj", "out", node.bias)
 
 
 def _said_twice(options: Options) -> None:
@@ -77,73 +147,9 @@ def _tied(options: Options) -> bool:
     return options.get("tie_embedding", options["tie_word_embeddings"])
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, attention, conv = reader.spec, reader.find("attention"), reader.find("short_conv")
-    kinds = [getattr(layer.mixer, "kind", None) for layer in reader.layers]
-    names = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "layer_types": [CONV if kind == "short_conv" else ATTENTION for kind in kinds],
-        **({theirs: getattr(attention, ours) for ours, theirs in names.items()} if attention else {}),
-        "conv_L_cache": conv.conv if conv else DEFAULTS["conv_L_cache"],
-        "conv_bias": conv.bias if conv else False,
-        "intermediate_size": reader.first("swiglu").hidden,
-        "block_auto_adjust_ff_dim": False,
-        "norm_eps": spec.norm.eps,
-        "rope_parameters": rope_parameters(reader.encoding("rope"), THETA),
-        "tie_word_embeddings": spec.head.tied,
-    }
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield Same("model.embed_tokens.weight", ("embedding.weight",))
-    yield Same("model.embedding_norm.weight", ("norm.weight",))
-    if not _tied(options):
-        yield Same("lm_head.weight", ("head.weight",))
-    for index, kind in enumerate(_layer_types(options)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.operator_norm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.ffn_norm.weight", (f"{ours}.norm.ffn.before.weight",))
-        if kind == CONV:
-            yield from below(f"{theirs}.conv", f"{ours}.mixer", _conv_tensors(options))
-        else:
-            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _attention_tensors())
-        maps = {"w1": "gate", "w3": "up", "w2": "down"}
-        yield from (
-            Same(f"{theirs}.feed_forward.{one}.weight", (f"{ours}.ffn.{two}.weight",)) for one, two in maps.items()
-        )
-
-
-def _conv_tensors(options: Options) -> Iterator[Same]:
-    bias, names = options["conv_bias"], ("B", "C", "x")
-    for kind in ("weight", "bias") if bias else ("weight",):
-        yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in names), (options["hidden_size"],) * 3)
-    yield Same("conv.weight", ("conv.weight",), view=TAPS)
-    if bias:
-        yield Same("conv.bias", ("conv.bias",))
-    yield from linear("out_proj", "out", bias)
-
-
 def _attention_tensors() -> Iterator[Same]:
     for name in ("q", "k", "v"):
         yield from linear(f"{name}_proj", name)
     for name in ("q", "k"):
         yield Same(f"{name}_layernorm.weight", (f"{name}_norm.weight",))
     yield from linear("out_proj", "out")
-
-
-DEFAULTS = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 12288,
-    "norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "conv_bias": False,
-    "conv_L_cache": 3,
-    "block_multiple_of": 256,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": True,
-}
-LFM2 = register(Family("lfm2", "Lfm2ForCausalLM", _spec, _config, _tensors, DEFAULTS))

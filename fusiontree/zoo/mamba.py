@@ -4,33 +4,90 @@ FalconMamba with norms without a gain on dt, B and C."""
 from collections.abc import Iterator
 from typing import Any
 
-from fusiontree.zoo import parts
+from fusiontree.branches import Mamba1
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.zoo import mamba2, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, below
+from fusiontree.zoo.tensors import Same, within
 
 FALCON = "falcon_mamba"
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu", "swish")
-    options.only("rms_norm", True)
-    for key in ("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", *_OF_INITIALISATION):
-        options.get(key, None)  # of no consequence for the function
-    norm = parts.rms(options, "layer_norm_epsilon")
-    width, layers = options["hidden_size"], options["num_hidden_layers"]
-    for key, said in (("d_model", width), ("n_layer", layers), ("d_inner", _inner(options))):
-        options.only(key, said)  # names of the authors' code, which first conversions kept beside the others
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": width,
-        "layers": [{"repeat": layers, "layers": [{"mixer": _mixer(options), "norm": norm}]}],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
-
-
 _OF_INITIALISATION = tuple(f"time_step_{what}" for what in ("min", "max", "floor", "scale", "init_scheme"))
+DEFAULTS = {
+    "expand": 2,
+    "time_step_rank": "auto",
+    "use_bias": False,
+    "use_conv_bias": True,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@register
+class Mamba(Family):
+    """Nothing but mixers."""
+
+    name = "mamba"
+    architecture = "MambaForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu", "swish")
+        options.only("rms_norm", True)
+        for key in ("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", *_OF_INITIALISATION):
+            options.get(key, None)  # of no consequence for the function
+        norm = parts.rms(options, "layer_norm_epsilon")
+        width, layers = options["hidden_size"], options["num_hidden_layers"]
+        for key, said in (("d_model", width), ("n_layer", layers), ("d_inner", _inner(options))):
+            options.only(key, said)  # names of the authors' code, which first conversions kept beside the others
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": width,
+            "layers": [{"repeat": layers, "layers": [{"mixer": _mixer(options), "norm": norm}]}],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, mamba = reader.spec, reader.first("mamba1")
+        found = {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "intermediate_size": mamba.inner,
+            "state_size": mamba.state,
+            "time_step_rank": mamba.rank,
+            "conv_kernel": mamba.conv,
+            "use_bias": mamba.bias,
+            "use_conv_bias": mamba.conv_bias,
+            "hidden_act": "silu",
+            "layer_norm_epsilon": spec.norm.eps,
+            "tie_word_embeddings": spec.head.tied,
+        }
+        if reader.family.name == FALCON and mamba.norm:
+            found["mixer_rms_eps"] = mamba.norm.eps
+        return found
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from mamba2.backbone(spec)
+        yield from parts.layers(spec, mamba2.NORMS, _node_tensors, "backbone.layers")
+
+
+@register
+class FalconMamba(Mamba):
+    """With norms on dt, B and C."""
+
+    name = FALCON
+    architecture = "FalconMambaForCausalLM"
+    defaults = DEFAULTS | {"mixer_rms_eps": 1e-6}
+
+
+def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+    if isinstance(node, Mamba1):
+        yield from within("mixer", parts.mamba1(node))
 
 
 def _mixer(options: Options) -> dict[str, Any]:
@@ -50,59 +107,3 @@ def _mixer(options: Options) -> dict[str, Any]:
 def _inner(options: Options) -> int:
     """Said itself or as a multiple of the width; transformers takes the former where there are both."""
     return options.get("intermediate_size", options.count("expand") * options.count("hidden_size"))
-
-
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, mamba = reader.spec, reader.first("mamba1")
-    found = {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "intermediate_size": mamba.inner,
-        "state_size": mamba.state,
-        "time_step_rank": mamba.rank,
-        "conv_kernel": mamba.conv,
-        "use_bias": mamba.bias,
-        "use_conv_bias": mamba.conv_bias,
-        "hidden_act": "silu",
-        "layer_norm_epsilon": spec.norm.eps,
-        "tie_word_embeddings": spec.head.tied,
-    }
-    if reader.family.name == FALCON and mamba.norm:
-        found["mixer_rms_eps"] = mamba.norm.eps
-    return found
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield Same("backbone.embeddings.weight", ("embedding.weight",))
-    yield Same("backbone.norm_f.weight", ("norm.weight",))
-    if not options["tie_word_embeddings"]:
-        yield Same("lm_head.weight", ("head.weight",))
-    rank, state = parts.dt_rank(options, "time_step_rank"), options["state_size"]
-    bias, conv_bias = options["use_bias"], options["use_conv_bias"]
-    for index in range(options["num_hidden_layers"]):
-        theirs, ours = f"backbone.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.norm.weight", (f"{ours}.norm.mixer.before.weight",))
-        mixer = parts.mamba1(_inner(options), rank, state, bias=bias, conv_bias=conv_bias)
-        yield from below(f"{theirs}.mixer", f"{ours}.mixer", mixer)
-
-
-DEFAULTS = {
-    "expand": 2,
-    "time_step_rank": "auto",
-    "use_bias": False,
-    "use_conv_bias": True,
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-}
-MAMBA = register(Family("mamba", "MambaForCausalLM", _spec, _config, _tensors, DEFAULTS))
-FALCON_MAMBA = register(
-    Family(
-        FALCON,
-        "FalconMambaForCausalLM",
-        _spec,
-        _config,
-        _tensors,
-        DEFAULTS | {"mixer_rms_eps": 1e-6},
-    )
-)

@@ -3,84 +3,92 @@
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.branches import Mamba2
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, below
-
-
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu", "swish")
-    options.only("rms_norm", True)
-    for key in _IDLE:
-        options.get(key, None)
-    inner = options.count("num_heads") * options.count("head_dim")
-    options.only("intermediate_size", inner)  # which transformers takes from the others
-    norm = parts.rms(options, "layer_norm_epsilon")
-    mixer = {
-        "kind": "mamba2",
-        "heads": options["num_heads"],
-        "head_dim": options["head_dim"],
-        "state": options["state_size"],
-        "groups": options["n_groups"],
-        "conv": options["conv_kernel"],
-        "conv_bias": options["use_conv_bias"],
-        "dt_limit": parts.dt_limit(options),
-        "norm": norm | {"groups": options["n_groups"]},
-        "bias": options["use_bias"],
-        "out_bias": options["use_bias"],
-    }
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "layers": [{"repeat": options["num_hidden_layers"], "layers": [{"mixer": mixer, "norm": norm}]}],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
-
+from fusiontree.zoo.tensors import Same, within
 
 _IDLE = (
     *("expand", "chunk_size", "residual_in_fp32", "time_step_rank"),  # said by other fields, or of no consequence
     *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme"),
     "norm_before_gate",  # transformers' norm is behind the gate whatever a config says
 )
-
-
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, mamba = reader.spec, reader.first("mamba2")
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "num_heads": mamba.heads,
-        "head_dim": mamba.head_dim,
-        "state_size": mamba.state,
-        "n_groups": mamba.groups,
-        "conv_kernel": mamba.conv,
-        "expand": parts.expand(reader, mamba.inner),
-        "use_bias": mamba.bias,
-        "use_conv_bias": mamba.conv_bias,
-        "hidden_act": "silu",
-        "layer_norm_epsilon": spec.norm.eps,
-        "time_step_limit": parts.time_step_limit(mamba.dt_limit),
-        "tie_word_embeddings": spec.head.tied,
-    }
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield Same("backbone.embeddings.weight", ("embedding.weight",))
-    yield Same("backbone.norm_f.weight", ("norm.weight",))
-    if not options["tie_word_embeddings"]:
-        yield Same("lm_head.weight", ("head.weight",))
-    heads, shared = options["num_heads"], options["n_groups"] * options["state_size"]
-    inner, conv_bias = heads * options["head_dim"], options["use_conv_bias"]
-    bias = options["use_bias"]
-    for index in range(options["num_hidden_layers"]):
-        theirs, ours = f"backbone.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.norm.weight", (f"{ours}.norm.mixer.before.weight",))
-        mixer = parts.mamba2(inner, shared, heads, bias=bias, out_bias=bias, conv_bias=conv_bias, norm=True)
-        yield from below(f"{theirs}.mixer", f"{ours}.mixer", mixer)
-
-
 DEFAULTS = {"use_bias": False, "tie_word_embeddings": False, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
-MAMBA2 = register(Family("mamba2", "Mamba2ForCausalLM", _spec, _config, _tensors, DEFAULTS))
+
+
+@register
+class Mamba2Family(Family):
+    """Nothing but mixers."""
+
+    name = "mamba2"
+    architecture = "Mamba2ForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu", "swish")
+        options.only("rms_norm", True)
+        for key in _IDLE:
+            options.get(key, None)
+        inner = options.count("num_heads") * options.count("head_dim")
+        options.only("intermediate_size", inner)  # which transformers takes from the others
+        norm = parts.rms(options, "layer_norm_epsilon")
+        mixer = {
+            "kind": "mamba2",
+            "heads": options["num_heads"],
+            "head_dim": options["head_dim"],
+            "state": options["state_size"],
+            "groups": options["n_groups"],
+            "conv": options["conv_kernel"],
+            "conv_bias": options["use_conv_bias"],
+            "dt_limit": parts.dt_limit(options),
+            "norm": norm | {"groups": options["n_groups"]},
+            "bias": options["use_bias"],
+            "out_bias": options["use_bias"],
+        }
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "layers": [{"repeat": options["num_hidden_layers"], "layers": [{"mixer": mixer, "norm": norm}]}],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, mamba = reader.spec, reader.first("mamba2")
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "num_heads": mamba.heads,
+            "head_dim": mamba.head_dim,
+            "state_size": mamba.state,
+            "n_groups": mamba.groups,
+            "conv_kernel": mamba.conv,
+            "expand": parts.expand(reader, mamba.inner),
+            "use_bias": mamba.bias,
+            "use_conv_bias": mamba.conv_bias,
+            "hidden_act": "silu",
+            "layer_norm_epsilon": spec.norm.eps,
+            "time_step_limit": parts.time_step_limit(mamba.dt_limit),
+            "tie_word_embeddings": spec.head.tied,
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from backbone(spec)
+        yield from parts.layers(spec, NORMS, _node_tensors, "backbone.layers")
+
+
+NORMS = {"mixer": "norm"}
+
+
+def backbone(spec: ModelSpec) -> Iterator[Same]:
+    """Embedding, last norm and head of the families without anything else around their layers."""
+    yield from parts.whole(spec, "norm_f", "backbone", "embeddings")
+
+
+def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+    if isinstance(node, Mamba2):
+        yield from within("mixer", parts.mamba2(node))

@@ -11,43 +11,125 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.branches import Lightning
+from fusiontree.branches import Attention, Lightning, Moe
 from fusiontree.core.model.layers import LayerSpec, Residual
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Part, Same, Stacked, below, interleaved, linear
+from fusiontree.zoo.tensors import Part, Same, below, interleaved, linear
 
 THETA = 1_000_000.0
 IDLE = ("block_size", "router_jitter_noise", "router_aux_loss_coef", "shared_moe_mode")
 """How lightning attention is cut, what is only of training, and of a shared expert that there is not."""
 FACTORS = {"linear_attn": "lightning", "full_attn": "attention", "mlp": "moe"}
 """Their prefixes, and our kinds."""
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "block_size": 256,
+    **{f"{name}_{factor}_factor": 1.0 for name in FACTORS for factor in ("alpha", "beta")},
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    options.only("postnorm", True)  # the first conversions say so
-    options.only("shared_intermediate_size", 0)
-    for key in IDLE:
-        options.get(key, None)
-    norm, attends = parts.rms(options), _attends(options)
-    attention, moe, rope = _attention(options), _moe(options), rope_theta(options, THETA)
-    residuals = _residuals(options)
-    layers: list[dict[str, Any]] = []
-    for index, full in enumerate(attends):
-        mixer = attention if full else _lightning(options, index)
-        layers.append({"mixer": mixer, "norm": norm, "residual": residuals[mixer["kind"]]})
-        layers.append({"ffn": moe, "norm": norm, "residual": residuals["moe"]})
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "encodings": {"rope": rope} if any(attends) else {},
-        "layers": layers,
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
+@register
+class MiniMax(Family):
+    """A mixer and experts; two layers of ours are one of theirs."""
+
+    name = "minimax"
+    architecture = "MiniMaxForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        options.only("postnorm", True)  # the first conversions say so
+        options.only("shared_intermediate_size", 0)
+        for key in IDLE:
+            options.get(key, None)
+        norm, attends = parts.rms(options), _attends(options)
+        attention, moe, rope = _attention(options), _moe(options), rope_theta(options, THETA)
+        residuals = _residuals(options)
+        layers: list[dict[str, Any]] = []
+        for index, full in enumerate(attends):
+            mixer = attention if full else _lightning(options, index)
+            layers.append({"mixer": mixer, "norm": norm, "residual": residuals[mixer["kind"]]})
+            layers.append({"ffn": moe, "norm": norm, "residual": residuals["moe"]})
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "encodings": {"rope": rope} if any(attends) else {},
+            "layers": layers,
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, moe = reader.spec, reader.first("moe")
+        mixers = [layer for layer in reader.layers if layer.mixer is not None]
+        slots = [(layer.mixer is not None, layer.ffn is not None) for layer in reader.layers]
+        if slots != [(True, False), (False, True)] * len(mixers):
+            raise FusionTreeError("layers: in minimax a mixer and experts take turns, each in a layer of its own")
+        linear = [isinstance(layer.mixer, Lightning) for layer in mixers]
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(mixers),
+            "layer_types": [delta.LINEAR if each else delta.FULL for each in linear],
+            "num_local_experts": moe.experts,
+            "num_experts_per_tok": moe.top_k,
+            "intermediate_size": moe.hidden,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "tie_word_embeddings": spec.head.tied,
+            **_factors(reader.layers),
+            **_mixer_config(reader),
+        }
+
+    def computed(self, options: Options) -> dict[str, Callable[[], Tensor]]:
+        """What transformers saves of lightning attention beside its weights: decays, which follow from the config."""
+        layers = [index for index, full in enumerate(_attends(options)) if not full]
+        return {
+            f"model.layers.{index}.self_attn.{name}": partial(decays, options, index)
+            for index in layers
+            for name, decays in COMPUTED.items()
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, "mlp", parts.experts)
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        maps = {"w1": "gate", "w3": "up", "w2": "down"}
+        yield from _tensors(spec, "block_sparse_moe", lambda node: parts.experts_apart(node, maps))
+
+
+def _tensors(spec: ModelSpec, moe: str, experts: Callable[[Moe], Iterator[Part]]) -> Iterator[Part]:
+    yield from parts.whole(spec, "norm")
+    for index, layer in enumerate(spec.expanded_layers()):
+        slot, norm = ("mixer", "input_layernorm") if layer.mixer else ("ffn", "post_attention_layernorm")
+        theirs, ours = f"model.layers.{index // 2}", f"layers.{index}"
+        yield Same(f"{theirs}.{norm}.weight", (f"{ours}.norm.{slot}.before.weight",))
+        match layer.mixer or layer.ffn:
+            case Attention() as node:
+                yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(node))
+            case Lightning() as node:
+                yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _lightning_tensors(node))
+            case Moe() as node:
+                yield from linear(f"{theirs}.{moe}.gate", f"{ours}.ffn.router")
+                yield from below(f"{theirs}.{moe}.experts", f"{ours}.ffn.experts", experts(node))
+
+
+def _lightning_tensors(node: Lightning) -> Iterator[Same]:
+    """Each head of theirs has its query, its key and its value."""
+    names, view = ("q.weight", "k.weight", "v.weight"), interleaved(node.heads, *(node.head_dim,) * 3)
+    yield Same("qkv_proj.weight", names, (node.heads * node.head_dim,) * 3, view)
+    yield Same("norm.weight", ("norm.weight",))
+    yield from linear("output_gate", "z")
+    yield from linear("out_proj", "out")
 
 
 def _attends(options: Options) -> list[bool]:
@@ -101,29 +183,6 @@ def _moe(options: Options) -> dict[str, Any]:
     }
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, moe = reader.spec, reader.first("moe")
-    mixers = [layer for layer in reader.layers if layer.mixer is not None]
-    slots = [(layer.mixer is not None, layer.ffn is not None) for layer in reader.layers]
-    if slots != [(True, False), (False, True)] * len(mixers):
-        raise FusionTreeError("layers: in minimax a mixer and experts take turns, each in a layer of its own")
-    linear = [isinstance(layer.mixer, Lightning) for layer in mixers]
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(mixers),
-        "layer_types": [delta.LINEAR if each else delta.FULL for each in linear],
-        "num_local_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "tie_word_embeddings": spec.head.tied,
-        **_factors(reader.layers),
-        **_mixer_config(reader),
-    }
-
-
 def _factors(layers: Sequence[LayerSpec]) -> dict[str, Any]:
     """As the first sub-layer of each kind has them."""
     first: dict[str, Residual] = {}
@@ -142,52 +201,6 @@ def _mixer_config(reader: Reader) -> dict[str, Any]:
         return sizes
     turned = {"rope_parameters": rope_parameters(reader.encoding("rope"), THETA)}
     return {**sizes, **parts.attention_sizes(attention), "sliding_window": attention.window, **turned}
-
-
-def _tensors(options: Options) -> Iterator[Part]:
-    hidden = options.count("intermediate_size")
-    yield from _tensors_with(options, "mlp", lambda: parts.experts(hidden))
-
-
-def _files(options: Options) -> Iterator[Part]:
-    yield from _tensors_with(options, "block_sparse_moe", lambda: _experts_apart(options.count("num_local_experts")))
-
-
-def _experts_apart(count: int) -> Iterator[Part]:
-    for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
-        yield Stacked(tuple(f"{index}.{theirs}.weight" for index in range(count)), ours)
-
-
-def _tensors_with(options: Options, moe: str, experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
-    yield from parts.whole(options, "norm")
-    for index, full in enumerate(_attends(options)):
-        theirs, mixer, ffn = f"model.layers.{index}", f"layers.{2 * index}", f"layers.{2 * index + 1}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{mixer}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ffn}.norm.ffn.before.weight",))
-        maps = parts.attention(bias=False, out_bias=False) if full else _lightning_tensors(options)
-        yield from below(f"{theirs}.self_attn", f"{mixer}.mixer", maps)
-        yield Same(f"{theirs}.{moe}.gate.weight", (f"{ffn}.ffn.router.weight",))
-        yield from below(f"{theirs}.{moe}.experts", f"{ffn}.ffn.experts", experts())
-
-
-def _lightning_tensors(options: Options) -> Iterator[Same]:
-    """Each head of theirs has its query, its key and its value."""
-    heads, head_dim = options.count("num_attention_heads"), parts.head_dim(options)
-    names, view = ("q.weight", "k.weight", "v.weight"), interleaved(heads, head_dim, head_dim, head_dim)
-    yield Same("qkv_proj.weight", names, (heads * head_dim,) * 3, view)
-    yield Same("norm.weight", ("norm.weight",))
-    yield from linear("output_gate", "z")
-    yield from linear("out_proj", "out")
-
-
-def _computed(options: Options) -> dict[str, Callable[[], Tensor]]:
-    """What transformers saves of lightning attention beside its weights: decays, which follow from the config."""
-    layers = [index for index, full in enumerate(_attends(options)) if not full]
-    return {
-        f"model.layers.{index}.self_attn.{name}": partial(decays, options, index)
-        for index in layers
-        for name, decays in COMPUTED.items()
-    }
 
 
 def _slope_rate(options: Options, layer: int) -> Tensor:
@@ -223,16 +236,3 @@ COMPUTED = {
     "key_decay": _key_decay,
     "diagonal_decay": _diagonal_decay,
 }
-
-
-DEFAULTS = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "block_size": 256,
-    **{f"{name}_{factor}_factor": 1.0 for name in FACTORS for factor in ("alpha", "beta")},
-}
-MINIMAX = register(Family("minimax", "MiniMaxForCausalLM", _spec, _config, _tensors, DEFAULTS, _computed, _files))

@@ -1,37 +1,124 @@
 """Nemotron-H (arXiv 2504.03624, 2508.14444): every layer is one sub-layer, Mamba-2, attention without positions, or a
 feed-forward network with relu2, in later models one of experts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from fusiontree.branches import Attention, Mamba2, Moe
+from fusiontree.branches import Attention, Mamba2, Mlp, Moe
+from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.layers import LayerSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Part, Same, below, linear
+from fusiontree.zoo.tensors import Part, Same, below, linear, within
 
 KINDS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp", "moe": "moe"}
 """Their words for layers, and ours."""
 LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 """The letters of `hybrid_override_pattern`."""
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 21504,
+    "mlp_hidden_act": "relu2",
+    "mlp_bias": False,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7688,
+    "moe_shared_expert_intermediate_size": 7688,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "ssm_state_size": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "time_step_min": 0.001,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "layer_norm_epsilon": 1e-5,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    _read_idle(options)
-    norm = parts.rms(options, "layer_norm_epsilon")
-    made = {"mamba": _mamba(options, norm), "attention": _attention(options), "mlp": _mlp(options)}
-    kinds = _kinds(options)
-    if "moe" in kinds:
-        made["moe"] = _moe(options)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "layers": [{_slot(kind): made[kind], "norm": norm} for kind in kinds],
-        "norm": norm,
-        "head": {"tied": False},
-    }
+@register
+class NemotronH(Family):
+    """One sub-layer in each layer."""
+
+    name = "nemotron_h"
+    architecture = "NemotronHForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        _read_idle(options)
+        norm = parts.rms(options, "layer_norm_epsilon")
+        made = {"mamba": _mamba(options, norm), "attention": _attention(options), "mlp": _mlp(options)}
+        kinds = _kinds(options)
+        if "moe" in kinds:
+            made["moe"] = _moe(options)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "layers": [{_slot(kind): made[kind], "norm": norm} for kind in kinds],
+            "norm": norm,
+            "head": {"tied": False},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, mlp = reader.spec, reader.find("mlp")
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "layers_block_type": [_word(reader, index, layer) for index, layer in enumerate(reader.layers)],
+            "layer_norm_epsilon": spec.norm.eps,
+            "tie_word_embeddings": False,
+            **({"intermediate_size": mlp.hidden, "mlp_bias": mlp.bias} if mlp else {}),
+            **_moe_config(reader),
+            **parts.attention_sizes(reader.find("attention")),
+            **_mamba_config(reader),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(
+            spec, "model", lambda node: iter([Same(f"{name}_proj", (name,)) for name in ("up", "down")])
+        )
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        apart = {"up_proj": "up", "down_proj": "down"}
+        yield from _tensors(spec, "backbone", lambda node: parts.experts_apart(node, apart))
+
+
+NORMS = {"mixer": "norm", "ffn": "norm"}
+
+
+def _tensors(spec: ModelSpec, root: str, experts: Callable[[Moe], Iterator[Part]]) -> Iterator[Part]:
+    yield from parts.whole(spec, "norm_f", root, "embeddings")
+    yield from parts.layers(spec, NORMS, partial(_node_tensors, experts), f"{root}.layers")
+
+
+def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> Iterator[Part]:
+    match node:
+        case Attention():
+            yield from within("mixer", parts.attention(node))
+        case Mamba2():
+            yield from within("mixer", parts.mamba2(node))
+        case Mlp():
+            yield from within("mixer", _network(node.bias))
+        case Moe():
+            yield from linear("mixer.gate", "router")
+            yield Same("mixer.gate.e_score_correction_bias", ("correction",))
+            yield from below("mixer.experts", "experts", experts(node))
+            yield from below("mixer.shared_experts", "shared", _network())
+
+
+def _network(bias: bool = False) -> Iterator[Same]:
+    for name in ("up", "down"):
+        yield from linear(f"{name}_proj", name, bias)
 
 
 def _read_idle(options: Options) -> None:
@@ -133,21 +220,6 @@ def _moe(options: Options) -> dict[str, Any]:
     }
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, mlp = reader.spec, reader.find("mlp")
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "layers_block_type": [_word(reader, index, layer) for index, layer in enumerate(reader.layers)],
-        "layer_norm_epsilon": spec.norm.eps,
-        "tie_word_embeddings": False,
-        **({"intermediate_size": mlp.hidden, "mlp_bias": mlp.bias} if mlp else {}),
-        **_moe_config(reader),
-        **parts.attention_sizes(reader.find("attention")),
-        **_mamba_config(reader),
-    }
-
-
 def _word(reader: Reader, index: int, layer: LayerSpec) -> str:
     """Their word for a layer."""
     if (layer.mixer is None) == (layer.ffn is None):
@@ -187,75 +259,3 @@ def _mamba_config(reader: Reader) -> dict[str, Any]:
         "use_bias": mamba.bias,
         "time_step_min": mamba.dt_limit[0],
     }
-
-
-def _tensors(options: Options) -> Iterator[Part]:
-    stacked = [Same(f"{name}_proj", (name,)) for name in ("up", "down")]
-    yield from _tensors_below("model", options, stacked)
-
-
-def _files(options: Options) -> Iterator[Part]:
-    count = options.count("n_routed_experts")
-    yield from _tensors_below("backbone", options, parts.experts_apart(count, ("up", "down")))
-
-
-def _tensors_below(root: str, options: Options, experts: Iterable[Part]) -> Iterator[Part]:
-    yield Same(f"{root}.embeddings.weight", ("embedding.weight",))
-    yield Same(f"{root}.norm_f.weight", ("norm.weight",))
-    yield Same("lm_head.weight", ("head.weight",))
-    inside = {
-        "attention": [*parts.attention(bias=False, out_bias=False)],
-        "mlp": [*_mlp_tensors(options["mlp_bias"])],
-        "mamba": [*_mamba_tensors(options)],
-        "moe": [*_moe_tensors(experts)],
-    }
-    for index, kind in enumerate(_kinds(options)):
-        theirs, ours, slot = f"{root}.layers.{index}", f"layers.{index}", _slot(kind)
-        yield Same(f"{theirs}.norm.weight", (f"{ours}.norm.{slot}.before.weight",))
-        yield from below(f"{theirs}.mixer", f"{ours}.{slot}", inside[kind])
-
-
-def _mlp_tensors(bias: bool) -> Iterator[Same]:
-    for name in ("up", "down"):
-        yield from linear(f"{name}_proj", name, bias)
-
-
-def _moe_tensors(experts: Iterable[Part]) -> Iterator[Part]:
-    yield Same("gate.weight", ("router.weight",))
-    yield Same("gate.e_score_correction_bias", ("correction",))
-    yield from below("experts", "experts", experts)
-    yield from below("shared_experts", "shared", _mlp_tensors(bias=False))
-
-
-def _mamba_tensors(options: Options) -> Iterator[Same]:
-    heads, shared = options.count("mamba_num_heads"), options.count("n_groups") * options.count("ssm_state_size")
-    inner, bias, conv_bias = heads * options.count("mamba_head_dim"), options["use_bias"], options["use_conv_bias"]
-    yield from parts.mamba2(inner, shared, heads, bias=bias, out_bias=bias, conv_bias=conv_bias, norm=True)
-
-
-DEFAULTS = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 21504,
-    "mlp_hidden_act": "relu2",
-    "mlp_bias": False,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 7688,
-    "moe_shared_expert_intermediate_size": 7688,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
-    "n_group": 1,
-    "topk_group": 1,
-    "ssm_state_size": 128,
-    "mamba_num_heads": 128,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "time_step_min": 0.001,
-    "use_conv_bias": True,
-    "use_bias": False,
-    "layer_norm_epsilon": 1e-5,
-}
-NEMOTRON_H = register(Family("nemotron_h", "NemotronHForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))

@@ -4,36 +4,114 @@ them, with norms over all queries and all keys, with or without positions."""
 from collections.abc import Iterator
 from typing import Any
 
+from fusiontree.branches import Attention, GatedDelta
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Joined, Part, Same, below, linear
+from fusiontree.zoo.tensors import Joined, Part, Same, below, linear, within
 
 EPS = 1e-5
 """Of the norm behind the delta rule, whatever the config says of the others."""
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    for key in _OF_INITIALISATION:
-        options.get(key, None)  # of no consequence for the function
-    norm, ffn = parts.rms(options), {"kind": "swiglu", "hidden": options["intermediate_size"]}
-    encodings = _encodings(options)
-    attention = {"mixer": _attention(options, list(encodings)), "ffn": ffn, "norm": norm, "placement": "post"}
-    linear = {"mixer": _mixer(options), "ffn": ffn, "norm": norm}
-    kinds = delta.attends(options, delta.last_of(PERIOD))
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "encodings": encodings if any(kinds) else {},
-        "layers": [attention if attends else linear for attends in kinds],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
-
-
-PERIOD = 4
 _OF_INITIALISATION = (*(f"linear_{what}" for what in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor")),)
+DEFAULTS = {
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_allow_neg_eigval": True,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+IN_FILES = {"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"}
+PRE = "input_layernorm", "post_attention_layernorm"
+POST = "post_attention_layernorm", "post_feedforward_layernorm"
+PERIOD = 4
+
+
+@register
+class OlmoHybrid(Family):
+    """A delta rule behind norms, or attention before them, and a gated network, in each layer."""
+
+    name = "olmo_hybrid"
+    architecture = "OlmoHybridForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        for key in _OF_INITIALISATION:
+            options.get(key, None)  # of no consequence for the function
+        norm, ffn = parts.rms(options), {"kind": "swiglu", "hidden": options["intermediate_size"]}
+        encodings = _encodings(options)
+        attention = {"mixer": _attention(options, list(encodings)), "ffn": ffn, "norm": norm, "placement": "post"}
+        linear = {"mixer": _mixer(options), "ffn": ffn, "norm": norm}
+        kinds = delta.attends(options, delta.last_of(PERIOD))
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "encodings": encodings if any(kinds) else {},
+            "layers": [attention if attends else linear for attends in kinds],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
+        attention, mixer = reader.first("attention"), reader.first("gated_delta")  # transformers has no model without
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "intermediate_size": ffn.hidden,
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "layer_types": delta.layer_types(reader),
+            "rope_parameters": rope_parameters(rope) if rope else {"rope_type": "default", "rope_theta": None},
+            "linear_allow_neg_eigval": mixer.negative_eigenvalues,
+            "tie_word_embeddings": spec.head.tied,
+            "pad_token_id": None,  # their class has one that a small vocabulary has not
+            **delta.attention_of(attention),
+            **delta.mixer_of(mixer),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from parts.whole(spec, "norm")
+        for index, layer in enumerate(spec.expanded_layers()):
+            theirs, ours = f"model.layers.{index}", f"layers.{index}"
+            norms, place = (POST, "after") if layer.placement == "post" else (PRE, "before")
+            for name, slot in zip(norms, ("mixer", "ffn"), strict=True):
+                yield Same(f"{theirs}.{name}.weight", (f"{ours}.norm.{slot}.{place}.weight",))
+            yield from below(theirs, f"{ours}.mixer", _mixer_tensors(layer.mixer))
+            yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp())
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        """Norms have other names in files, those of both kinds of layers, and convolutions stand alone. (transformers
+        cuts what it writes into three equal parts, whatever its channels are for.)"""
+        for part in self.tensors(spec):
+            if part.theirs.endswith("conv1d.weight"):
+                yield Joined(tuple(part.theirs.replace("conv1d", f"{name}_conv1d") for name in "qkv"), part)
+            else:
+                path, _, name = part.theirs.removesuffix(".weight").rpartition(".")
+                yield part._replace(theirs=f"{path}.{IN_FILES[name]}.weight") if name in IN_FILES else part
+
+
+def _mixer_tensors(node: NodeSpec | None) -> Iterator[Same]:
+    match node:
+        case Attention():
+            yield from within("self_attn", parts.attention(node))
+            yield from (Same(f"self_attn.{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
+        case GatedDelta():
+            yield from within("linear_attn", _delta_tensors(node))
+
+
+def _delta_tensors(node: GatedDelta) -> Iterator[Same]:
+    for theirs, ours in zip("qkvgbao", ("q", "k", "v", "z", "beta", "dt", "out"), strict=True):
+        yield from linear(f"{theirs}_proj", ours)
+    rows = delta.rows(node)
+    yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
+    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias"))
+    yield Same("o_norm.weight", ("norm.weight",))
 
 
 def _encodings(options: Options) -> dict[str, Any]:
@@ -59,77 +137,3 @@ def _attention(options: Options, encodings: list[str]) -> dict[str, Any]:
         "out_bias": bias,
         "encodings": encodings,
     }
-
-
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
-    attention, mixer = reader.first("attention"), reader.first("gated_delta")  # transformers has no model without
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "intermediate_size": ffn.hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "layer_types": delta.layer_types(reader),
-        "rope_parameters": rope_parameters(rope) if rope else {"rope_type": "default", "rope_theta": None},
-        "linear_allow_neg_eigval": mixer.negative_eigenvalues,
-        "tie_word_embeddings": spec.head.tied,
-        "pad_token_id": None,  # their class has one that a small vocabulary has not
-        **delta.attention_of(attention),
-        **delta.mixer_of(mixer),
-    }
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    yield from parts.whole(options, "norm")
-    for index, attends in enumerate(delta.attends(options, delta.last_of(PERIOD))):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        norms, place = (POST, "after") if attends else (PRE, "before")
-        for name, part in zip(norms, ("mixer", "ffn"), strict=True):
-            yield Same(f"{theirs}.{name}.weight", (f"{ours}.norm.{part}.{place}.weight",))
-        if attends:
-            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _attention_tensors(options))
-        else:
-            yield from below(f"{theirs}.linear_attn", f"{ours}.mixer", _mixer_tensors(options))
-        yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp(bias=False))
-
-
-PRE = "input_layernorm", "post_attention_layernorm"
-POST = "post_attention_layernorm", "post_feedforward_layernorm"
-
-
-def _attention_tensors(options: Options) -> Iterator[Same]:
-    yield from parts.attention(options["attention_bias"], options["attention_bias"])
-    yield from (Same(f"{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
-
-
-def _mixer_tensors(options: Options) -> Iterator[Same]:
-    for theirs, ours in zip("qkvgbao", ("q", "k", "v", "z", "beta", "dt", "out"), strict=True):
-        yield from linear(f"{theirs}_proj", ours)
-    rows = delta.rows(options)
-    yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
-    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias"))
-    yield Same("o_norm.weight", ("norm.weight",))
-
-
-def _files(options: Options) -> Iterator[Part]:
-    """Norms have other names in files, those of both kinds of layers, and convolutions stand alone. (transformers cuts
-    what it writes into three equal parts, whatever its channels are for.)"""
-    for part in _tensors(options):
-        if part.theirs.endswith("conv1d.weight"):
-            yield Joined(tuple(part.theirs.replace("conv1d", f"{name}_conv1d") for name in "qkv"), part)
-        else:
-            path, _, name = part.theirs.removesuffix(".weight").rpartition(".")
-            yield part._replace(theirs=f"{path}.{IN_FILES[name]}.weight") if name in IN_FILES else part
-
-
-IN_FILES = {"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"}
-DEFAULTS = {
-    "attention_bias": False,
-    "linear_conv_kernel_dim": 4,
-    "linear_allow_neg_eigval": True,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-OLMO_HYBRID = register(Family("olmo_hybrid", "OlmoHybridForCausalLM", _spec, _config, _tensors, DEFAULTS, files=_files))

@@ -10,25 +10,22 @@ from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import Same
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "seed"):
-        options.get(key, None)  # read off the spec
-    return _held(options).data(short=True)
+@register
+class Own(Family):
+    """Any spec."""
 
+    name = "fusiontree"
+    architecture = "FusionTreeForCausalLM"
 
-def _held(options: Options) -> ModelSpec:
-    return ModelSpec.from_yaml(options["spec"])
+    def spec(self, options: Options) -> dict[str, Any]:
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "seed"):
+            options.get(key, None)  # read off the spec
+        return ModelSpec.from_yaml(options["spec"]).data(short=True)
 
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec = reader.spec
+        sizes = {"hidden_size": spec.width, "num_hidden_layers": len(reader.layers), "vocab_size": spec.vocab_size}
+        return {"spec": spec.to_yaml(), "tie_word_embeddings": spec.head.tied, **sizes}
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec = reader.spec
-    sizes = {"hidden_size": spec.width, "num_hidden_layers": len(reader.layers), "vocab_size": spec.vocab_size}
-    return {"spec": spec.to_yaml(), "tie_word_embeddings": spec.head.tied, **sizes}
-
-
-def _tensors(options: Options) -> Iterator[Same]:
-    model = build(_held(options), device="meta")
-    yield from (Same(f"model.{name}", (name,)) for name in model.state_dict())
-
-
-OWN = register(Family("fusiontree", "FusionTreeForCausalLM", _spec, _config, _tensors))
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from (Same(f"model.{name}", (name,)) for name in build(spec, device="meta").state_dict())

@@ -1,14 +1,16 @@
 """What many families have in common: names of tensors, and what a few options mean."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fusiontree.branches import Attention
+from fusiontree.branches import Attention, Mamba1, Mamba2, Moe
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import TAPS, Same, Stacked, linear
+from fusiontree.zoo.tensors import TAPS, PartT, Same, Stacked, below, linear
 
 
 def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
@@ -29,37 +31,59 @@ def layer_types(options: Options, known: Sequence[str], default: Callable[[int],
     return found
 
 
-def whole(options: Options, final_norm: str) -> Iterator[Same]:
+def whole(spec: ModelSpec, final_norm: str, root: str = "model", embedding: str = "embed_tokens") -> Iterator[Same]:
     """Embedding, last norm and head."""
-    yield Same("model.embed_tokens.weight", ("embedding.weight",))
-    yield Same(f"model.{final_norm}.weight", ("norm.weight",))
-    if not options["tie_word_embeddings"]:
+    yield Same(f"{root}.{embedding}.weight", ("embedding.weight",))
+    yield Same(f"{root}.{final_norm}.weight", ("norm.weight",))
+    if not spec.head.tied:
         yield Same("lm_head.weight", ("head.weight",))
 
 
-def attention(bias: bool, out_bias: bool) -> Iterator[Same]:
+def layers(
+    spec: ModelSpec, norms: Mapping[str, str], inside: Callable[[NodeSpec], Iterator[PartT]], root: str = "model.layers"
+) -> Iterator[Same | PartT]:
+    """The norms before sub-layers, by the names that their modules have in a layer, and what stands inside.
+
+    Args:
+        norms: the name of the norm of each slot, "mixer" and "ffn".
+        inside: the tensors of a node, theirs named from the layer and ours from the node.
+    """
+    for path, node in spec.nodes():
+        top, index, *below_layer = path.split(".")
+        if top == "layers":
+            if len(below_layer) == 1:
+                (slot,) = below_layer
+                yield Same(f"{root}.{index}.{norms[slot]}.weight", (f"layers.{index}.norm.{slot}.before.weight",))
+            yield from below(f"{root}.{index}", path, inside(node))
+
+
+def attention(node: Attention) -> Iterator[Same]:
     """The maps of `self_attn`."""
     for name in ("q", "k", "v"):
-        yield from linear(f"{name}_proj", name, bias)
-    yield from linear("o_proj", "out", out_bias)
+        yield from linear(f"{name}_proj", name, node.bias)
+    yield from linear("o_proj", "out", node.out_bias)
 
 
-def gated_mlp(bias: bool) -> Iterator[Same]:
+GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+"""The maps of a gated network, by their names."""
+
+
+def gated_mlp(bias: bool = False) -> Iterator[Same]:
     """The maps of `mlp`."""
-    for name in ("gate", "up", "down"):
-        yield from linear(f"{name}_proj", name, bias)
+    for theirs, ours in GATED.items():
+        yield from linear(theirs, ours, bias)
 
 
-def experts(hidden: int, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Same]:
+def experts(node: Moe, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Same]:
     """Stacked experts, gate and up in one."""
-    yield Same(gate_up, ("gate", "up"), (hidden, hidden), dim=1)
+    yield Same(gate_up, ("gate", "up"), (node.hidden, node.hidden), dim=1)
     yield Same(down, ("down",))
 
 
-def experts_apart(count: int, names: tuple[str, ...]) -> Iterator[Stacked]:
-    """Experts as modules of their own."""
-    for name in names:
-        yield Stacked(tuple(f"{index}.{name}_proj.weight" for index in range(count)), name)
+def experts_apart(node: Moe, maps: Mapping[str, str]) -> Iterator[Stacked]:
+    """Experts as modules of their own, whose maps are ours by these names."""
+    for theirs, ours in maps.items():
+        yield Stacked(tuple(f"{index}.{theirs}.weight" for index in range(node.experts)), ours)
 
 
 def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Same]:
@@ -69,32 +93,31 @@ def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "con
         yield Same(f"{theirs}.bias", tuple(f"{ours}.{name}.bias" for name in rows), tuple(rows.values()))
 
 
-def mamba2(
-    inner: int, shared: int, heads: int, *, bias: bool, out_bias: bool, conv_bias: bool, norm: bool
-) -> Iterator[Same]:
+def mamba2(node: Mamba2) -> Iterator[Same]:
     """Mamba-2 with one map in for z, x, B, C and dt."""
-    rows = {"z": inner, "x": inner, "B": shared, "C": shared, "dt": heads}
-    for kind in ("weight", "bias") if bias else ("weight",):
+    shared = node.groups * node.state
+    rows = {"z": node.inner, "x": node.inner, "B": shared, "C": shared, "dt": node.heads}
+    for kind in ("weight", "bias") if node.bias else ("weight",):
         yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in rows), tuple(rows.values()))
-    yield from convolutions("conv1d", {name: rows[name] for name in ("x", "B", "C")}, conv_bias)
+    yield from convolutions("conv1d", {name: rows[name] for name in ("x", "B", "C")}, node.conv_bias)
     yield from (Same(name, (name,)) for name in ("A_log", "D", "dt_bias"))
-    if norm:
+    if node.norm:
         yield Same("norm.weight", ("norm.weight",))
-    yield from linear("out_proj", "out", out_bias)
+    yield from linear("out_proj", "out", node.out_bias)
 
 
-def mamba1(inner: int, rank: int, state: int, *, bias: bool, conv_bias: bool) -> Iterator[Same]:
+def mamba1(node: Mamba1) -> Iterator[Same]:
     """Mamba with one map in for x and z, and one for dt, B and C."""
-    for kind in ("weight", "bias") if bias else ("weight",):
-        yield Same(f"in_proj.{kind}", (f"x.{kind}", f"z.{kind}"), (inner, inner))
+    for kind in ("weight", "bias") if node.bias else ("weight",):
+        yield Same(f"in_proj.{kind}", (f"x.{kind}", f"z.{kind}"), (node.inner, node.inner))
     yield Same("conv1d.weight", ("conv.weight",), view=TAPS)
-    if conv_bias:
+    if node.conv_bias:
         yield Same("conv1d.bias", ("conv.bias",))
-    yield Same("x_proj.weight", ("dt_down.weight", "B.weight", "C.weight"), (rank, state, state))
+    yield Same("x_proj.weight", ("dt_down.weight", "B.weight", "C.weight"), (node.rank, node.state, node.state))
     yield Same("dt_proj.weight", ("dt_up.weight",))
     yield Same("dt_proj.bias", ("dt_bias",))
     yield from (Same(name, (name,)) for name in ("A_log", "D"))
-    yield from linear("out_proj", "out", bias)
+    yield from linear("out_proj", "out", node.out_bias)
 
 
 def head_dim(options: Options) -> int:

@@ -3,31 +3,131 @@
 gated one that all tokens visit, or plain."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from fusiontree.branches import Moe
-from fusiontree.zoo import delta, parts
+from fusiontree.branches import Attention, GatedDelta, Moe, SwiGLU
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
+from fusiontree.zoo import delta, llama, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import Part, Same, below, interleaved, linear
+from fusiontree.zoo.tensors import Part, Same, below, interleaved, linear, within
+
+DEFAULTS = {
+    "full_attention_interval": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "intermediate_size": 5632,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "norm_topk_prob": True,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_act", "silu")
-    options.get("router_aux_loss_coef", None)  # of the loss
-    norm, attention, rope = parts.rms(options, gain="one_plus"), _attention(options), _rope(options)
-    mixer = delta.mixer(options) | {"norm": parts.rms(options)}
-    ffns = {"kind": "swiglu", "hidden": options["intermediate_size"]}, _moe(options)
-    kinds = [attention if attends else mixer for attends in _attends(options)]
-    layers = zip(kinds, _routes(options), strict=True)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "encodings": {"rope": rope} if attention in kinds else {},
-        "layers": [{"mixer": kind, "ffn": ffns[routes], "norm": norm} for kind, routes in layers],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
+@register
+class Qwen3Next(Family):
+    """A delta rule or attention, and experts or a gated network, in each layer."""
+
+    name = "qwen3_next"
+    architecture = "Qwen3NextForCausalLM"
+    defaults = DEFAULTS
+    unused = ("mtp.",)
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_act", "silu")
+        options.get("router_aux_loss_coef", None)  # of the loss
+        norm, attention, rope = parts.rms(options, gain="one_plus"), _attention(options), _rope(options)
+        mixer = delta.mixer(options) | {"norm": parts.rms(options)}
+        ffns = {"kind": "swiglu", "hidden": options["intermediate_size"]}, _moe(options)
+        kinds = [attention if attends else mixer for attends in _attends(options)]
+        layers = zip(kinds, _routes(options), strict=True)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "encodings": {"rope": rope} if attention in kinds else {},
+            "layers": [{"mixer": kind, "ffn": ffns[routes], "norm": norm} for kind, routes in layers],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, rope = reader.spec, reader.encoding("rope")
+        found = {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "hidden_act": "silu",
+            "rms_norm_eps": spec.norm.eps,
+            "layer_types": delta.layer_types(reader),
+            "tie_word_embeddings": spec.head.tied,
+            **_ffn_config(reader),
+            **delta.attention_of(reader.find("attention")),
+            **delta.mixer_of(reader.find("gated_delta")),
+        }
+        if rope:
+            found["rope_parameters"] = partial_parameters(rope, reader.first("attention").head_dim)
+        return found
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, parts.experts)
+
+    def files(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from _tensors(spec, lambda node: parts.experts_apart(node, parts.GATED))
+
+
+def _tensors(spec: ModelSpec, experts: Callable[[Moe], Iterator[Part]]) -> Iterator[Part]:
+    yield from parts.whole(spec, "norm")
+    yield from parts.layers(spec, llama.NORMS, partial(_node_tensors, experts))
+
+
+def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> Iterator[Part]:
+    match node:
+        case Attention():
+            yield from within("self_attn", _attention_tensors(node))
+        case GatedDelta():
+            yield from within("linear_attn", _delta_tensors(node))
+        case Moe():
+            yield from linear("mlp.gate", "router")
+            yield from below("mlp.experts", "experts", experts(node))
+            yield from below("mlp.shared_expert", "shared", parts.gated_mlp())
+            yield from linear("mlp.shared_expert_gate", "shared_gate")
+        case SwiGLU():
+            yield from within("mlp", parts.gated_mlp())
+
+
+def _attention_tensors(node: Attention) -> Iterator[Same]:
+    """Each head of theirs has its query, then its gate."""
+    view = interleaved(node.heads, node.head_dim, node.head_dim)
+    for kind in ("weight", "bias") if node.bias else ("weight",):
+        yield Same(f"q_proj.{kind}", (f"q.{kind}", f"gate.{kind}"), (node.heads * node.head_dim,) * 2, view)
+    for theirs, ours in (("k_proj", "k"), ("v_proj", "v"), ("o_proj", "out")):
+        yield from linear(theirs, ours, node.bias)
+    yield from (Same(f"{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
+
+
+def _delta_tensors(node: GatedDelta) -> Iterator[Same]:
+    """Each key head of theirs has its query, its key, and the values and gates that fall to it."""
+    rows = delta.rows(node)
+    for theirs, names in (("in_proj_qkvz", ("q", "k", "v", "z")), ("in_proj_ba", ("beta", "dt"))):
+        own = tuple(rows[name] for name in names)
+        view = interleaved(node.key_heads, *(count // node.key_heads for count in own))
+        yield Same(f"{theirs}.weight", tuple(f"{name}.weight" for name in names), own, view)
+    yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
+    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias", "norm.weight"))
+    yield from linear("out_proj", "out")
 
 
 def _attends(options: Options) -> list[bool]:
@@ -74,25 +174,6 @@ def _rope(options: Options) -> dict[str, Any]:
     return partial_rope(options, options.count("head_dim"), options.get("partial_rotary_factor", 0.25))
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, rope = reader.spec, reader.encoding("rope")
-    found = {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm.eps,
-        "layer_types": delta.layer_types(reader),
-        "tie_word_embeddings": spec.head.tied,
-        **_ffn_config(reader),
-        **delta.attention_of(reader.find("attention")),
-        **delta.mixer_of(reader.find("gated_delta")),
-    }
-    if rope:
-        found["rope_parameters"] = partial_parameters(rope, reader.first("attention").head_dim)
-    return found
-
-
 def _ffn_config(reader: Reader) -> dict[str, Any]:
     """Of plain networks and of experts, those that there are."""
     plain, moe = reader.find("swiglu"), reader.find("moe")
@@ -107,92 +188,3 @@ def _ffn_config(reader: Reader) -> dict[str, Any]:
         "shared_expert_intermediate_size": moe.shared_hidden or 1,
         "mlp_only_layers": [index for index, layer in enumerate(reader.layers) if not isinstance(layer.ffn, Moe)],
     }
-
-
-def _tensors(options: Options) -> Iterator[Part]:
-    hidden = options.count("moe_intermediate_size")
-    yield from _tensors_with(options, lambda: parts.experts(hidden))
-
-
-def _files(options: Options) -> Iterator[Part]:
-    count = options.count("num_experts", 0)
-    yield from _tensors_with(options, lambda: parts.experts_apart(count, ("gate", "up", "down")))
-
-
-def _tensors_with(options: Options, experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
-    yield from parts.whole(options, "norm")
-    for index, (attends, routes) in enumerate(zip(_attends(options), _routes(options), strict=True)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.input_layernorm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm.ffn.before.weight",))
-        if attends:
-            yield from below(f"{theirs}.self_attn", f"{ours}.mixer", _attention_tensors(options))
-        else:
-            yield from below(f"{theirs}.linear_attn", f"{ours}.mixer", _mixer_tensors(options))
-        ffn = _moe_tensors(experts) if routes else parts.gated_mlp(bias=False)
-        yield from below(f"{theirs}.mlp", f"{ours}.ffn", ffn)
-
-
-def _moe_tensors(experts: Callable[[], Iterator[Part]]) -> Iterator[Part]:
-    yield from linear("gate", "router")
-    yield from below("experts", "experts", experts())
-    yield from below("shared_expert", "shared", parts.gated_mlp(bias=False))
-    yield from linear("shared_expert_gate", "shared_gate")
-
-
-def _attention_tensors(options: Options) -> Iterator[Same]:
-    """Each head of theirs has its query, then its gate."""
-    bias, heads, head_dim = options["attention_bias"], options.count("num_attention_heads"), options.count("head_dim")
-    for kind in ("weight", "bias") if bias else ("weight",):
-        each = (heads * head_dim,) * 2
-        yield Same(f"q_proj.{kind}", (f"q.{kind}", f"gate.{kind}"), each, interleaved(heads, head_dim, head_dim))
-    for theirs, ours in (("k_proj", "k"), ("v_proj", "v"), ("o_proj", "out")):
-        yield from linear(theirs, ours, bias)
-    yield from (Same(f"{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
-
-
-def _mixer_tensors(options: Options) -> Iterator[Same]:
-    """Each key head of theirs has its query, its key, and the values and gates that fall to it."""
-    rows, groups = delta.rows(options), options.count("linear_num_key_heads")
-    for theirs, names in (("in_proj_qkvz", ("q", "k", "v", "z")), ("in_proj_ba", ("beta", "dt"))):
-        own = tuple(rows[name] for name in names)
-        view = interleaved(groups, *(count // groups for count in own))
-        yield Same(f"{theirs}.weight", tuple(f"{name}.weight" for name in names), own, view)
-    yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
-    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias", "norm.weight"))
-    yield from linear("out_proj", "out")
-
-
-DEFAULTS = {
-    "full_attention_interval": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "attention_bias": False,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "intermediate_size": 5632,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "norm_topk_prob": True,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "decoder_sparse_step": 1,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-QWEN3_NEXT = register(
-    Family(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        _spec,
-        _config,
-        _tensors,
-        DEFAULTS,
-        files=_files,
-        unused=("mtp.",),
-    )
-)

@@ -6,36 +6,90 @@ from typing import Any
 
 import torch
 
-from fusiontree.branches import Attention
+from fusiontree.branches import Attention, Mlp, RgLru
+from fusiontree.core.contracts.node import NodeSpec
 from fusiontree.core.model.layers import MAX_LAYERS
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import TAPS, Same, below, linear
+from fusiontree.zoo.tensors import TAPS, Same, linear, within
 
 RECURRENT, ATTENTION = TYPES = ("recurrent", "attention")
 GATES = {"input_gate": "input_gate", "recurrent_gate": "recurrence_gate"}
+DEFAULTS = {
+    "num_attention_heads": 10,
+    "attention_window_size": 2048,
+    "conv1d_width": 4,
+    "logits_soft_cap": 30.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "block_types": ["recurrent", "recurrent", "attention"],
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    options.only("hidden_activation", "gelu_pytorch_tanh")
-    options.only("embeddings_scale_by_sqrt_dim", True)
-    for key in ("w_init_variance_scale", "final_w_init_variance_scale", "head_dim"):
-        options.get(key, None)  # of initialisation; the last one follows from others whatever it says
-    norm, rope = parts.rms(options, gain="one_plus"), _rope(options)
-    ffn = {"kind": "mlp", "hidden": options.count("intermediate_size", 2) // 2, "activation": "geglu_tanh"}
-    mixers = {RECURRENT: _unit(options), ATTENTION: _attention(options)}
-    kinds = _kinds(options)
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "embedding": {"multiplier": _multiplier(options.count("hidden_size"))},
-        "encodings": {"rope": rope} if ATTENTION in kinds else {},
-        "layers": [{"mixer": mixers[kind], "ffn": ffn | {"bias": True}, "norm": norm} for kind in kinds],
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"], "softcap": options.number("logits_soft_cap")},
-    }
+@register
+class RecurrentGemma(Family):
+    """A recurrent unit or attention, and a gated network, in each layer."""
+
+    name = "recurrent_gemma"
+    architecture = "RecurrentGemmaForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        options.only("hidden_activation", "gelu_pytorch_tanh")
+        options.only("embeddings_scale_by_sqrt_dim", True)
+        for key in ("w_init_variance_scale", "final_w_init_variance_scale", "head_dim"):
+            options.get(key, None)  # of initialisation; the last one follows from others whatever it says
+        norm, rope = parts.rms(options, gain="one_plus"), _rope(options)
+        ffn = {"kind": "mlp", "hidden": options.count("intermediate_size", 2) // 2, "activation": "geglu_tanh"}
+        mixers = {RECURRENT: _unit(options), ATTENTION: _attention(options)}
+        kinds = _kinds(options)
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "embedding": {"multiplier": _multiplier(options.count("hidden_size"))},
+            "encodings": {"rope": rope} if ATTENTION in kinds else {},
+            "layers": [{"mixer": mixers[kind], "ffn": ffn | {"bias": True}, "norm": norm} for kind in kinds],
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"], "softcap": options.number("logits_soft_cap")},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, ffn, unit = reader.spec, reader.first("mlp"), reader.find("rglru")
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(reader.layers),
+            "block_types": [ATTENTION if isinstance(each.mixer, Attention) else RECURRENT for each in reader.layers],
+            "intermediate_size": 2 * ffn.hidden,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": spec.norm.eps,
+            "tie_word_embeddings": spec.head.tied,
+            "logits_soft_cap": spec.head.softcap,
+            **({"num_attention_heads": unit.heads, "lru_width": unit.inner, "conv1d_width": unit.conv} if unit else {}),
+            **_attention_config(reader),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+        yield from parts.whole(spec, "final_norm")
+        yield from parts.layers(spec, NORMS, _node_tensors)
+
+
+NORMS = {"mixer": "temporal_pre_norm", "ffn": "channel_pre_norm"}
+
+
+def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+    match node:
+        case Attention():
+            yield from within("temporal_block", parts.attention(node))
+        case RgLru():
+            yield from within("temporal_block", _unit_tensors())
+        case Mlp():
+            yield from within("mlp_block", parts.gated_mlp(bias=True))
 
 
 def _kinds(options: Options) -> list[str]:
@@ -94,23 +148,6 @@ def _attention(options: Options) -> dict[str, Any]:
     }
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, ffn, unit = reader.spec, reader.first("mlp"), reader.find("rglru")
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(reader.layers),
-        "block_types": [ATTENTION if isinstance(each.mixer, Attention) else RECURRENT for each in reader.layers],
-        "intermediate_size": 2 * ffn.hidden,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": spec.norm.eps,
-        "tie_word_embeddings": spec.head.tied,
-        "logits_soft_cap": spec.head.softcap,
-        **({"num_attention_heads": unit.heads, "lru_width": unit.inner, "conv1d_width": unit.conv} if unit else {}),
-        **_attention_config(reader),
-    }
-
-
 def _attention_config(reader: Reader) -> dict[str, Any]:
     found, rope = reader.find("attention"), reader.encoding("rope")
     if found is None:
@@ -124,17 +161,6 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _tensors(options: Options) -> Iterator[Same]:
-    yield from parts.whole(options, "final_norm")
-    for index, kind in enumerate(_kinds(options)):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield Same(f"{theirs}.temporal_pre_norm.weight", (f"{ours}.norm.mixer.before.weight",))
-        yield Same(f"{theirs}.channel_pre_norm.weight", (f"{ours}.norm.ffn.before.weight",))
-        mixer = _unit_tensors() if kind == RECURRENT else parts.attention(options["attention_bias"], out_bias=True)
-        yield from below(f"{theirs}.temporal_block", f"{ours}.mixer", mixer)
-        yield from below(f"{theirs}.mlp_block", f"{ours}.ffn", parts.gated_mlp(bias=True))
-
-
 def _unit_tensors() -> Iterator[Same]:
     for theirs, ours in (("linear_x", "x"), ("linear_y", "z"), ("linear_out", "out")):
         yield from linear(theirs, ours, bias=True)
@@ -143,17 +169,3 @@ def _unit_tensors() -> Iterator[Same]:
     yield Same("rg_lru.recurrent_param", ("Lambda",))
     for theirs, ours in GATES.items():
         yield from (Same(f"rg_lru.{theirs}_{kind}", (f"{ours}.{kind}",)) for kind in ("weight", "bias"))
-
-
-DEFAULTS = {
-    "num_attention_heads": 10,
-    "attention_window_size": 2048,
-    "conv1d_width": 4,
-    "logits_soft_cap": 30.0,
-    "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "block_types": ["recurrent", "recurrent", "attention"],
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-}
-RECURRENT_GEMMA = register(Family("recurrent_gemma", "RecurrentGemmaForCausalLM", _spec, _config, _tensors, DEFAULTS))

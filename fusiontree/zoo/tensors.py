@@ -245,6 +245,11 @@ def below(theirs: str, ours: str, parts: Iterable[PartT]) -> Iterator[PartT]:
     yield from (part.within(f"{theirs}.", f"{ours}.") for part in parts)
 
 
+def within(theirs: str, parts: Iterable[PartT]) -> Iterator[PartT]:
+    """Correspondences inside a module of theirs."""
+    yield from (part.within(f"{theirs}.", "") for part in parts)
+
+
 def to_ours(parts: Iterable[Part], theirs: Mapping[str, Tensor], *, ignored: Iterable[str] = ()) -> dict[str, Tensor]:
     """Their tensors under our names.
 

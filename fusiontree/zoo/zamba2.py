@@ -5,6 +5,9 @@ the input of the Mamba-2 alone, and each of its uses has low-rank maps of its ow
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from fusiontree.branches import Mamba2
+from fusiontree.core.contracts.node import NodeSpec
+from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.fusions import Inject
 from fusiontree.zoo import parts
@@ -16,27 +19,127 @@ GATED_EPS = 1e-5
 """Of Mamba-2's gated norm, whatever the config says of the others."""
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "hybrid": "hybrid"}
 """Their words for layers, now and in first conversions, and ours."""
+DEFAULTS = {
+    "num_attention_heads": 32,
+    "hidden_act": "gelu",
+    "mamba_d_state": 64,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 8,
+    "time_step_min": 0.001,
+    "add_bias_linear": False,
+    "num_mem_blocks": 1,
+    "use_shared_attention_adapter": False,
+    "adapter_rank": 128,
+    "use_mem_rope": False,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 
 
-def _spec(options: Options) -> dict[str, Any]:
-    _read_idle(options)
-    norm, mamba, rope = parts.rms(options), _mamba(options), _rope(options)
-    block, adapters = _block(options, norm, list(rope)), _adapters(options)
-    layers: list[dict[str, Any]] = [{"mixer": mamba, "norm": norm}] * len(_kinds(options))
-    for use in _uses(options):
-        branch = {"kind": "use", "of": _name(use.block), "adapters": adapters}
-        mixer = {"kind": "inject", "branches": {"block": branch}, "projection": {}, "norm": norm, "into": mamba}
-        layers[use.layer] = {"mixer": mixer, "placement": "none"}
-    blocks = sorted({use.block for use in _uses(options)})
-    return {
-        "vocab_size": options["vocab_size"],
-        "width": options.count("hidden_size"),
-        "encodings": rope if blocks else {},
-        "shared": {_name(number): block for number in blocks},
-        "layers": layers,
-        "norm": norm,
-        "head": {"tied": options["tie_word_embeddings"]},
-    }
+@register
+class Zamba2(Family):
+    """Mixers, and blocks that some of them share."""
+
+    name = "zamba2"
+    architecture = "Zamba2ForCausalLM"
+    defaults = DEFAULTS
+
+    def spec(self, options: Options) -> dict[str, Any]:
+        _read_idle(options)
+        norm, mamba, rope = parts.rms(options), _mamba(options), _rope(options)
+        block, adapters = _block(options, norm, list(rope)), _adapters(options)
+        layers: list[dict[str, Any]] = [{"mixer": mamba, "norm": norm}] * len(_kinds(options))
+        for use in _uses(options):
+            branch = {"kind": "use", "of": _name(use.block), "adapters": adapters}
+            mixer = {"kind": "inject", "branches": {"block": branch}, "projection": {}, "norm": norm, "into": mamba}
+            layers[use.layer] = {"mixer": mixer, "placement": "none"}
+        blocks = sorted({use.block for use in _uses(options)})
+        return {
+            "vocab_size": options["vocab_size"],
+            "width": options.count("hidden_size"),
+            "encodings": rope if blocks else {},
+            "shared": {_name(number): block for number in blocks},
+            "layers": layers,
+            "norm": norm,
+            "head": {"tied": options["tie_word_embeddings"]},
+        }
+
+    def config(self, reader: Reader) -> dict[str, Any]:
+        spec, rope = reader.spec, reader.encoding("rope")
+        words = ["hybrid" if isinstance(layer.mixer, Inject) else "linear_attention" for layer in reader.layers]
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "num_hidden_layers": len(words),
+            "layers_block_type": words,
+            "rms_norm_eps": spec.norm.eps,
+            "tie_word_embeddings": spec.head.tied,
+            "use_mem_rope": rope is not None,
+            "rope_parameters": rope_parameters(rope),
+            "num_mem_blocks": max(1, len(spec.shared)),
+            "pad_token_id": None,  # their class has one, whose embedding it would not train
+            **_mamba_config(reader),
+            **(_block_config(reader) if "hybrid" in words else {}),
+        }
+
+    def tensors(self, spec: ModelSpec) -> Iterator[Part]:
+        yield from parts.whole(spec, "final_layernorm")
+        for index, layer in enumerate(spec.expanded_layers()):
+            yield from below(f"model.layers.{index}", f"layers.{index}", _layer_tensors(layer.mixer))
+        for use in _uses_in(spec):
+            block, ours = spec.shared[_name(use.block)], f"layers.{use.layer}.mixer.branches.block"
+            yield from below(_place(use.first), f"{ours}.adapters", _adapter_tensors(spec.node(ours), block, use.index))
+            if use.layer == use.first:
+                yield from below(_place(use.first), f"shared.{_name(use.block)}", _block_tensors(block))
+
+    def copies(self, spec: ModelSpec) -> Mapping[str, str]:
+        """A block stands once more in every layer that uses it, with all of its adapters; a tied head is the
+        embedding."""
+        names = [name for part in self.tensors(spec) for name in part.names()]
+        found = {"lm_head.weight": "model.embed_tokens.weight"} if spec.head.tied else {}
+        for use in _uses_in(spec):
+            inside = (
+                name.removeprefix(_place(use.first)) for name in names if name.startswith(f"{_place(use.first)}.")
+            )
+            if use.layer != use.first:
+                found |= {f"{_place(use.layer)}{name}": f"{_place(use.first)}{name}" for name in inside}
+        return found
+
+
+def _layer_tensors(mixer: NodeSpec | None) -> Iterator[Same]:
+    match mixer:
+        case Mamba2():
+            yield Same("input_layernorm.weight", ("norm.mixer.before.weight",))
+            yield from below("mamba", "mixer", parts.mamba2(mixer))
+        case Inject(into=Mamba2() as inner):
+            yield from linear("linear", "mixer.projection")
+            yield Same("mamba_decoder.input_layernorm.weight", ("mixer.norm.weight",))
+            yield from below("mamba_decoder.mamba", "mixer.into", parts.mamba2(inner))
+
+
+def _block_tensors(block: Any) -> Iterator[Same]:
+    network = block.links["feed_forward"]
+    yield Same("input_layernorm.weight", ("norms.attention.weight",))
+    yield Same("pre_ff_layernorm.weight", ("norms.feed_forward.weight",))
+    for name in ("q", "k", "v"):
+        yield from linear(f"self_attn.{name}_proj", f"links.attention.{name}")
+    yield from linear("self_attn.o_proj", "links.out.map")
+    yield from linear("feed_forward.down_proj", "links.feed_forward.down", network.bias)
+    for kind in ("weight", "bias") if network.bias else ("weight",):
+        ours = tuple(f"links.feed_forward.{name}.{kind}" for name in ("gate", "up"))
+        yield Same(f"feed_forward.gate_up_proj.{kind}", ours, (network.hidden,) * 2)
+
+
+def _adapter_tensors(use: Any, block: Any, index: int) -> Iterator[Same]:
+    """Those of one use; a block keeps them in lists as long as there are uses of any block."""
+    for name, adapter in use.adapters.items():
+        inside = "feed_forward.gate_up_proj" if name == "gate_up" else f"self_attn.linear_{name}"
+        place, count = f"{inside}_adapter_list.{index}", len(adapter.maps)
+        yield Same(f"{place}.0.weight", (f"{name}.down.weight",))
+        ups = tuple(f"{name}.up.{number}.weight" for number in range(count))
+        yield Same(f"{place}.1.weight", ups, (block.links["feed_forward"].hidden,) * count)
 
 
 def _read_idle(options: Options) -> None:
@@ -71,8 +174,15 @@ class BlockUse(NamedTuple):
 
 def _uses(options: Options) -> list[BlockUse]:
     """Blocks take turns."""
-    layers = [index for index, kind in enumerate(_kinds(options)) if kind == "hybrid"]
-    blocks = options.count("num_mem_blocks")
+    return _in_turns([kind == "hybrid" for kind in _kinds(options)], options.count("num_mem_blocks"))
+
+
+def _uses_in(spec: ModelSpec) -> list[BlockUse]:
+    return _in_turns([isinstance(layer.mixer, Inject) for layer in spec.expanded_layers()], len(spec.shared))
+
+
+def _in_turns(hybrid: list[bool], blocks: int) -> list[BlockUse]:
+    layers = [index for index, has_block in enumerate(hybrid) if has_block]
     return [BlockUse(layer, index, index % blocks, layers[index % blocks]) for index, layer in enumerate(layers)]
 
 
@@ -174,25 +284,6 @@ def _adapted(options: Options) -> dict[str, list[str]]:
     return {name: [f"links.attention.{name}"] for name in ("q", "k", "v")} | feed_forward
 
 
-def _config(reader: Reader) -> dict[str, Any]:
-    spec, rope = reader.spec, reader.encoding("rope")
-    words = ["hybrid" if isinstance(layer.mixer, Inject) else "linear_attention" for layer in reader.layers]
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(words),
-        "layers_block_type": words,
-        "rms_norm_eps": spec.norm.eps,
-        "tie_word_embeddings": spec.head.tied,
-        "use_mem_rope": rope is not None,
-        "rope_parameters": rope_parameters(rope),
-        "num_mem_blocks": max(1, len(spec.shared)),
-        "pad_token_id": None,  # their class has one, whose embedding it would not train
-        **_mamba_config(reader),
-        **(_block_config(reader) if "hybrid" in words else {}),
-    }
-
-
 def _mamba_config(reader: Reader) -> dict[str, Any]:
     mamba = reader.first("mamba2")
     return {
@@ -219,90 +310,6 @@ def _block_config(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _tensors(options: Options) -> Iterator[Part]:
-    yield from parts.whole(options, "final_layernorm")
-    uses = {use.layer: use for use in _uses(options)}
-    for index in range(len(_kinds(options))):
-        layer = _hybrid_tensors(options, uses[index]) if index in uses else _mamba_tensors(options)
-        yield from below(f"model.layers.{index}", f"layers.{index}", layer)
-    for use in uses.values():
-        ours = f"layers.{use.layer}.mixer.branches.block.adapters"
-        yield from below(_place(use.first), ours, _adapter_tensors(options, use.index))
-        if use.layer == use.first:
-            yield from below(_place(use.first), f"shared.{_name(use.block)}", _block_tensors(options))
-
-
 def _place(layer: int) -> str:
     """Where a block stands."""
     return f"model.layers.{layer}.shared_transformer"
-
-
-def _mamba_tensors(options: Options) -> Iterator[Same]:
-    yield Same("input_layernorm.weight", ("norm.mixer.before.weight",))
-    yield from below("mamba", "mixer", _mixer_tensors(options))
-
-
-def _hybrid_tensors(options: Options, use: BlockUse) -> Iterator[Same]:
-    yield from linear("linear", "mixer.projection")
-    yield Same("mamba_decoder.input_layernorm.weight", ("mixer.norm.weight",))
-    yield from below("mamba_decoder.mamba", "mixer.into", _mixer_tensors(options))
-
-
-def _mixer_tensors(options: Options) -> Iterator[Same]:
-    bias, shared = options["add_bias_linear"], options.count("mamba_ngroups") * options.count("mamba_d_state")
-    heads = options.count("n_mamba_heads")
-    yield from parts.mamba2(_inner(options), shared, heads, bias=bias, out_bias=bias, conv_bias=True, norm=True)
-
-
-def _block_tensors(options: Options) -> Iterator[Same]:
-    hidden, bias = _hidden(options), options["add_bias_linear"]
-    yield Same("input_layernorm.weight", ("norms.attention.weight",))
-    yield Same("pre_ff_layernorm.weight", ("norms.feed_forward.weight",))
-    for name in ("q", "k", "v"):
-        yield from linear(f"self_attn.{name}_proj", f"links.attention.{name}")
-    yield from linear("self_attn.o_proj", "links.out.map")
-    yield from linear("feed_forward.down_proj", "links.feed_forward.down", bias)
-    for kind in ("weight", "bias") if bias else ("weight",):
-        ours = tuple(f"links.feed_forward.{name}.{kind}" for name in ("gate", "up"))
-        yield Same(f"feed_forward.gate_up_proj.{kind}", ours, (hidden, hidden))
-
-
-def _adapter_tensors(options: Options, index: int) -> Iterator[Same]:
-    """Those of one use; a block keeps them in lists as long as there are uses of any block."""
-    for name, maps in _adapted(options).items():
-        inside = "feed_forward.gate_up_proj" if name == "gate_up" else f"self_attn.linear_{name}"
-        place = f"{inside}_adapter_list.{index}"
-        yield Same(f"{place}.0.weight", (f"{name}.down.weight",))
-        ups = tuple(f"{name}.up.{number}.weight" for number in range(len(maps)))
-        yield Same(f"{place}.1.weight", ups, (_hidden(options),) * len(maps))
-
-
-def _copies(options: Options) -> Mapping[str, str]:
-    """A block stands once more in every layer that uses it, with all of its adapters; a tied head is the embedding."""
-    names = [name for part in _tensors(options) for name in part.names()]
-    found = {"lm_head.weight": "model.embed_tokens.weight"} if options["tie_word_embeddings"] else {}
-    for use in _uses(options):
-        inside = (name.removeprefix(_place(use.first)) for name in names if name.startswith(f"{_place(use.first)}."))
-        if use.layer != use.first:
-            found |= {f"{_place(use.layer)}{name}": f"{_place(use.first)}{name}" for name in inside}
-    return found
-
-
-DEFAULTS = {
-    "num_attention_heads": 32,
-    "hidden_act": "gelu",
-    "mamba_d_state": 64,
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_ngroups": 1,
-    "n_mamba_heads": 8,
-    "time_step_min": 0.001,
-    "add_bias_linear": False,
-    "num_mem_blocks": 1,
-    "use_shared_attention_adapter": False,
-    "adapter_rank": 128,
-    "use_mem_rope": False,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-ZAMBA2 = register(Family("zamba2", "Zamba2ForCausalLM", _spec, _config, _tensors, DEFAULTS, copies=_copies))

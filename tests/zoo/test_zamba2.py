@@ -204,11 +204,11 @@ def test_our_class_of_transformers_keeps_shared_blocks_once(tmp_path):
 def test_uses_of_a_block_are_counted_over_all_blocks():
     """Rotated by one, the adapters would be those of other uses."""
     family = family_of("zamba2")
-    names = {theirs for part in family.tensors(family.options(ZAMBA2)) for theirs in part.names()}
+    names = {theirs for part in family.tensors(family.spec_of(ZAMBA2)) for theirs in part.names()}
     found = sorted(name for name in names if "adapter_list" in name and name.endswith(".0.weight"))
     inside = "feed_forward.gate_up_proj_adapter_list"
     assert found == [f"model.layers.{layer}.shared_transformer.{inside}.{use}.0.weight" for layer, use in USES]
-    more = family.options(ZAMBA2 | MORE_OF_ZAMBA2)
+    more = family.spec_of(ZAMBA2 | MORE_OF_ZAMBA2)
     assert len([part for part in family.tensors(more) if "adapter" in part.names()[0]]) == 4 * 4 * 2
 
 
