@@ -59,17 +59,13 @@ class Bamba(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, ffn, layers = reader.spec, reader.first("swiglu"), reader.layers
+        ffn, layers = reader.first("swiglu"), reader.layers
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(layers),
+            **parts.sizes(reader),
             "attn_layer_indices": [index for index, layer in enumerate(layers) if isinstance(layer.mixer, Attention)],
             "intermediate_size": ffn.hidden,
             "mlp_bias": ffn.bias,
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
-            "tie_word_embeddings": spec.head.tied,
             **_attention_config(reader),
             **mamba_config(reader),
         }

@@ -73,12 +73,9 @@ class FalconH1(Family):
         spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
         mixer, mamba, attention = reader.first("sum"), reader.first("mamba2"), reader.first("attention")
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             "intermediate_size": ffn.hidden,
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
             **parts.attention_sizes(attention),
             "attention_bias": attention.bias,
             "mlp_bias": ffn.bias,
@@ -95,7 +92,6 @@ class FalconH1(Family):
             "mamba_norm_before_gate": mamba.norm is None or mamba.norm.order == "norm_first",
             "time_step_limit": parts.time_step_limit(mamba.dt_limit),
             "rope_parameters": rope_parameters(rope),
-            "tie_word_embeddings": spec.head.tied,
             "embedding_multiplier": spec.embedding.multiplier,
             "lm_head_multiplier": spec.head.multiplier,
             "mlp_multipliers": [ffn.multipliers.gate, ffn.multipliers.down],

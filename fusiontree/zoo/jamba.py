@@ -57,18 +57,14 @@ class Jamba(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, moe = reader.spec, reader.find("moe")
+        moe = reader.find("moe")
         ffn = moe or reader.first("swiglu")
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             "intermediate_size": ffn.hidden,
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
             "num_experts": moe.experts if moe else 1,
             "num_experts_per_tok": moe.top_k if moe else 1,
-            "tie_word_embeddings": spec.head.tied,
             **_period_of("attn", [isinstance(layer.mixer, Attention) for layer in reader.layers]),
             **_period_of("expert", [isinstance(layer.ffn, Moe) for layer in reader.layers]),
             **parts.attention_sizes(reader.find("attention")),

@@ -83,16 +83,13 @@ class KimiLinear(Family):
         }
 
     def config(self, reader: Reader) -> Data:
-        spec, mlp = reader.spec, reader.find("swiglu")
+        mlp = reader.find("swiglu")
         kinds = ["sparse" if getattr(layer.ffn, "kind", None) == "moe" else "dense" for layer in reader.layers]
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             "layer_types": delta.layer_types(reader),
             "mlp_layer_types": kinds,
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
             "tie_word_embeddings": False,
             "pad_token_id": None,  # their class has one that a small vocabulary has not
             **({"intermediate_size": mlp.hidden} if mlp else {}),

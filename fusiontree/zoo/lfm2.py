@@ -54,22 +54,18 @@ class Lfm2(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, attention, conv = reader.spec, reader.find("attention"), reader.find("short_conv")
+        attention, conv = reader.find("attention"), reader.find("short_conv")
         kinds = [getattr(layer.mixer, "kind", None) for layer in reader.layers]
         names = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader, "norm_eps"),
             "layer_types": [CONV if kind == "short_conv" else ATTENTION for kind in kinds],
             **({theirs: getattr(attention, ours) for ours, theirs in names.items()} if attention else {}),
             "conv_L_cache": conv.conv if conv else DEFAULTS["conv_L_cache"],
             "conv_bias": conv.bias if conv else False,
             "intermediate_size": reader.first("swiglu").hidden,
             "block_auto_adjust_ff_dim": False,
-            "norm_eps": spec.norm.eps,
             "rope_parameters": rope_parameters(reader.encoding("rope"), THETA),
-            "tie_word_embeddings": spec.head.tied,
         }
 
     def tensors(self, spec: ModelSpec) -> Iterator[Same]:

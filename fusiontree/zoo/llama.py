@@ -48,18 +48,14 @@ class Llama(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, attention, ffn = reader.spec, reader.first("attention"), reader.first("swiglu")
+        attention, ffn = reader.first("attention"), reader.first("swiglu")
         rope = reader.encoding("rope")
         found = {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             **parts.attention_sizes(attention),
             "intermediate_size": ffn.hidden,
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
             "rope_parameters": rope_parameters(rope),
-            "tie_word_embeddings": spec.head.tied,
         }
         if reader.family.name == "mistral":
             return {**found, "sliding_window": attention.window}

@@ -52,11 +52,9 @@ class Mamba(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, mamba = reader.spec, reader.first("mamba1")
+        mamba = reader.first("mamba1")
         found = {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader, "layer_norm_epsilon"),
             "intermediate_size": mamba.inner,
             "state_size": mamba.state,
             "time_step_rank": mamba.rank,
@@ -64,8 +62,6 @@ class Mamba(Family):
             "use_bias": mamba.bias,
             "use_conv_bias": mamba.conv_bias,
             "hidden_act": "silu",
-            "layer_norm_epsilon": spec.norm.eps,
-            "tie_word_embeddings": spec.head.tied,
         }
         if reader.family.name == FALCON and mamba.norm:
             found["mixer_rms_eps"] = mamba.norm.eps

@@ -57,11 +57,9 @@ class Mamba2Family(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, mamba = reader.spec, reader.first("mamba2")
+        mamba = reader.first("mamba2")
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader, "layer_norm_epsilon"),
             "num_heads": mamba.heads,
             "head_dim": mamba.head_dim,
             "state_size": mamba.state,
@@ -71,9 +69,7 @@ class Mamba2Family(Family):
             "use_bias": mamba.bias,
             "use_conv_bias": mamba.conv_bias,
             "hidden_act": "silu",
-            "layer_norm_epsilon": spec.norm.eps,
             "time_step_limit": parts.time_step_limit(mamba.dt_limit),
-            "tie_word_embeddings": spec.head.tied,
         }
 
     def tensors(self, spec: ModelSpec) -> Iterator[Same]:

@@ -57,19 +57,15 @@ class OlmoHybrid(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, ffn, rope = reader.spec, reader.first("swiglu"), reader.encoding("rope")
+        ffn, rope = reader.first("swiglu"), reader.encoding("rope")
         attention, mixer = reader.first("attention"), reader.first("gated_delta")  # transformers has no model without
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             "intermediate_size": ffn.hidden,
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
             "layer_types": delta.layer_types(reader),
             "rope_parameters": rope_parameters(rope) if rope else {"rope_type": "default", "rope_theta": None},
             "linear_allow_neg_eigval": mixer.negative_eigenvalues,
-            "tie_word_embeddings": spec.head.tied,
             "pad_token_id": None,  # their class has one that a small vocabulary has not
             **delta.attention_of(attention),
             **delta.mixer_of(mixer),

@@ -31,6 +31,18 @@ def layer_types(options: Options, known: Sequence[str], default: Callable[[int],
     return found
 
 
+def sizes(reader: Reader, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """What every config says; `eps` is the name of the norms'."""
+    spec = reader.spec
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(reader.layers),
+        eps: spec.norm.eps,
+        "tie_word_embeddings": spec.head.tied,
+    }
+
+
 def whole(spec: ModelSpec, final_norm: str, root: str = "model", embedding: str = "embed_tokens") -> Iterator[Same]:
     """Embedding, last norm and head."""
     yield Same(f"{root}.{embedding}.weight", ("embedding.weight",))

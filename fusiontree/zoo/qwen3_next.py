@@ -64,15 +64,11 @@ class Qwen3Next(Family):
         }
 
     def config(self, reader: Reader) -> dict[str, Any]:
-        spec, rope = reader.spec, reader.encoding("rope")
+        rope = reader.encoding("rope")
         found = {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             "hidden_act": "silu",
-            "rms_norm_eps": spec.norm.eps,
             "layer_types": delta.layer_types(reader),
-            "tie_word_embeddings": spec.head.tied,
             **_ffn_config(reader),
             **delta.attention_of(reader.find("attention")),
             **delta.mixer_of(reader.find("gated_delta")),

@@ -61,14 +61,10 @@ class RecurrentGemma(Family):
     def config(self, reader: Reader) -> dict[str, Any]:
         spec, ffn, unit = reader.spec, reader.first("mlp"), reader.find("rglru")
         return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "num_hidden_layers": len(reader.layers),
+            **parts.sizes(reader),
             "block_types": [ATTENTION if isinstance(each.mixer, Attention) else RECURRENT for each in reader.layers],
             "intermediate_size": 2 * ffn.hidden,
             "hidden_activation": "gelu_pytorch_tanh",
-            "rms_norm_eps": spec.norm.eps,
-            "tie_word_embeddings": spec.head.tied,
             "logits_soft_cap": spec.head.softcap,
             **({"num_attention_heads": unit.heads, "lru_width": unit.inner, "conv1d_width": unit.conv} if unit else {}),
             **_attention_config(reader),
