@@ -85,7 +85,7 @@ def launched(name: str, default: int, *, least: int = 0) -> int:
     """
     found = os.environ.get(name, str(default))
     if not found.isdecimal() or int(found) < least:
-        raise FusionTreeError(f"{name}: a whole number from {least} on is needed in the environment, found {found!r}")
+        raise FusionTreeError(f"environment: {name}: expected a whole number from {least} on, found {found!r}")
     return int(found)
 
 

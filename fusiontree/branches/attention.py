@@ -191,7 +191,7 @@ class Attention(ProjectedSpec):
             own, theirs = getattr(self, name), getattr(source, name)
             if own != theirs:
                 word = "value_dim" if name == "values" else name
-                return f"{word}: has to be that of {self.keys_from}, {theirs}, found {own}"
+                return f"{word}: expected {theirs}, as {self.keys_from} has, found {own}"
         if self.encodings != source.encodings:
             have, found = (", ".join(each.encodings) or "none" for each in (source, self))
             return f"encodings: keys stand in those of {self.keys_from}, {have}, found {found}"

@@ -70,7 +70,7 @@ class Lightning(ProjectedSpec):
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         if len(self.slopes) != self.heads:
-            raise invalid({("slopes",): f"one for each of {self.heads} heads is needed, found {len(self.slopes)}"})
+            raise invalid({("slopes",): f"expected one for each of {self.heads} heads, found {len(self.slopes)}"})
         return self
 
     @classmethod

@@ -103,7 +103,7 @@ class Use(BranchSpec):
                 adapted.append(path)
             widths = dict.fromkeys(str(maps[path][1]) for path in adapter.maps if path in maps)
             if len(widths) > 1:
-                yield place, f"maps of equal inputs are needed, found the widths {', '.join(widths)}"
+                yield place, f"expected maps of equal inputs, found the widths {', '.join(widths)}"
 
     def _shared(self, scope: Scope) -> Iterator[tuple[str, NodeSpec, Scope]]:
         """The nodes that run here, by their paths in the shared one."""

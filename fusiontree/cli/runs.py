@@ -56,7 +56,7 @@ def generate(
         found = f"{len(tokens)} of the prompt and {max_new_tokens} new ones"
         raise FusionTreeError(f"--max-new-tokens: the encodings have {longest} positions, found {found}")
     if b"" in endings:
-        raise FusionTreeError("--stop: a text is needed, found ''")
+        raise FusionTreeError("--stop: expected a text, found ''")
     sampling = Sampling(temperature, top_k, top_p, seed)
     steps = stream(loaded, [tokens], max_new_tokens=max_new_tokens, sampling=sampling, stop=ends)
     drawn = chain([next(steps)], steps)  # what cannot be done is said before anything is written

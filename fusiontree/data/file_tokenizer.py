@@ -130,7 +130,7 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise FusionTreeError(f"{file}: cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise FusionTreeError(f"{file}: a mapping is needed, found {found!r:.60}")
+        raise FusionTreeError(f"{file}: expected a mapping, found {found!r:.60}")
     return found
 
 

@@ -39,7 +39,7 @@ class Rope(EncodingSpec):
     @model_validator(mode="after")
     def _frequencies_fall(self) -> Self:
         if self.scaling and self.theta <= 1:
-            raise invalid({("theta",): f"has to be above 1 where there is scaling, found {self.theta}"})
+            raise invalid({("theta",): f"expected a number above 1 where there is scaling, found {self.theta}"})
         return self
 
     @classmethod

@@ -74,7 +74,7 @@ class YarnScaling(RopeScaling):
     @model_validator(mode="after")
     def _fast_is_faster(self) -> Self:
         if self.beta_fast < self.beta_slow:
-            raise invalid({("beta_fast",): f"has to be at least beta_slow ({self.beta_slow}), found {self.beta_fast}"})
+            raise invalid({("beta_fast",): f"expected at least beta_slow ({self.beta_slow}), found {self.beta_fast}"})
         return self
 
     @property
@@ -119,7 +119,7 @@ class Llama3Scaling(RopeScaling):
     def _high_is_higher(self) -> Self:
         if self.high_freq_factor <= self.low_freq_factor:
             low, high = self.low_freq_factor, self.high_freq_factor
-            raise invalid({("high_freq_factor",): f"has to be above low_freq_factor ({low}), found {high}"})
+            raise invalid({("high_freq_factor",): f"expected a number above low_freq_factor ({low}), found {high}"})
         return self
 
     def kept(self, frequencies: Frequencies, theta: float) -> Frequencies:

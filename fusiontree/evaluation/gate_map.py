@@ -84,7 +84,7 @@ def draw(
         FusionTreeError: no maps, or labels for another number of tokens.
     """
     if not maps:
-        raise FusionTreeError("gate map: at least one gate is needed, found none")
+        raise FusionTreeError("gate map: expected at least one gate, found none")
     labels = _labels(text, len(next(iter(maps[0].values.values()))))
     try:
         import matplotlib as mpl

@@ -181,7 +181,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise FusionTreeError(f"{file}: dataset_path: pandas reads pickles, which could run code")
     metrics = found.get("metric_list") or []
     if not isinstance(metrics, list):
-        raise FusionTreeError(f"{file}: metric_list: a list is needed, found {metrics!r:.60}")
+        raise FusionTreeError(f"{file}: metric_list: expected a list, found {metrics!r:.60}")
     for metric in metrics:
         _check_metric(file, metric)
     return found

@@ -87,7 +87,7 @@ class BaseFusionSpec(FusionSpec):
         if self.gate_spec:
             yield from ((f"gate.{where}", text) for where, text in self.gate_spec.problems(self.gate_scope(scope)))
         if self.mlp and self.mlp.output_width(scope) != scope.width:
-            yield "mlp", f"has to return the width {scope.width}, found {self.mlp.output_width(scope)}"
+            yield "mlp", f"expected the width {scope.width} of what it returns, found {self.mlp.output_width(scope)}"
 
     def flops(self, scope: Scope, length: int) -> float:
         widths = self.widths(scope)

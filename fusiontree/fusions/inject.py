@@ -38,7 +38,7 @@ class Inject(BaseFusionSpec):
         """As of every fusion; the node has to return the stream's width."""
         yield from super().problems(scope)
         if self.into.output_width(scope) != scope.width:
-            yield "into", f"has to return the width {scope.width}, found {self.into.output_width(scope)}"
+            yield "into", f"expected the width {scope.width} of what it returns, found {self.into.output_width(scope)}"
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         own = {"norm.weight": ("width",)} if self.norm and self.norm.gain != "none" else {}

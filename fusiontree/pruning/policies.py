@@ -62,7 +62,7 @@ class Threshold(PolicySpec):
     @model_validator(mode="after")
     def _ordered(self) -> "Threshold":
         if self.low >= self.high:
-            raise invalid({("low",): f"has to be below high ({self.high}), found {self.low}"})
+            raise invalid({("low",): f"expected a number below high ({self.high}), found {self.low}"})
         return self
 
     def decide(self, evidence: Evidence) -> list[Decision]:

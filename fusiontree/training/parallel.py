@@ -50,7 +50,7 @@ def copies(processes: int, sharded: int) -> tuple[int, int]:
     """
     sharded = processes if sharded == -1 else sharded
     if processes % sharded:
-        raise RunError(f"parallelism.shard: has to divide the {processes} processes, found {sharded}")
+        raise RunError(f"parallelism.shard: expected a divisor of the {processes} processes, found {sharded}")
     return processes // sharded, sharded
 
 
@@ -61,11 +61,11 @@ def rows_at_a_time(rows: int, microbatch_rows: int | None, processes: int) -> in
         RunError: the rows cannot be dealt out evenly.
     """
     if rows % processes:
-        raise RunError(f"training.rows: has to be a multiple of the {processes} processes, found {rows}")
+        raise RunError(f"training.rows: expected a multiple of the {processes} processes, found {rows}")
     share = rows // processes
     part = share if microbatch_rows is None else microbatch_rows
     if share % part:
-        text = f"has to divide the {share} rows of each of {processes} processes, found {part}"
+        text = f"expected a divisor of the {share} rows of each of {processes} processes, found {part}"
         raise RunError(f"training.microbatch_rows: {text}")
     return part
 

@@ -164,7 +164,7 @@ class RunSpec(Spec):
             RunError: there is no output, which only a run that was not read from a file can lack.
         """
         if self.output is None:
-            raise RunError("output: a directory for the results is needed, found null")
+            raise RunError("output: expected a directory for the results, found null")
         return Path(self.output)
 
     def identity(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class TrainingSpec(Spec):
     def _whole_microbatches(self) -> Self:
         part = self.microbatch_rows
         if part is not None and self.rows % part:
-            raise invalid({("microbatch_rows",): f"has to divide the {self.rows} rows of a step, found {part}"})
+            raise invalid({("microbatch_rows",): f"expected a divisor of the {self.rows} rows of a step, found {part}"})
         return self
 
 

@@ -48,7 +48,7 @@ def end_tokens(directory: Path | str, spec: ModelSpec) -> list[int]:
     tokens = [] if found is None else found if isinstance(found, list) else [found]
     for token in tokens:
         if type(token) is not int or not 0 <= token < spec.vocab_size:
-            text = f"tokens below {spec.vocab_size} are needed, found {token!r:.60}"
+            text = f"expected tokens below {spec.vocab_size}, found {token!r:.60}"
             raise FusionTreeError(f"{directory}: eos_token_id: {text}")
     return tokens
 
@@ -59,5 +59,5 @@ def _object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FusionTreeError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise FusionTreeError(f"{path}: has to be an object, found {type(found).__name__}")
+        raise FusionTreeError(f"{path}: expected an object, found {type(found).__name__}")
     return found

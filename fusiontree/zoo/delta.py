@@ -31,7 +31,7 @@ def attends(options: Options, default: Callable[[int], bool]) -> list[bool]:
     if kinds is None:
         return [default(index) for index in range(layers)]
     if not isinstance(kinds, list) or any(kind not in (LINEAR, FULL) for kind in kinds):
-        text = f"has to be a list of {LINEAR!r} and {FULL!r}, found {kinds!r:.80}"
+        text = f"expected a list of {LINEAR!r} and {FULL!r}, found {kinds!r:.80}"
         raise FusionTreeError(f"config.json: layer_types: {text}")
     if layers <= MAX_LAYERS and len(kinds) != layers:
         text = f"{len(kinds)} are given, num_hidden_layers says {layers}"

@@ -201,7 +201,7 @@ class Tensors(Mapping[str, Tensor]):
         for tensor, file in found.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise WeightsError(
-                    f"{self._source / INDEX}: {tensor!r}: a file in the directory is needed, found {file!r}"
+                    f"{self._source / INDEX}: {tensor!r}: expected a file in the directory, found {file!r}"
                 )
         return found
 
@@ -234,7 +234,7 @@ def _json(path: Path, absent: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FusionTreeError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise FusionTreeError(f"{path}: has to be an object, found {type(found).__name__}")
+        raise FusionTreeError(f"{path}: expected an object, found {type(found).__name__}")
     return found
 
 

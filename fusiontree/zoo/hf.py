@@ -110,7 +110,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         plain = isinstance(value, nn.Embedding) and value.max_norm is None and not value.scale_grad_by_freq
         if not plain or value.weight.shape != self.model.embedding.weight.shape:
             size = list(self.model.embedding.weight.shape)
-            raise FusionTreeError(f"set_input_embeddings: a plain nn.Embedding {size} is needed, found {value}")
+            raise FusionTreeError(f"set_input_embeddings: expected a plain nn.Embedding {size}, found {value}")
         self.model.embedding = value  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -277,7 +277,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         found = FusionTreeCache() if given is None else given
         if not isinstance(found, FusionTreeCache):
-            raise FusionTreeError(f"past_key_values: a FusionTreeCache is needed, found {type(found).__name__}")
+            raise FusionTreeError(f"past_key_values: expected a FusionTreeCache, found {type(found).__name__}")
         if found.cache is None:
             found.cache, found.depth = self.model.new_cache(rows), len(self.model.layers)
         return found

@@ -67,7 +67,7 @@ def _at(tokens: Tensor, mask: Tensor) -> Tensor:
     """The columns of a mask where the tokens stand."""
     if mask.ndim != 2 or mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]:
         needed = f"[{tokens.shape[0]}, at least {tokens.shape[1]}]"
-        raise FusionTreeError(f"attention_mask: {needed} is needed, found {list(mask.shape)}")
+        raise FusionTreeError(f"attention_mask: expected {needed}, found {list(mask.shape)}")
     return mask[:, -tokens.shape[1] :]
 
 

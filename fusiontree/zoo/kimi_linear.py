@@ -103,7 +103,7 @@ class KimiLinear(Family):
         found = {ALIASES.get(key, key): value for key, value in config.items()}
         first = found.pop("linear_attn_config", None) or {}
         if not isinstance(first, Mapping):
-            raise FusionTreeError(f"config.json: linear_attn_config: has to be a mapping, found {first!r:.60}")
+            raise FusionTreeError(f"config.json: linear_attn_config: expected a mapping, found {first!r:.60}")
         for key, value in first.items():
             if key not in OF_DELTA and key not in PLACES:
                 text = f"kimi_linear is not known to have it, found {value!r:.60}{suggest(key, [*OF_DELTA, *PLACES])}"
@@ -207,7 +207,7 @@ def _types(first: Mapping[str, Any]) -> list[str]:
 
 def _list(name: str, found: object) -> list[Any]:
     if not isinstance(found, list) or any(type(place) is not int for place in found):
-        text = f"has to be a list of whole numbers, found {found!r:.60}"
+        text = f"expected a list of whole numbers, found {found!r:.60}"
         raise FusionTreeError(f"config.json: linear_attn_config.{name}: {text}")
     return found
 

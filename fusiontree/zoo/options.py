@@ -68,7 +68,7 @@ class Options:
         """
         found = self[key]
         if type(found) is not int or found < least:
-            text = f"config.json: {key}: has to be a whole number of at least {least}, found {found!r:.60}"
+            text = f"config.json: {key}: expected a whole number of at least {least}, found {found!r:.60}"
             raise FusionTreeError(text)
         return found
 
@@ -80,7 +80,7 @@ class Options:
         """
         found = self[key]
         if type(found) not in (int, float) or not 0 < found <= sys.float_info.max:
-            raise FusionTreeError(f"config.json: {key}: has to be a finite number above 0, found {found!r:.60}")
+            raise FusionTreeError(f"config.json: {key}: expected a finite number above 0, found {found!r:.60}")
         return float(found)
 
     def places(self, key: str) -> frozenset[int]:
@@ -91,7 +91,7 @@ class Options:
         """
         found = self.get(key, ())
         if not isinstance(found, list | tuple) or any(type(index) is not int for index in found):
-            raise FusionTreeError(f"config.json: {key}: has to be a list of whole numbers, found {found!r:.60}")
+            raise FusionTreeError(f"config.json: {key}: expected a list of whole numbers, found {found!r:.60}")
         return frozenset(found)
 
     def words(self, key: str, meanings: Mapping[str, str]) -> list[str]:
@@ -103,7 +103,7 @@ class Options:
         found, letters = self[key], all(len(word) == 1 for word in meanings)
         if not isinstance(found, str if letters else list | tuple):
             form = "text" if letters else "list"
-            raise FusionTreeError(f"config.json: {key}: has to be a {form}, found {found!r:.60}")
+            raise FusionTreeError(f"config.json: {key}: expected a {form}, found {found!r:.60}")
         for word in found:
             if not isinstance(word, str) or word not in meanings:
                 near = suggest(str(word), meanings)
@@ -173,7 +173,7 @@ def partial_rope(options: Options, head_dim: int, part: float) -> dict[str, Any]
     found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
     part = found.get(PART, part)
     if type(part) not in (int, float) or not 0 < part <= 1:
-        text = f"has to be a number above 0, at most 1, found {part!r:.60}"
+        text = f"expected a number above 0, at most 1, found {part!r:.60}"
         raise FusionTreeError(f"config.json: rope_parameters.{PART}: {text}")
     dim = int(head_dim * part)
     whole = rope(options, {**found, PART: None}, options.get("rope_theta", 10000.0))

@@ -25,7 +25,7 @@ def named(what: str, name_or_path: str | Path) -> Path:
         SpecError: the name is empty, which as a path would be the working directory.
     """
     if not str(name_or_path).strip():
-        raise SpecError(f"the name of a {what} is needed, found {str(name_or_path)!r}")
+        raise SpecError(f"expected the name of a {what}, found {str(name_or_path)!r}")
     return Path(name_or_path)
 
 

@@ -116,8 +116,8 @@ def test_a_broken_token_breaks_no_other():
             "layers.0.ffn.top_k: found 3, in 1 of 3 groups are 2 experts",
         ),
         ({"shared_gate": True}, "layers.0.ffn.shared_gate: shared_hidden is null: there is no shared network"),
-        ({"router": {"scores": "tanh"}}, "layers.0.ffn.router.scores: Input should be 'softmax' or 'sigmoid'"),
-        ({"experts": 0}, "layers.0.ffn.experts: Input should be greater than or equal to 1, found 0"),
+        ({"router": {"scores": "tanh"}}, "layers.0.ffn.router.scores: expected 'softmax' or 'sigmoid'"),
+        ({"experts": 0}, "layers.0.ffn.experts: expected a number greater than or equal to 1, found 0"),
     ],
     ids=str,
 )

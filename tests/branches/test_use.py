@@ -151,11 +151,11 @@ def test_each_use_has_a_cache_of_its_own():
         ([use(a=Q | {"maps": Q["maps"] * 2})], "adapters.a.maps: 'links.attention.q' is adapted twice"),
         (
             [use(a=Q | {"maps": ["links.attention.q", "links.feed_forward.up"]})],
-            "adapters.a.maps: maps of equal inputs are needed, found the widths 32, 16",
+            "adapters.a.maps: expected maps of equal inputs, found the widths 32, 16",
         ),
         ([use(a=Q | {"maps": []})], "adapters.a.maps"),
         ([use(a=Q | {"maps": ["norms.attention"]})], "block has no linear map 'norms.attention'"),
-        ([use(a=Q | {"rank": 0})], "adapters.a.rank: Input should be greater than or equal to 1, found 0"),
+        ([use(a=Q | {"rank": 0})], "adapters.a.rank: expected a number greater than or equal to 1, found 0"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -177,7 +177,7 @@ def test_a_use_that_does_not_fit_is_one_line(branches, line):
             {"kind": "sum", "branches": {"a": MAMBA, "b": use("block")}},
             "shared.block.branches.b.of: no shared node is called 'block' (known: none); none can be used inside",
         ),
-        (ATTENTION | {"encodings": []}, "layers.1.mixer: has to return the width 16"),
+        (ATTENTION | {"encodings": []}, "layers.1.mixer: expected the width 16 of what it returns"),
         (BLOCK | {"norms": {"attentio": {}}}, "shared.block.norms.attentio: no link is called 'attentio', did you"),
         (BLOCK | {"links": {}}, "shared.block.links"),
     ],

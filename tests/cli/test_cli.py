@@ -242,7 +242,7 @@ def test_validate_reads_run_files(tmp_path):
     (tmp_path / "run.yaml").write_text("{model: quickstart, training: {stepz: 3, rows: 0}}")
     done = fusiontree("validate", "--run", tmp_path / "run.yaml")
     assert done.returncode == 2 and done.stderr.count("\n") == 5
-    assert "training.stepz: unknown key" in done.stderr and "training.rows: Input" in done.stderr
+    assert "training.stepz: unknown key" in done.stderr and "training.rows: expected a number" in done.stderr
     done = fusiontree("validate", "--run", "quickstart", "training.steps=3")
     digest = load_run("quickstart", ["training.steps=3"]).digest()
     assert (done.returncode, done.stdout) == (0, f"valid, digest {digest}\n")

@@ -210,7 +210,7 @@ def test_specs_inside_a_spec_keep_their_path() -> None:
 
 def test_a_missing_field_is_said_by_what_it_is() -> None:
     whole = edited(BRANCH, {"kind": "mamba1", "inner": 8, "state": 4})
-    text = complaint(lambda: ModelSpec.parse(whole), f"{BRANCH}.rank: ", "the rank of the map that makes dt is needed")
+    text = complaint(lambda: ModelSpec.parse(whole), f"{BRANCH}.rank: ", "expected the rank of the map that makes dt")
     assert text.endswith("found nothing")
     assert "makes dt" in str(Mamba1.model_json_schema()["properties"]["rank"])
 
@@ -227,6 +227,6 @@ def test_all_problems_are_kept_beside_the_first() -> None:
 
 def test_names_and_texts_are_no_specs_and_no_edits() -> None:
     given: list[Any] = ["quickstart", "layers.0.ffn=null"]
-    with pytest.raises(FusionTreeError, match="build: a ModelSpec is needed, found 'quickstart'; load_spec reads"):
+    with pytest.raises(FusionTreeError, match="build: expected a ModelSpec, found 'quickstart'; load_spec reads"):
         build(given[0])
-    complaint(lambda: ModelSpec.parse(data()).replace(given[1]), "replace: a mapping from paths to values is needed")
+    complaint(lambda: ModelSpec.parse(data()).replace(given[1]), "replace: expected a mapping from paths to values")

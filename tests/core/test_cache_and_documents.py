@@ -66,7 +66,7 @@ def test_a_cache_of_another_spec_is_refused(built: LanguageModel) -> None:
 
 @pytest.mark.parametrize(("rows", "length"), [(-1, 5), (0, 5), (2, -3), (1.5, 5), (2, 2.5)])
 def test_a_cache_has_a_whole_number_of_rows_and_tokens(built: LanguageModel, rows: Any, length: Any) -> None:
-    complaint(lambda: built.new_cache(rows, length), "a whole number from 1 on is needed, found")
+    complaint(lambda: built.new_cache(rows, length), "expected a whole number from 1 on, found")
 
 
 def test_a_chunk_looks_at_no_more_slots_than_are_filled(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,9 +98,9 @@ def test_bfloat16_sums_over_chunks_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        (torch.zeros(2, 4, dtype=torch.long), r"labels: an integer tensor \[2, 5\] is needed, .* \[2, 4\] int64"),
-        (torch.zeros(2, 5), r"labels: an integer tensor \[2, 5\] is needed, .* float32"),
-        (None, "labels: an integer tensor .* found NoneType"),
+        (torch.zeros(2, 4, dtype=torch.long), r"labels: expected an integer tensor \[2, 5\], .* \[2, 4\] int64"),
+        (torch.zeros(2, 5), r"labels: expected an integer tensor \[2, 5\], .* float32"),
+        (None, "labels: expected an integer tensor .* found NoneType"),
         (torch.full((2, 5), VOCABULARY), rf"labels: found {VOCABULARY}, the vocabulary is 0..{VOCABULARY - 1}"),
         (torch.full((2, 5), -1), "labels: found -1, the vocabulary is"),
     ],

@@ -96,7 +96,7 @@ def test_a_shared_map_may_be_parametrised():
         ),
         (
             {"layers": [{"mixer": READER | {"keys_from": "layers.1.mixer"}}, {"mixer": HEADS}]},
-            r"layers.0.mixer: an earlier layer is needed, found layers.1.mixer",
+            r"layers.0.mixer: expected an earlier layer, found layers.1.mixer",
         ),
         (
             {"layers": [{"ffn": MLP}, {"mixer": READER | {"keys_from": "layers.0.ffn"}}]},

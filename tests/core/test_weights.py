@@ -99,11 +99,11 @@ class TestBeside:
     @pytest.mark.parametrize(
         ("beside", "found"),
         [
-            ("a.json", "a list of files is needed, found 'a.json'"),
-            (None, "a list of files is needed, found None"),
-            (["absent.json"], "the path of a file is needed, found 'absent.json'"),
-            ([3], "the path of a file is needed, found 3"),
-            (["."], "the path of a file is needed, found '.'"),
+            ("a.json", "expected a list of files, found 'a.json'"),
+            (None, "expected a list of files, found None"),
+            (["absent.json"], "expected the path of a file, found 'absent.json'"),
+            ([3], "expected the path of a file, found 3"),
+            (["."], "expected the path of a file, found '.'"),
             (["below/spec.yaml"], "below/spec.yaml: a file called spec.yaml is written already"),
             (["a.json", "below/a.json"], "below/a.json: a file called a.json is written already"),
         ],
@@ -250,7 +250,7 @@ class TestRoom:
 
     def test_a_terabyte_of_weights_is_refused_here(self) -> None:
         huge = ModelSpec.parse(data(width=2**20, encodings={}, layers=[{"ffn": MLP | {"hidden": 2**20}}]))
-        complaint(lambda: build(huge), "weights: ", "bytes are needed")
+        complaint(lambda: build(huge), "weights: ", "bytes do not fit on")
 
 
 class TestSaving:
@@ -388,8 +388,8 @@ class TestWhatIsSavedCanBeRead:
     @pytest.mark.parametrize(
         ("make", "parts"),
         [
-            (lambda: nn.Linear(2, 2), ["a LanguageModel is needed, found Linear"]),
-            (lambda: Holder(model()), ["a LanguageModel is needed, found Holder; save its `model`"]),
+            (lambda: nn.Linear(2, 2), ["expected a LanguageModel, found Linear"]),
+            (lambda: Holder(model()), ["expected a LanguageModel, found Holder; save its `model`"]),
             (lambda: build(spec(), device="meta"), ["'embedding.weight' has no values here"]),
             (poisoned, ["'norm.weight' holds a value that is not finite; it was not saved"]),
             (parametrised, [f"'{WEIGHT}' is missing; it was not saved"]),
@@ -456,4 +456,4 @@ def test_a_directory_with_a_model_inside_names_it(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_allocated() -> None:
     everywhere = {"kind": "attention", "heads": 2, "kv_heads": 1, "head_dim": 4}
     built = build(spec().replace({"layers.1.ffn": everywhere}))
-    complaint(lambda: built.new_cache(1, max_length=10**30), "a cache of 1 x 1000", "bytes are needed", "free")
+    complaint(lambda: built.new_cache(1, max_length=10**30), "a cache of 1 x 1000", "bytes do not fit on", "free")

@@ -89,7 +89,7 @@ def test_what_a_file_says_of_lengths_does_not_cut_and_what_it_adds_is_added(tmp_
     [
         ("tokenizer.json", "{", "its tokenizer cannot be read"),
         ("generation_config.json", "{", "generation_config.json: cannot be read"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: a mapping is needed"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a mapping"),
     ],
 )
 def test_files_that_cannot_be_read_are_one_line(folder, name, text, line):

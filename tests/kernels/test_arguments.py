@@ -15,61 +15,61 @@ R = torch.randn
 Q, K = R(2, 6, 4, 8), R(2, 6, 2, 8)
 LONG = torch.zeros(2, 6, dtype=torch.long)
 MISFITS = {
-    "attention: k: floating-point numbers [2, 6, kv_heads, 8] are needed, found [2, 4, 2, 8]": lambda: attention(
+    "attention: k: expected floating-point numbers [2, 6, kv_heads, 8], found [2, 4, 2, 8]": lambda: attention(
         Q, K[:, :4], K[:, :4], scale=1.0
     ),
-    "attention: v: floating-point numbers [2, 6, 2, value_dim] are needed, found [2, 4, 2, 8]": lambda: attention(
+    "attention: v: expected floating-point numbers [2, 6, 2, value_dim], found [2, 4, 2, 8]": lambda: attention(
         Q, K, K[:, :4], scale=1.0
     ),
-    "attention: v: floating-point numbers [2, 6, 2, value_dim] are needed, found [2, 6, 1, 8]": lambda: attention(
+    "attention: v: expected floating-point numbers [2, 6, 2, value_dim], found [2, 6, 1, 8]": lambda: attention(
         Q, K, K[:, :, :1], scale=1.0
     ),
     "attention: 4 heads are not a multiple of 3 kv_heads": lambda: attention(
         Q, R(2, 6, 3, 8), R(2, 6, 3, 8), scale=1.0
     ),
-    "attention: segments: integers [2, 6] are needed, found [2, 6] float32": lambda: attention(
+    "attention: segments: expected integers [2, 6], found [2, 6] float32": lambda: attention(
         Q, K, K, scale=1.0, segments=LONG.float()
     ),
-    "attention: past.age: integers [2, 3] are needed, found [2, 6] int64": lambda: attention(
+    "attention: past.age: expected integers [2, 3], found [2, 6] int64": lambda: attention(
         Q, K, K, scale=1.0, past=Past(R(2, 3, 2, 8), R(2, 3, 2, 8), LONG)
     ),
-    "attention: slopes: one for each of 4 heads is needed, found 3": lambda: attention(
+    "attention: slopes: expected one for each of 4 heads, found 3": lambda: attention(
         Q, K, K, scale=1.0, slopes=(0.5, 0.25, 0.125)
     ),
-    "attention_step: slopes: one for each of 4 heads is needed, found 1": lambda: attention_step(
+    "attention_step: slopes: expected one for each of 4 heads, found 1": lambda: attention_step(
         Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, falling=Falling((1.0,), LONG[:, :5])
     ),
-    "attention_step: falling.distance: integers [2, 5] are needed, found [2, 6] int64": lambda: attention_step(
+    "attention_step: falling.distance: expected integers [2, 5], found [2, 6] int64": lambda: attention_step(
         Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, falling=Falling((1.0,) * 4, LONG)
     ),
-    "attention: window: at least 1 visible key is needed, found 0": lambda: attention(Q, K, K, scale=1.0, window=0),
-    "attention: scale: a number other than 0 is needed": lambda: attention(Q, K, K, scale=0.0),
-    "attention_step: values: floating-point numbers [2, 2, 5, value_dim] are needed, found [2, 2, 4, 8]": (
+    "attention: window: expected at least 1 visible key, found 0": lambda: attention(Q, K, K, scale=1.0, window=0),
+    "attention: scale: expected a number other than 0": lambda: attention(Q, K, K, scale=0.0),
+    "attention_step: values: expected floating-point numbers [2, 2, 5, value_dim], found [2, 2, 4, 8]": (
         lambda: attention_step(Q[:, 0], R(2, 2, 5, 8), R(2, 2, 4, 8), LONG[:, 0], scale=1.0)
     ),
-    "ssd: B: floating-point numbers [2, 6, groups, state] are needed, found [2, 7, 2, 3]": lambda: ssd(
+    "ssd: B: expected floating-point numbers [2, 6, groups, state], found [2, 7, 2, 3]": lambda: ssd(
         Q, R(2, 6, 4), R(4), R(2, 7, 2, 3), R(2, 6, 2, 3)
     ),
-    "ssd: initial_state: floating-point numbers [2, 4, 8, 3] are needed, found [1, 4, 8, 3]": lambda: ssd(
+    "ssd: initial_state: expected floating-point numbers [2, 4, 8, 3], found [1, 4, 8, 3]": lambda: ssd(
         Q, R(2, 6, 4), R(4), R(2, 6, 2, 3), R(2, 6, 2, 3), initial_state=R(1, 4, 8, 3)
     ),
     "ssd: 4 heads are not a multiple of 3 groups": lambda: ssd(Q, R(2, 6, 4), R(4), R(2, 6, 3, 3), R(2, 6, 3, 3)),
-    "selective_scan: initial_state: floating-point numbers [2, 4, 5] are needed, found [1, 4, 5]": (
+    "selective_scan: initial_state: expected floating-point numbers [2, 4, 5], found [1, 4, 5]": (
         lambda: selective_scan(R(2, 6, 4), R(2, 6, 4), R(4, 5), R(2, 6, 5), R(2, 6, 5), initial_state=R(1, 4, 5))
     ),
-    "gated_delta: initial_state: floating-point numbers [2, 4, 3, 8] are needed, found [2, 4, 8, 3]": (
+    "gated_delta: initial_state: expected floating-point numbers [2, 4, 3, 8], found [2, 4, 8, 3]": (
         lambda: gated_delta(R(2, 6, 2, 3), R(2, 6, 2, 3), Q, R(2, 6, 4), R(2, 6, 4), initial_state=R(2, 4, 8, 3))
     ),
     "gated_delta: 4 heads are not a multiple of 3 key_heads": (
         lambda: gated_delta(R(2, 6, 3, 3), R(2, 6, 3, 3), Q, R(2, 6, 4), R(2, 6, 4))
     ),
-    "gated_delta: g: floating-point numbers [2, 6, 4] or [2, 6, 4, 3] are needed, found [2, 6, 4, 2] float32": (
+    "gated_delta: g: expected floating-point numbers [2, 6, 4] or [2, 6, 4, 3], found [2, 6, 4, 2] float32": (
         lambda: gated_delta(R(2, 6, 2, 3), R(2, 6, 2, 3), Q, R(2, 6, 4, 2), R(2, 6, 4))
     ),
-    "linear_recurrence: a: floating-point numbers [2, 6, 4] are needed, found [2, 6, 1]": (
+    "linear_recurrence: a: expected floating-point numbers [2, 6, 4], found [2, 6, 1]": (
         lambda: linear_recurrence(R(2, 6, 4), R(2, 6, 1))
     ),
-    "causal_conv1d: initial_state: floating-point numbers [2, 2, 4] are needed, found [2, 5, 4]": (
+    "causal_conv1d: initial_state: expected floating-point numbers [2, 2, 4], found [2, 5, 4]": (
         lambda: causal_conv1d(R(2, 6, 4), R(4, 3), initial_state=R(2, 5, 4))
     ),
 }

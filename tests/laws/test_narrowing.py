@@ -242,7 +242,7 @@ def test_keys_that_a_later_layer_reads_refuse_by_its_path():
     reader = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 4, "keys_from": "layers.0.mixer"}
     layers = [{"mixer": reader | {"keys_from": None}}, {"mixer": reader}]
     spec = ModelSpec.model_validate({"vocab_size": 11, "width": 16, "layers": layers})
-    with pytest.raises(SpecError, match=r"layers\.1\.mixer: kv_heads: has to be that of layers\.0\.mixer, 1, found 2"):
+    with pytest.raises(SpecError, match=r"layers\.1\.mixer: kv_heads: expected 1, as layers\.0\.mixer has, found 2"):
         narrow_spec(spec, "layers.0.mixer", "windowed_kv_heads", [0])
     assert problem_of(Subject(spec), "layers.1.mixer", "windowed_queries", [1]) is None
 

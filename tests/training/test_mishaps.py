@@ -115,7 +115,7 @@ def test_a_model_that_is_gone_is_written_again(one, data, tmp_path):
 @pytest.mark.parametrize("override", ["model.width=2000000", "data.length=2147483647", "training.rows=2147483644"])
 def test_what_cannot_fit_is_refused_before_it_is_allocated(data, tmp_path, capsys, override):
     file = runs.write_run(tmp_path / "run.json", data | {"output": str(tmp_path / "out")})
-    assert "bytes are needed on cpu" in refused(file, capsys, override, "model.encodings.time.max_length=2147483647")
+    assert "bytes do not fit on cpu" in refused(file, capsys, override, "model.encodings.time.max_length=2147483647")
     assert not (tmp_path / "out").exists()
 
 

@@ -47,7 +47,7 @@ def test_results_go_beside_the_file_unless_it_says_where(tmp_path):
     file = runs.write_run(tmp_path / "run.json", MINIMAL)
     assert RunSpec.from_file(file).directory == tmp_path
     assert RunSpec.from_file(file, ["output=elsewhere"]).directory.name == "elsewhere"
-    with pytest.raises(FusionTreeError, match="output: a directory"):
+    with pytest.raises(FusionTreeError, match="output: expected a directory"):
         _ = minimal().directory
 
 
@@ -91,21 +91,21 @@ def test_every_edit_is_another_run(edit):
     ("edit", "message"),
     [
         ("training.step=2", "training.step: matches nothing; the nearest is 'training.steps'"),
-        ("training.steps=0", "training.steps: Input should be greater than or equal to 1, found 0"),
-        ("training.steps=1e3", "training.steps: an integer is needed, found 1000.0"),
+        ("training.steps=0", "training.steps: expected a number greater than or equal to 1, found 0"),
+        ("training.steps=1e3", "training.steps: expected an integer, found 1000.0"),
         ("training.rows", "'training.rows': an override is path=value"),
         ("training.rows=[", "training.rows: YAML: line 1"),
-        ("training.microbatch_rows=3", "training.microbatch_rows: has to divide the 8 rows of a step, found 3"),
+        ("training.microbatch_rows=3", "training.microbatch_rows: expected a divisor of the 8 rows of a step, found 3"),
         ("model=quickstrat", "model: quickstrat: neither a file nor a preset, did you mean 'quickstart'?"),
         ("model.layers.*.mixer.gate.rnk=1", "model: layers.*.mixer.gate.rnk: matches nothing; the nearest is"),
         ("model.vocab_size=200", "model.vocab_size: the data's tokens need 257, found 200"),
-        ("optimizer.learning_rate=-1", "optimizer.learning_rate: Input should be greater than 0, found -1"),
-        ("optimizer.minimum=1.5", "optimizer.minimum: Input should be less than or equal to 1, found 1.5"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate: expected a number greater than 0, found -1"),
+        ("optimizer.minimum=1.5", "optimizer.minimum: expected a number less than or equal to 1, found 1.5"),
         (
             "objectives.ballance=1",
             "objectives.ballance.kind: no objective is called 'ballance', did you mean 'balance'?",
         ),
-        ("objectives.balance=-1", "objectives.balance.weight: Input should be greater than or equal to 0, found -1"),
+        ("objectives.balance=-1", "objectives.balance.weight: expected a number greater than or equal to 0, found -1"),
         ("objectives.balance=true", "objectives.balance: expected a weight (a number) or a mapping, found True"),
         ("objectives.balance=x", "objectives.balance: expected a weight (a number) or a mapping, found 'x'"),
         ("objectives.cross_entropy=0", "objectives: one at least needs a weight above 0, found 0 for all"),
@@ -115,7 +115,7 @@ def test_every_edit_is_another_run(edit):
         ),
         ("losses.balance=1", "losses: unknown key; it is called objectives"),
         ("parallelism.shard=0", "parallelism.shard"),
-        ("format=2", "format: Input should be 1, found 2"),
+        ("format=2", "format: expected 1, found 2"),
         ("tokenizer=3", "tokenizer: matches nothing; known here: format, model, data, training"),
         ("width=3", "width: a run has none; its model has: model.width"),
         ("validation.every=3", "validation.every: matches nothing; validation is null"),
@@ -153,9 +153,9 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, empty
     runs.write_run(tmp_path / "run.yaml", MINIMAL)
     save(build(load_spec("quickstart").replace({"width": 32}), device="cpu"), tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
-    with pytest.raises(FusionTreeError, match=f"^the name of a run file or recipe is needed, found {empty!r}$"):
+    with pytest.raises(FusionTreeError, match=f"^expected the name of a run file or recipe, found {empty!r}$"):
         load_run(empty)
-    with pytest.raises(FusionTreeError, match=f"^the name of a preset or file is needed, found {empty!r}$"):
+    with pytest.raises(FusionTreeError, match=f"^expected the name of a preset or file, found {empty!r}$"):
         load_spec(empty)
 
 

@@ -169,7 +169,7 @@ def test_what_every_process_refuses_is_one_line(data, tmp_path):
     file, log = runs.write_run(tmp_path / "run.json", data), tmp_path / "log"
     process = runs.start(launched(file, 3, f"output={tmp_path / 'out'}"), log)
     assert process.wait() == 2
-    message = "error: training.rows: has to be a multiple of the 3 processes, found 4"
+    message = "error: training.rows: expected a multiple of the 3 processes, found 4"
     assert log.read_text().splitlines() == [message]
 
 
@@ -270,6 +270,6 @@ def test_a_held_out_loss_that_is_no_number_fails_the_job(data, tmp_path, capsys,
 def test_rows_that_cannot_be_dealt_out_are_one_line(data, tmp_path, capsys):
     file = runs.write_run(tmp_path / "run.json", data)
     assert main([str(file), "training.microbatch_rows=3", f"output={tmp_path / 'out'}"]) == 2
-    message = "error: training.microbatch_rows: has to divide the 4 rows of a step, found 3\n"
+    message = "error: training.microbatch_rows: expected a divisor of the 4 rows of a step, found 3\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()

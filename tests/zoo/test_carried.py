@@ -131,9 +131,9 @@ def test_bytes_end_with_their_end(tmp_path):
     ("text", "line"),
     [
         ("{", "generation_config.json: not JSON"),
-        ("[]", "generation_config.json: has to be an object, found list"),
-        ('{"eos_token_id": "</s>"}', "eos_token_id: tokens below 61 are needed, found '</s>'"),
-        ('{"eos_token_id": [7, 61]}', "eos_token_id: tokens below 61 are needed, found 61"),
+        ("[]", "generation_config.json: expected an object, found list"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id: expected tokens below 61, found '</s>'"),
+        ('{"eos_token_id": [7, 61]}', "eos_token_id: expected tokens below 61, found 61"),
     ],
 )
 def test_a_generation_config_that_cannot_be_read_is_one_line(ours, text, line):

@@ -114,7 +114,7 @@ def refused(directory, tmp_path):
         ({"mlp_multipliers": 3}, "config.json: mlp_multipliers: falcon_h1 cannot read 3"),
         (
             {"num_attention_heads": 0},
-            "config.json: num_attention_heads: has to be a whole number of at least 1, found 0",
+            "config.json: num_attention_heads: expected a whole number of at least 1, found 0",
         ),
         ({"hidden_size": "48"}, "hidden_size"),
         ({"ssm_multipliers": [1, 2]}, "config.json: ssm_multipliers: falcon_h1 cannot read [1, 2]"),
@@ -142,7 +142,7 @@ def test_an_index_that_points_elsewhere_is_refused(theirs, tmp_path, name):
     data = json.loads(index.read_text())
     data["weight_map"]["lm_head.weight"] = name
     index.write_text(json.dumps(data))
-    assert f"'lm_head.weight': a file in the directory is needed, found {name!r}" in refused(many, tmp_path)
+    assert f"'lm_head.weight': expected a file in the directory, found {name!r}" in refused(many, tmp_path)
 
 
 def test_damaged_directories_are_one_line(theirs, copy, tmp_path):
@@ -158,7 +158,7 @@ def test_damaged_directories_are_one_line(theirs, copy, tmp_path):
     (copy / "config.json").write_text("{")
     assert "not JSON" in refused(copy, tmp_path)
     (copy / "config.json").write_text("[]")
-    assert "has to be an object, found list" in refused(copy, tmp_path)
+    assert "expected an object, found list" in refused(copy, tmp_path)
 
 
 def test_a_spec_that_a_family_cannot_express_names_the_node(theirs, tmp_path):

@@ -188,7 +188,7 @@ def test_what_it_cannot_do_is_one_line(both):
     _, theirs = both
     with pytest.raises(FusionTreeError, match="inputs_embeds: models of FusionTree read input_ids"):
         theirs(inputs_embeds=torch.zeros(1, 3, 32))
-    with pytest.raises(FusionTreeError, match="past_key_values: a FusionTreeCache is needed, found DynamicCache"):
+    with pytest.raises(FusionTreeError, match="past_key_values: expected a FusionTreeCache, found DynamicCache"):
         theirs(ids(1, 3), past_key_values=transformers.DynamicCache())
     assert FusionTreeCache().get_seq_length() == 0
 
@@ -246,7 +246,7 @@ class TestPackedSamples:
             ([[1, 1, 2, 2, 1]], "number of a sample comes back"),
             ([[1, 1, -1, 1, 1]], "found other values"),
             ([[1.0, 1.0, 0.5, 1.0, 1.0]], "found other values"),
-            ([[1, 1, 1]], r"\[1, at least 5\] is needed, found \[1, 3\]"),
+            ([[1, 1, 1]], r"expected \[1, at least 5\], found \[1, 3\]"),
             ([[[[1, 1, 1, 1, 1]]]], r"found \[1, 1, 1, 5\]"),
         ],
     )
@@ -497,7 +497,7 @@ class TestVocabulary:
         assert torch.equal(model(ids(1, 5)).logits, own(ids(1, 5)).logits)
 
     def test_and_by_nothing_else(self):
-        with pytest.raises(FusionTreeError, match=r"set_input_embeddings: a plain nn.Embedding \[61, 32\] is needed"):
+        with pytest.raises(FusionTreeError, match=r"set_input_embeddings: expected a plain nn.Embedding \[61, 32\]"):
             fresh().set_input_embeddings(torch.nn.Embedding(62, 32))
         with pytest.raises(FusionTreeError, match="a tied head has no weight of its own"):
             fresh(tied=True).set_output_embeddings(torch.nn.Linear(32, 61, bias=False))

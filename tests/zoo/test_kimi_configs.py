@@ -59,7 +59,7 @@ def test_the_cache_of_latent_attention_is_small():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"linear_attn_config": 3}, "linear_attn_config: has to be a mapping, found 3"),
+        ({"linear_attn_config": 3}, "linear_attn_config: expected a mapping, found 3"),
         (
             {"linear_attn_config": {"gate_lower_bound": -5.0}},
             "linear_attn_config.gate_lower_bound: kimi_linear is not known to have it, found -5.0",
@@ -74,11 +74,11 @@ def test_the_cache_of_latent_attention_is_small():
         ),
         (
             {"linear_attn_config": {"kda_layers": [1.5], "full_attn_layers": 3}, "layer_types": None},
-            "linear_attn_config.kda_layers: has to be a list of whole numbers, found [1.5]",
+            "linear_attn_config.kda_layers: expected a list of whole numbers, found [1.5]",
         ),
         (
             {"linear_attn_config": {"kda_layers": [1, 2]}, "layer_types": None},
-            "linear_attn_config.full_attn_layers: has to be a list of whole numbers, found None",
+            "linear_attn_config.full_attn_layers: expected a list of whole numbers, found None",
         ),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: 1 are given, there are 4 layers"),
         ({"mlp_layer_types": ["dense", "moe"]}, "mlp_layer_types: kimi_linear knows no layer 'moe'"),
@@ -86,7 +86,7 @@ def test_the_cache_of_latent_attention_is_small():
         ({"num_key_value_heads": 1}, "num_key_value_heads: found 1, kimi_linear is known with 3"),
         ({"mla_use_nope": False}, "mla_use_nope: found False, kimi_linear is known with True"),
         ({"moe_router_activation_func": "softmax"}, "moe_router_activation_func: found 'softmax'"),
-        ({"num_shared_experts": 0}, "num_shared_experts: has to be a whole number of at least 1, found 0"),
+        ({"num_shared_experts": 0}, "num_shared_experts: expected a whole number of at least 1, found 0"),
         ({"n_group": 3}, "layers.1.ffn.router.groups: 3 groups do not divide 8 experts"),
         ({"topk_group": 1}, "layers.1.ffn.top_k: found 3, in 1 of 4 groups are 2 experts"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: found True, kimi_linear is known with False"),

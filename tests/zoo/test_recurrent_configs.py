@@ -45,18 +45,18 @@ def test_slopes_halve_from_head_to_head_and_fall_with_depth():
     ("name", "changes", "line"),
     [
         ("recurrent_gemma", {"block_types": ["mamba"]}, "block_types: recurrent_gemma knows no layer 'mamba'"),
-        ("recurrent_gemma", {"block_types": "recurrent"}, "block_types: has to be a list, found 'recurrent'"),
+        ("recurrent_gemma", {"block_types": "recurrent"}, "block_types: expected a list, found 'recurrent'"),
         ("recurrent_gemma", {"block_types": []}, "block_types: found an empty list"),
         ("recurrent_gemma", {"lru_width": 50}, "lru_width: 6 heads do not divide 50 channels"),
         ("recurrent_gemma", {"lru_width": "wide"}, "lru_width: 6 heads do not divide 'wide' channels"),
         (
             "recurrent_gemma",
             {"logits_soft_cap": None},
-            "logits_soft_cap: has to be a finite number above 0, found None",
+            "logits_soft_cap: expected a finite number above 0, found None",
         ),
         ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation: found 'silu', recurrent_gemma is known"),
         ("recurrent_gemma", {"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by_sqrt_dim: found False"),
-        ("recurrent_gemma", {"intermediate_size": 1}, "intermediate_size: has to be a whole number of at least 2"),
+        ("recurrent_gemma", {"intermediate_size": 1}, "intermediate_size: expected a whole number of at least 2"),
         ("recurrent_gemma", {"num_hidden_layers": 10**12}, "10001 layers, at most 10000 are allowed"),
         ("recurrent_gemma", {"sliding_window": 8}, "sliding_window: recurrent_gemma is not known to have it, found 8"),
         (
@@ -68,9 +68,9 @@ def test_slopes_halve_from_head_to_head_and_fall_with_depth():
         ("minimax", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', minimax is known with 'silu'"),
         ("minimax", {"rotary_dim": 4}, "rotary_dim: found 4, minimax is known with 8"),
         ("minimax", {"shared_intermediate_size": 64}, "shared_intermediate_size: found 64, minimax is known with 0"),
-        ("minimax", {"mlp_beta_factor": "big"}, "residual.add: a number is needed, found 'big'"),
+        ("minimax", {"mlp_beta_factor": "big"}, "residual.add: expected a number, found 'big'"),
         ("minimax", {"num_experts_per_tok": 9}, "top_k: found 9, there are 5 experts"),
-        ("minimax", {"num_hidden_layers": 0}, "num_hidden_layers: has to be a whole number of at least 1, found 0"),
+        ("minimax", {"num_hidden_layers": 0}, "num_hidden_layers: expected a whole number of at least 1, found 0"),
         ("minimax", {"qk_norm": True}, "qk_norm: minimax is not known to have it, found True"),
     ],
     ids=lambda value: str(value)[:40],
@@ -90,7 +90,7 @@ def test_what_a_family_cannot_express_names_the_node():
         gemma.config_of(spec.replace({"layers.0.mixer.bias": False}))
     with pytest.raises(FusionTreeError, match=r"embedding\.multiplier: recurrent_gemma has 6\.9375 there, found 6\.9"):
         gemma.config_of(spec.replace({"embedding.multiplier": 48**0.5}))
-    with pytest.raises(FusionTreeError, match="logits_soft_cap: has to be a finite number above 0, found None"):
+    with pytest.raises(FusionTreeError, match="logits_soft_cap: expected a finite number above 0, found None"):
         gemma.config_of(spec.replace({"head.softcap": None}))
     spec = minimax.spec_of(MINIMAX)
     with pytest.raises(FusionTreeError, match=r"layers\.0\.mixer\.slopes: minimax has \[0\.39.*found \[0\.1, "):

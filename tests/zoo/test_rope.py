@@ -50,9 +50,12 @@ def test_frequencies_of_real_sizes(name):
             {"rope_type": "linear", "factor": 2.0, "beta_fast": 3},
             "rope_parameters.beta_fast: llama is not known to have it with",
         ),
-        (LLAMA3 | {"high_freq_factor": 0.1}, "scaling.high_freq_factor: has to be above low_freq_factor (0.25)"),
-        (YARN | {"beta_fast": 0.1}, "scaling.beta_fast: has to be at least beta_slow (1.0)"),
-        (YARN | {"rope_theta": 1.0}, "encodings.rope.theta: has to be above 1 where there is scaling"),
+        (
+            LLAMA3 | {"high_freq_factor": 0.1},
+            "scaling.high_freq_factor: expected a number above low_freq_factor (0.25)",
+        ),
+        (YARN | {"beta_fast": 0.1}, "scaling.beta_fast: expected at least beta_slow (1.0)"),
+        (YARN | {"rope_theta": 1.0}, "encodings.rope.theta: expected a number above 1 where there is scaling"),
     ],
     ids=str,
 )

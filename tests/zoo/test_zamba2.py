@@ -47,7 +47,7 @@ def test_a_published_config():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"num_mem_blocks": 0}, "num_mem_blocks: has to be a whole number of at least 1, found 0"),
+        ({"num_mem_blocks": 0}, "num_mem_blocks: expected a whole number of at least 1, found 0"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: found False, zamba2 is known with True"),
         (
             {"use_mem_rope": True, "use_long_context": True},
@@ -60,7 +60,7 @@ def test_a_published_config():
         ({"mamba_headdim": 16}, "mamba_headdim: found 16, zamba2 is known with 8"),
         ({"n_mamba_heads": 7}, "n_mamba_heads: 7 heads do not divide 96 features"),
         ({"attention_head_dim": 8}, "attention_head_dim: found 8, zamba2 is known with 16"),
-        ({"num_attention_heads": 0}, "num_attention_heads: has to be a whole number of at least 1, found 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a whole number of at least 1, found 0"),
         ({"hidden_act": "silu"}, "hidden_act: found 'silu', zamba2 is known with 'gelu'"),
         ({"time_step_limit": [0.0, 0.1]}, "time_step_limit: found [0.0, 0.1], zamba2 is known with None"),
         (

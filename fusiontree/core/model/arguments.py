@@ -91,17 +91,17 @@ def check_count(name: str, value: object) -> None:
         FusionTreeError: with the name and the value.
     """
     if not isinstance(value, int) or value < 1:
-        raise FusionTreeError(f"{name}: a whole number from 1 on is needed, found {value!r}")
+        raise FusionTreeError(f"{name}: expected a whole number from 1 on, found {value!r}")
 
 
 def _check_ids(tokens: object) -> None:
     if not _are_ids(tokens) or tokens.shape[1] == 0:
-        raise FusionTreeError(f"tokens: an integer tensor [batch, time >= 1] is needed, found {_kind(tokens)}")
+        raise FusionTreeError(f"tokens: expected an integer tensor [batch, time >= 1], found {_kind(tokens)}")
 
 
 def _check_like(name: str, ids: object, tokens: Ids) -> None:
     if not (_are_ids(ids) and ids.shape == tokens.shape):
-        found = f"an integer tensor {list(tokens.shape)} is needed, as tokens are, found {_kind(ids)}"
+        found = f"expected an integer tensor {list(tokens.shape)}, as tokens are, found {_kind(ids)}"
         raise FusionTreeError(f"{name}: {found}")
 
 

@@ -64,9 +64,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise FusionTreeError(f"temperature: found {self.temperature}, at least 0 is needed")
+            raise FusionTreeError(f"temperature: expected at least 0, found {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise FusionTreeError(f"top_k: found {self.top_k}, at least 1 is needed")
+            raise FusionTreeError(f"top_k: expected at least 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise FusionTreeError(f"top_p: found {self.top_p}, it is in (0, 1]")
 
@@ -114,7 +114,7 @@ def compiles(asked: object, max_new_tokens: int, device: str) -> bool:
         FusionTreeError: neither False, True nor "auto" was asked, or True where nothing can be compiled.
     """
     if asked not in (False, True, "auto"):
-        raise FusionTreeError(f"compile: False, True or 'auto' is needed, found {asked!r:.60}")
+        raise FusionTreeError(f"compile: expected False, True or 'auto', found {asked!r:.60}")
     if asked is False or (asked == "auto" and max_new_tokens < COMPILED_FROM):
         return False
     reason = machine.compile_refusal(device)
@@ -137,7 +137,7 @@ def stream(
     """
     tokens, documents = _entered(prompts, model)
     if max_new_tokens < 0:
-        raise FusionTreeError(f"max_new_tokens: found {max_new_tokens}, at least 0 is needed")
+        raise FusionTreeError(f"max_new_tokens: expected at least 0, found {max_new_tokens}")
     generators, endings = sampling.generators(tokens.shape[0]), _endings(stop)
     cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
     with probes.evaluating(model):
@@ -174,7 +174,7 @@ def _read(chosen: Tensor, logits: Tensor, live: list[bool], step: int) -> list[i
 
 def _endings(stop: Stop) -> list[tuple[int, ...]]:
     if not isinstance(stop, Sequence):
-        raise FusionTreeError(f"stop: a list of tokens and of sequences of tokens is needed, found {stop!r:.60}")
+        raise FusionTreeError(f"stop: expected a list of tokens and of sequences of tokens, found {stop!r:.60}")
     endings = [tuple(ending) if isinstance(ending, Sequence) else (ending,) for ending in stop]
     for ending in endings:
         if not ending or not all(isinstance(token, int) for token in ending):
@@ -214,12 +214,12 @@ def pad(prompts: Prompts) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2:
-            raise FusionTreeError(f"prompts: a tensor [batch, time] is needed, found {list(prompts.shape)}")
+            raise FusionTreeError(f"prompts: expected a tensor [batch, time], found {list(prompts.shape)}")
         return prompts, None
     rows = [_integers(prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
-        raise FusionTreeError("prompts: at least one, of at least one token each, is needed")
+        raise FusionTreeError("prompts: expected at least one, of at least one token each")
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     documents = torch.full_like(tokens, PADDING)
     for place, row in enumerate(rows):
@@ -232,7 +232,7 @@ def _integers(prompt: Sequence[int]) -> list[int]:
     try:
         return [index(token) for token in prompt]
     except TypeError:
-        raise FusionTreeError(f"prompts: sequences of integers are needed, found {prompt!r:.60}") from None
+        raise FusionTreeError(f"prompts: expected sequences of integers, found {prompt!r:.60}") from None
 
 
 def _at_last(features: Tensor, documents: Tensor | None) -> Float[Tensor, "batch width"]:

@@ -28,4 +28,4 @@ def check_room(needed: int, device: torch.device, *, what: str = "weights") -> N
     """
     free = machine.free_bytes(device)
     if free is not None and needed > free:
-        raise WeightsError(f"{what}: {needed} bytes are needed on {device}, {free} are free")
+        raise WeightsError(f"{what}: {needed} bytes do not fit on {device}, {free} are free")

@@ -159,7 +159,7 @@ def build(
         WeightsError: the weights are larger than the device's free memory (nothing has been allocated).
     """
     if not isinstance(spec, ModelSpec):
-        raise FusionTreeError(f"build: a ModelSpec is needed, found {spec!r:.80}; load_spec reads presets and files")
+        raise FusionTreeError(f"build: expected a ModelSpec, found {spec!r:.80}; load_spec reads presets and files")
     device = memory.usable(device or "cpu")
     with torch.device("meta"):
         model = LanguageModel(spec).to(dtype or torch.float32)

@@ -109,7 +109,7 @@ class ModelSpec(Spec):
             yield from ((f"{path}.{where}", text) for where, text in node.problems(scope))
             width = node.output_width(scope)
             if _is_sublayer(path) and width != scope.width:
-                yield path, f"has to return the width {scope.width}, found {width}"
+                yield path, f"expected the width {scope.width} of what it returns, found {width}"
         yield from _sharing_problems(dict(self.nodes()))
         if self.longest is not None and self.longest < 1:
             made = self.longest + self.prefix_length
@@ -183,7 +183,7 @@ class ModelSpec(Spec):
         if not path or not isinstance(found, Spec):
             paths.find(self.expand().data(), path)  # which names the nearest
             there = "several" if "*" in path else f"{plain(found)!r:.60}"
-            raise SpecError(f"{path}: one part with fields of its own is needed, found {there}")
+            raise SpecError(f"{path}: expected one part with fields of its own, found {there}")
         return found
 
     def expand(self) -> Self:
@@ -229,7 +229,7 @@ class ModelSpec(Spec):
             SpecError: a path matches nothing, or the result is not valid; or the edits are no mapping.
         """
         if not isinstance(edits, Mapping):
-            raise SpecError(f"replace: a mapping from paths to values is needed, found {edits!r:.80}")
+            raise SpecError(f"replace: expected a mapping from paths to values, found {edits!r:.80}")
         data = self.expand().data()
         for pattern, value in edits.items():
             for path in targets(ModelSpec, data, pattern, adding=value is not None):
@@ -317,7 +317,7 @@ def _sharing_problems(nodes: Mapping[str, NodeSpec]) -> Iterator[tuple[str, str]
         elif source is None:
             found = f"no node is at {node.kv_source!r}{suggest(node.kv_source, sources)}"
         elif _layer(node.kv_source) >= _layer(path):
-            found = f"an earlier layer is needed, found {node.kv_source}"
+            found = f"expected an earlier layer, found {node.kv_source}"
         else:
             found = node.sharing_problem(source)
         if found is not None:

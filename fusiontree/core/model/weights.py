@@ -53,7 +53,7 @@ def _language_model(model: nn.Module) -> LanguageModel:
         return _language_model(inner)
     if not isinstance(model, LanguageModel):
         hint = "; save its `model`" if isinstance(getattr(model, "model", None), LanguageModel) else ""
-        raise WeightsError(f"save: a LanguageModel is needed, found {type(model).__name__}{hint}")
+        raise WeightsError(f"save: expected a LanguageModel, found {type(model).__name__}{hint}")
     return model
 
 
@@ -125,10 +125,10 @@ def _beside(given: Any) -> dict[str, Path]:
     """Files to copy by their names."""
     files: dict[str, Path] = {}
     if isinstance(given, str | Path) or not isinstance(given, Iterable):
-        raise WeightsError(f"beside: a list of files is needed, found {given!r:.80}")
+        raise WeightsError(f"beside: expected a list of files, found {given!r:.80}")
     for file in given:
         if not isinstance(file, str | Path) or not os.path.isfile(file):
-            raise WeightsError(f"beside: the path of a file is needed, found {file!r:.80}")
+            raise WeightsError(f"beside: expected the path of a file, found {file!r:.80}")
         name = Path(file).name
         if name in (SPEC_FILE, WEIGHTS_FILE, *files):
             raise WeightsError(f"beside: {file}: a file called {name} is written already")

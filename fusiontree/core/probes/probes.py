@@ -114,7 +114,7 @@ def complete(path: str, given: Mapping[str, float], branches: list[str]) -> dict
     others = [branch for branch in branches if branch not in given]
     left = 1 - sum(given.values())
     if left < -1e-6 or (not others and abs(left) > 1e-6):
-        raise SpecError(f"{path}: the values sum to {sum(given.values()):g}, they have to sum to 1")
+        raise SpecError(f"{path}: expected values that sum to 1, found the sum {sum(given.values()):g}")
     return {branch: given.get(branch, left / max(len(others), 1)) for branch in branches}
 
 

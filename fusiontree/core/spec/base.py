@@ -212,20 +212,20 @@ def _described(details: ErrorDetails, texts: Mapping[Place, str | None]) -> Init
     text = texts.get(details["loc"]) if details["type"] == "missing" else None
     if text is None:
         return _line(details, details["loc"])
-    said = PydanticCustomError("invalid", "{text}", {"text": f"{text} is needed, found nothing"})
+    said = PydanticCustomError("invalid", "{text}", {"text": f"expected {text}, found nothing"})
     return InitErrorDetails(type=said, loc=details["loc"], input=None)
 
 
 _WANTED = {
-    "tuple_type": "a list is needed",
-    "list_type": "a list is needed",
-    "dict_type": "a mapping is needed",
-    "model_type": "a mapping is needed",
-    "string_type": "a text is needed",
-    "int_type": "an integer is needed",
-    "int_from_float": "an integer is needed",
-    "float_type": "a number is needed",
-    "bool_type": "true or false is needed",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "dict_type": "expected a mapping",
+    "model_type": "expected a mapping",
+    "string_type": "expected a text",
+    "int_type": "expected an integer",
+    "int_from_float": "expected an integer",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
     "missing": "is needed, found nothing",
 }
 """What pydantic says in Python's words, in those of a file."""
@@ -249,9 +249,16 @@ def _is_echo(details: ErrorDetails) -> bool:
 
 
 def _said(details: ErrorDetails) -> str:
-    text = _WANTED.get(details["type"]) or details["msg"].removeprefix("Value error, ")
+    text = _WANTED.get(details["type"]) or _expected(details["msg"].removeprefix("Value error, "))
     found = "" if details["type"] in ("invalid", "missing", "value_error") else f", found {_brief(details['input'])}"
     return f"{text}{found}{_nearest(details)}"
+
+
+def _expected(message: str) -> str:
+    """A message of pydantic in the words of ours."""
+    return re.sub(
+        "^Input should be (greater|less)?", lambda m: f"expected a number {m[1]}" if m[1] else "expected ", message
+    )
 
 
 def _nearest(details: ErrorDetails) -> str:

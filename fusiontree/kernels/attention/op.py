@@ -102,7 +102,7 @@ def per_head(op: str, slopes: Sequence[float], q: Float[Tensor, "... heads head_
         FusionTreeError: there is not one for each query head.
     """
     if len(slopes) != q.shape[-2]:
-        raise FusionTreeError(f"{op}: slopes: one for each of {q.shape[-2]} heads is needed, found {len(slopes)}")
+        raise FusionTreeError(f"{op}: slopes: expected one for each of {q.shape[-2]} heads, found {len(slopes)}")
     return tuple(slopes)
 
 
@@ -148,9 +148,9 @@ def attention(
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
     if window is not None and window < 1:
-        raise FusionTreeError(f"attention: window: at least 1 visible key is needed, found {window}")
+        raise FusionTreeError(f"attention: window: expected at least 1 visible key, found {window}")
     if scale == 0:
-        raise FusionTreeError("attention: scale: a number other than 0 is needed, found 0")
+        raise FusionTreeError("attention: scale: expected a number other than 0, found 0")
     if scale < 0:  # fused kernels keep the largest score, and take it to grow with the product
         q, scale = -q, -scale
     slopes = None if slopes is None else per_head("attention", slopes, q)

@@ -55,7 +55,7 @@ class Shapes:
                 kind = "integers" if forms[0].integers else "floating-point numbers"
                 wanted = " or ".join(f"[{_wanted(form, sizes)}]" for form in forms)
                 found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-                raise FusionTreeError(f"{op}: {name}: {kind} {wanted} are needed, found {found}")
+                raise FusionTreeError(f"{op}: {name}: expected {kind} {wanted}, found {found}")
         for whole, part in self.multiples:
             if sizes[whole] % sizes[part]:
                 raise FusionTreeError(f"{op}: {sizes[whole]} {whole} are not a multiple of {sizes[part]} {part}")
