@@ -18,12 +18,12 @@ from fusiontree.core.contracts.modules import (
     Module,
     Norm,
     NormModule,
+    accumulation_dtype,
     constant,
     fan_in,
     normal,
     scaled,
     total,
-    wide,
 )
 from fusiontree.core.contracts.node import BranchSpec, Node, NodeSpec, Scope, SharedNodeUser, branches
 from fusiontree.core.spec.base import (
@@ -81,6 +81,7 @@ __all__ = [
     "State",
     "Table",
     "Weights",
+    "accumulation_dtype",
     "axes",
     "branch_path",
     "branches",
@@ -95,5 +96,4 @@ __all__ = [
     "scaled",
     "suggest",
     "total",
-    "wide",
 ]

@@ -33,7 +33,7 @@ from fusiontree.components import (
     invalid,
     scaled,
 )
-from fusiontree.kernels.attention import Falling, Past, attention, attention_step
+from fusiontree.kernels.attention import AlibiBias, Past, attention, attention_step
 
 Stream = Float[Tensor, "batch time width"]
 Channels = Float[Tensor, "batch time heads*channels"]
@@ -384,7 +384,7 @@ class AttentionModule(ProjectedModule):
             kv_cache.write_token(context, keys, k)
             kv_cache.write_token(context, values, v)
             return Keys(k, v, rings=(keys, values))
-        past_k, past_v = kv_cache.before(context, keys), kv_cache.before(context, values)
+        past_k, past_v = kv_cache.past(context, keys), kv_cache.past(context, values)
         past = None if past_k is None or past_v is None else Past(past_k, past_v, kv_cache.ages(context, keys))
         kv_cache.write_chunk(context, keys, k)
         kv_cache.write_chunk(context, values, v)
@@ -394,9 +394,9 @@ class AttentionModule(ProjectedModule):
         options, slopes = {"scale": self.scale, "softcap": self.spec.softcap}, self._slopes(group, context)
         if keys.rings is not None:
             slots = keys.rings[0].shape[2]
-            falling = None if slopes is None else Falling(slopes, context.once(kv_cache.distances, slots))
-            filled = context.once(kv_cache.seen, slots, keys.rings[0].dtype)
-            y = attention_step(q.squeeze(1), *keys.rings, filled, falling=falling, **options)
+            alibi = None if slopes is None else AlibiBias(slopes, context.once(kv_cache.distances, slots))
+            filled = context.once(kv_cache.filled, slots, keys.rings[0].dtype)
+            y = attention_step(q.squeeze(1), *keys.rings, filled, alibi=alibi, **options)
             return y.flatten(1)[:, None]
         visible = {"window": group.window, "segments": context.segments, "past": keys.past, "prefix": self.prefix}
         return attention(q, keys.k, keys.v, slopes=slopes, **visible, **options).flatten(2)

@@ -117,7 +117,9 @@ class Chain(BranchSpec):
         if reader in self.norms:
             norm = self.norms[reader].narrowed(inside[reader].width, keep)
             fields["norms"] = {**self.norms, reader: norm}
-        return self.with_fields(fields, axis, keep).around({f"links.{name}": found for name, found in links.items()})
+        return self.with_fields(fields, axis, keep).with_inside(
+            {f"links.{name}": found for name, found in links.items()}
+        )
 
 
 class ChainModule(Node):

@@ -27,9 +27,9 @@ from fusiontree.components import (
     Positive,
     Scope,
     State,
+    accumulation_dtype,
     branches,
     invalid,
-    wide,
 )
 from fusiontree.kernels.gated_delta import gated_delta, gated_delta_step
 
@@ -138,7 +138,7 @@ class GatedDelta(ProjectedSpec):
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The convolution's last inputs, and the states in float32 or better."""
         taps = (self.conv - 1) * sum(self.convolved.values())
-        return taps * dtype.itemsize + self.inner * self.head_dim * wide(dtype).itemsize
+        return taps * dtype.itemsize + self.inner * self.head_dim * accumulation_dtype(dtype).itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Heads run within their key head."""
@@ -217,13 +217,13 @@ class GatedDeltaModule(ProjectedModule):
     def _direction(self, x: Float[Tensor, "batch time keys"], context: Context) -> Heads:
         """Queries or keys by head, of length 1."""
         heads = x.unflatten(2, (self.spec.key_heads, self.spec.head_dim))
-        precise = heads.to(wide(x.dtype))
+        precise = heads.to(accumulation_dtype(x.dtype))
         unit = precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + LENGTH_EPS)
         return context.rotate(self.spec.encodings, unit.to(x.dtype))
 
     def _rates(self, x: Stream) -> tuple[PerHead | PerChannel, PerHead]:
         """The log of the decay, and beta, in float32 or better."""
-        precise, spec = wide(x.dtype), self.spec
+        precise, spec = accumulation_dtype(x.dtype), self.spec
         beta = torch.sigmoid(self.beta(x).to(precise))
         rates = self.dt(x if self.dt_down is None else self.dt_down(x))
         dt, decay = F.softplus(rates.to(precise) + self.dt_bias.to(precise)), torch.exp(self.A_log.to(precise))
@@ -236,7 +236,7 @@ class GatedDeltaModule(ProjectedModule):
         spec = self.spec
         taps = {f"conv.{name}": like.new_zeros(batch, spec.conv - 1, rows) for name, rows in spec.convolved.items()}
         shape = (batch, spec.heads, spec.head_dim, self.value_dim)
-        return taps | {"delta": like.new_zeros(shape, dtype=wide(like.dtype))}
+        return taps | {"delta": like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))}
 
 
 def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:

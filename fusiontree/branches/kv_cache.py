@@ -24,12 +24,12 @@ EMPTY = -1
 def rings(context: Context, state: State, names: Sequence[str], *, window: int | None) -> list[Ring]:
     """The rings of these names, with room for the chunk."""
     rows = _rows(context)
-    if window is None and rows.room is not None:
-        state.update({name: _grown(state[name], rows.room) for name in names})
+    if window is None and rows.slots_needed is not None:
+        state.update({name: _with_slots(state[name], rows.slots_needed) for name in names})
     return [state[name] for name in names]
 
 
-def _grown(ring: Ring, tokens: int) -> Ring:
+def _with_slots(ring: Ring, tokens: int) -> Ring:
     """Room for so many tokens; doubled so that growing stays cheap."""
     slots = ring.shape[2]
     return ring if tokens <= slots else F.pad(ring, (0, 0, 0, max(tokens, 2 * slots) - slots))
@@ -37,7 +37,7 @@ def _grown(ring: Ring, tokens: int) -> Ring:
 
 def write_token(context: Context, ring: Ring, values: Chunk) -> None:
     """Bring a ring up to date with a chunk of one token, which touches one slot of each row."""
-    fresh, targets = _rows(context).fresh, context.once(token_slots, *ring.shape[1:3])
+    fresh, targets = _rows(context).has_tokens, context.once(token_slots, *ring.shape[1:3])
     slots, values = ring.view(-1, *ring.shape[3:]), values.flatten(0, 2).to(ring.dtype)
     if fresh is not None:
         fresh = fresh.repeat_interleave(ring.shape[1])
@@ -53,47 +53,47 @@ def write_chunk(context: Context, ring: Ring, values: Chunk) -> None:
     slots.copy_(torch.where(_over(fresh, values), gathered, slots))
 
 
-def before(context: Context, ring: Ring) -> Chunk | None:
+def past(context: Context, ring: Ring) -> Chunk | None:
     """A copy of what a ring holds as a chunk starts, by slot; None where that is nothing."""
-    used = min(_rows(context).held, ring.shape[2])  # slots fill in order
+    used = min(_rows(context).max_past_length, ring.shape[2])  # slots fill in order
     return ring.transpose(1, 2)[:, :used].clone() if used else None
 
 
 def ages(context: Context, ring: Ring) -> Int[Tensor, "batch used"]:
-    """How many tokens before the chunk each token is that `before` gives; 0 for an empty slot."""
+    """How many tokens before the chunk each token is that `past` gives; 0 for an empty slot."""
     rows, slots = _rows(context), ring.shape[2]
-    latest = _latest(rows, rows.before, slots)
-    found = torch.where(latest >= 0, rows.before[:, None] - latest, 0)
-    return found[:, : min(rows.held, slots)]
+    latest = _latest(rows, rows.past_length, slots)
+    found = torch.where(latest >= 0, rows.past_length[:, None] - latest, 0)
+    return found[:, : min(rows.max_past_length, slots)]
 
 
 def token_slots(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*heads"]:
     """Where rings, seen as [batch*heads*slots, channels], keep the token of each row, in a chunk of one."""
     rows = _rows(context)
-    slot = (rows.after - (1 + rows.prefix)) % (slots - rows.prefix)
+    slot = (rows.new_length - (1 + rows.prefix)) % (slots - rows.prefix)
     slot = slot + rows.prefix if rows.prefix else slot
-    first = torch.arange(0, len(rows.after) * heads * slots, slots, device=slot.device)
+    first = torch.arange(0, len(rows.new_length) * heads * slots, slots, device=slot.device)
     return first + slot.repeat_interleave(heads)
 
 
-def seen(context: Context, slots: int, dtype: torch.dtype) -> Filled:
+def filled(context: Context, slots: int, dtype: torch.dtype) -> Filled:
     """Which slots of a ring a step's queries see: those that hold a token after the chunk, of which there is taken to
     be one in a row that has none, whose slots are zeros."""
-    return Filled.of(_rows(context).after.clamp(1, slots), slots, dtype)
+    return Filled.of(_rows(context).new_length.clamp(1, slots), slots, dtype)
 
 
 def distances(context: Context, slots: int) -> Int[Tensor, "batch slots"]:
     """How many tokens before the row's last one the token in each filled slot is, after the chunk."""
     rows = _rows(context)
-    return rows.after[:, None] - 1 - _latest(rows, rows.after, slots)
+    return rows.new_length[:, None] - 1 - _latest(rows, rows.new_length, slots)
 
 
 def _sources(rows: Rows, slots: int) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:
     """For each slot: where in the chunk the token is that it holds afterwards, and whether that token is in the chunk
     at all (otherwise the slot keeps what it has)."""
-    held = _latest(rows, rows.after, slots)
-    fresh = held >= rows.carried[:, None]
-    return torch.where(fresh, held - rows.carried[:, None] + rows.tail[:, None], 0), fresh
+    held = _latest(rows, rows.new_length, slots)
+    fresh = held >= rows.continued_length[:, None]
+    return torch.where(fresh, held - rows.continued_length[:, None] + rows.tail_start[:, None], 0), fresh
 
 
 def _latest(rows: Rows, tokens: Int[Tensor, "batch"], slots: int) -> Int[Tensor, "batch slots"]:

@@ -28,10 +28,10 @@ from fusiontree.components import (
     NormModule,
     Scope,
     State,
+    accumulation_dtype,
     axes,
     branches,
     invalid,
-    wide,
 )
 from fusiontree.kernels.common.constants import constants
 from fusiontree.kernels.ssd import ssd, ssd_step
@@ -108,7 +108,7 @@ class Lightning(ProjectedSpec):
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The states in float32 or better."""
-        return self.inner * self.head_dim * wide(dtype).itemsize
+        return self.inner * self.head_dim * accumulation_dtype(dtype).itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Heads have an order, that of the slopes."""
@@ -157,7 +157,7 @@ class LightningModule(ProjectedModule):
 
     def _scan(self, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
         """`ssd` with steps of 1, whose B are the keys and whose C the queries."""
-        (q, k, v), precise = qkv, wide(qkv[2].dtype)
+        (q, k, v), precise = qkv, accumulation_dtype(qkv[2].dtype)
         rates = constants(tuple(-slope for slope in self.spec.slopes), precise, v.device)
         steps = context.once(_ones, v.shape[:3], precise, v.device)
         inputs = {"x": v, "dt": steps, "B": k, "C": q}
@@ -166,7 +166,7 @@ class LightningModule(ProjectedModule):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         spec = self.spec
         shape = (batch, spec.heads, spec.value_dim or spec.head_dim, spec.head_dim)
-        return {"state": like.new_zeros(shape, dtype=wide(like.dtype))}
+        return {"state": like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))}
 
 
 def _ones(context: Context, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -27,9 +27,9 @@ from fusiontree.components import (
     NormModule,
     Scope,
     State,
+    accumulation_dtype,
     branches,
     constant,
-    wide,
 )
 from fusiontree.kernels.selective_scan import selective_scan, selective_scan_step
 
@@ -93,7 +93,7 @@ class Mamba1(ProjectedSpec):
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The convolution's last inputs, and the states in float32 or better."""
-        return self.inner * ((self.conv - 1) * dtype.itemsize + self.state * wide(dtype).itemsize)
+        return self.inner * ((self.conv - 1) * dtype.itemsize + self.state * accumulation_dtype(dtype).itemsize)
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Everything but the norms runs over the channels."""
@@ -153,7 +153,7 @@ class Mamba1Module(ProjectedModule):
         """dt, in float32 or better, B and C: what the input says of how it is remembered."""
         found = {"dt": self.dt_down(u), "B": self.B(u), "C": self.C(u)}
         found |= {name: norm(found[name]) for name, norm in self.norm.items()}
-        precise = wide(u.dtype)
+        precise = accumulation_dtype(u.dtype)
         dt = F.softplus(self.dt_up(found["dt"]).to(precise) + self.dt_bias.to(precise))
         return dt, found["B"], found["C"]
 
@@ -167,7 +167,7 @@ class Mamba1Module(ProjectedModule):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The convolution's last inputs, oldest first, and the channels' states."""
         spec = self.spec
-        ssm = like.new_zeros((batch, spec.inner, spec.state), dtype=wide(like.dtype))
+        ssm = like.new_zeros((batch, spec.inner, spec.state), dtype=accumulation_dtype(like.dtype))
         return {"conv": like.new_zeros(batch, spec.conv - 1, spec.inner), "ssm": ssm}
 
 

@@ -32,12 +32,12 @@ from fusiontree.components import (
     Spec,
     SpecError,
     State,
+    accumulation_dtype,
     axes,
     branches,
     constant,
     invalid,
     scaled,
-    wide,
 )
 from fusiontree.kernels.ssd import ssd, ssd_step
 
@@ -126,7 +126,7 @@ class Mamba2(ProjectedSpec):
         return self.heads * self.head_dim
 
     @property
-    def shared(self) -> int:
+    def bc_width(self) -> int:
         """The width of B, and of C, in all groups."""
         return self.groups * self.state
 
@@ -139,14 +139,14 @@ class Mamba2(ProjectedSpec):
 
     def flops(self, scope: Scope, length: int) -> float:
         """The maps, the convolution, and the recurrence: one outer product and one read of every state."""
-        maps = 2 * self.inner + 2 * self.shared + self.heads + (self.inner if self.project else 0)
-        convolution = self.conv * (self.inner + 2 * self.shared)
+        maps = 2 * self.inner + 2 * self.bc_width + self.heads + (self.inner if self.project else 0)
+        convolution = self.conv * (self.inner + 2 * self.bc_width)
         return 2.0 * scope.width * maps + 2.0 * convolution + 4.0 * self.inner * self.state
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The convolution's last inputs, and the states in float32 or better."""
-        taps = (self.conv - 1) * (self.inner + 2 * self.shared)
-        return taps * dtype.itemsize + self.inner * self.state * wide(dtype).itemsize
+        taps = (self.conv - 1) * (self.inner + 2 * self.bc_width)
+        return taps * dtype.itemsize + self.inner * self.state * accumulation_dtype(dtype).itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Heads run within their group."""
@@ -187,7 +187,7 @@ class Mamba2Module(ProjectedModule):
     def __init__(self, spec: Mamba2, width: int) -> None:
         super().__init__()
         self.spec = spec
-        convolved = {"x": spec.inner, "B": spec.shared, "C": spec.shared}
+        convolved = {"x": spec.inner, "B": spec.bc_width, "C": spec.bc_width}
         self.z = LinearModule(width, spec.inner, bias=spec.bias)
         self.x, self.B, self.C = (LinearModule(width, rows, bias=spec.bias) for rows in convolved.values())
         self.dt = LinearModule(width, spec.heads, bias=spec.bias)
@@ -215,7 +215,7 @@ class Mamba2Module(ProjectedModule):
 
     def _step_sizes(self, dt: Float[Tensor, "batch time heads"]) -> Float[Tensor, "batch time heads"]:
         """softplus(dt + bias), cut to the limits, in float32 or better."""
-        precise = wide(dt.dtype)
+        precise = accumulation_dtype(dt.dtype)
         low, high = self.spec.dt_limit
         return F.softplus(dt.to(precise) + self.dt_bias.to(precise)).clamp(low, high)
 
@@ -232,10 +232,10 @@ class Mamba2Module(ProjectedModule):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The last inputs of each convolution, oldest first, and the heads' states."""
         spec = self.spec
-        widths = {"x": spec.inner, "B": spec.shared, "C": spec.shared}
+        widths = {"x": spec.inner, "B": spec.bc_width, "C": spec.bc_width}
         taps = {f"conv.{name}": like.new_zeros(batch, spec.conv - 1, width) for name, width in widths.items()}
         shape = (batch, spec.heads, spec.head_dim, spec.state)
-        return taps | {"ssm": like.new_zeros(shape, dtype=wide(like.dtype))}
+        return taps | {"ssm": like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))}
 
 
 def _log_uniform_decay(tensor: Tensor, generator: Generator) -> None:

@@ -252,13 +252,13 @@ class MlaModule(ProjectedModule):
         kv_cache.write_token(context, ring, memory[:, :, None])
         own, shared = q.split([spec.head_dim, spec.shared_dim], -1)
         asked = torch.cat([_by_head(own, self.k.by_head()), shared], -1)
-        filled, latents = context.once(kv_cache.seen, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)
+        filled, latents = context.once(kv_cache.filled, ring.shape[2], ring.dtype), ring.narrow(-1, 0, spec.rank)
         return _by_head(attention_step(asked, ring, latents, filled, scale=self.scale), self.v.by_head().mT)
 
     def _recall(self, ring: Tensor, memory: Memory, context: Context) -> Past | None:
         """Keys and values of what the cache holds before a chunk, None where that is nothing; the chunk is written
         into it."""
-        before = kv_cache.before(context, ring)
+        before = kv_cache.past(context, ring)
         past = None if before is None else Past(*self._expanded(before.squeeze(2)), kv_cache.ages(context, ring))
         kv_cache.write_chunk(context, ring, memory[:, :, None])
         return past

@@ -25,11 +25,11 @@ from fusiontree.components import (
     Scope,
     Spec,
     SpecError,
+    accumulation_dtype,
     branches,
     constant,
     invalid,
     scaled,
-    wide,
 )
 
 Stream = Float[Tensor, "batch time width"]
@@ -187,7 +187,7 @@ class MoeModule(Node):
 
     def choose(self, tokens: Tokens) -> tuple[Shares, Choice]:
         """The experts that tokens visit and their shares, worked out in float32 or better."""
-        router, logits = self.spec.router, self.router(tokens).to(wide(tokens.dtype))
+        router, logits = self.spec.router, self.router(tokens).to(accumulation_dtype(tokens.dtype))
         scores = logits.softmax(-1) if router.scores == "softmax" else logits.sigmoid()
         choice = self._ranks(logits, scores).topk(self.spec.top_k).indices
         if router.renormalise and router.scores == "softmax":

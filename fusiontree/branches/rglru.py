@@ -24,11 +24,11 @@ from fusiontree.components import (
     Module,
     Scope,
     State,
+    accumulation_dtype,
     branches,
     constant,
     fan_in,
     products,
-    wide,
 )
 from fusiontree.kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
@@ -87,7 +87,7 @@ class RgLru(ProjectedSpec):
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The convolution's last inputs, and the states in float32 or better."""
-        return self.inner * ((self.conv - 1) * dtype.itemsize + wide(dtype).itemsize)
+        return self.inner * ((self.conv - 1) * dtype.itemsize + accumulation_dtype(dtype).itemsize)
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Everything runs over the channels, by head."""
@@ -115,7 +115,7 @@ class HeadGate(Module):
         """A number in (0, 1) for each channel, in float32 or better."""
         by_head = x.flatten(0, 1).unflatten(1, self.weight.shape[:2]).transpose(0, 1)
         logits = products.batched(by_head, self.weight, self.bias).transpose(0, 1)
-        return torch.sigmoid(logits.reshape(x.shape).to(wide(x.dtype)))
+        return torch.sigmoid(logits.reshape(x.shape).to(accumulation_dtype(x.dtype)))
 
 
 class RgLruModule(ProjectedModule):
@@ -144,7 +144,7 @@ class RgLruModule(ProjectedModule):
 
     def _gated(self, u: Inner, context: Context) -> tuple[Inner, Inner]:
         """What is added to the state and what is kept of it, in float32 or better."""
-        precise = wide(u.dtype)
+        precise = accumulation_dtype(u.dtype)
         log = -SHARPNESS * self.recurrence_gate(u) * F.softplus(self.Lambda.to(precise))
         share = _bounded_sqrt(-torch.expm1(2 * log))
         share = torch.where(context.once(_firsts), 1.0, share)
@@ -153,7 +153,7 @@ class RgLruModule(ProjectedModule):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The convolution's last inputs, oldest first, and the channels' states."""
         spec = self.spec
-        state = like.new_zeros((batch, spec.inner), dtype=wide(like.dtype))
+        state = like.new_zeros((batch, spec.inner), dtype=accumulation_dtype(like.dtype))
         return {"conv": like.new_zeros(batch, spec.conv - 1, spec.inner), "state": state}
 
 

@@ -11,7 +11,17 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fusiontree.components import Encoding, EncodingSpec, Hook, Positive, Table, encodings, invalid, scaled, wide
+from fusiontree.components import (
+    Encoding,
+    EncodingSpec,
+    Hook,
+    Positive,
+    Table,
+    accumulation_dtype,
+    encodings,
+    invalid,
+    scaled,
+)
 from fusiontree.encodings.rope_scaling import AnyScaling
 from fusiontree.kernels.common.constants import constants
 
@@ -98,7 +108,7 @@ class Rotation(Table):
         """Turn the first `dim` channels, in float32 or better."""
         dim = self.dim or x.shape[-1]
         turning = x if dim == x.shape[-1] else x[..., :dim]
-        precise = turning.to(wide(x.dtype))
+        precise = turning.to(accumulation_dtype(x.dtype))
         cos, sin = self.turns[dim][precise.dtype]
         turned = torch.addcmul(precise * cos, precise.roll(dim // 2, -1), sin).to(x.dtype)
         return turned if turning is x else torch.cat([turned, x[..., dim:]], -1)

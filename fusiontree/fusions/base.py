@@ -167,7 +167,7 @@ class BaseFusionSpec(FusionSpec):
             gate, units = self.gate_spec.narrow_width(keep, self.gate_scope(scope))
             fields["gate"], own["gate_units"] = gate, units
         narrower = Narrowing(type(self).parse(self.data() | fields), {"": own})
-        return narrower.around({branch_path("", name): found for name, found in branches.items()})
+        return narrower.with_inside({branch_path("", name): found for name, found in branches.items()})
 
     def _scope_of(self, name: str, scope: Scope) -> Scope:
         return self.child_scope(branch_path("", name), scope)

@@ -59,10 +59,10 @@ class Constant(GateSpec):
 
     def without_branch(self, branch: str) -> "Constant":
         """The others' shares, grown to sum to 1."""
-        return Constant(values=NamedMap(shared({n: v for n, v in self.values.items() if n != branch})))
+        return Constant(values=NamedMap(renormalised({n: v for n, v in self.values.items() if n != branch})))
 
 
-def shared(values: dict[str, float]) -> dict[str, float]:
+def renormalised(values: dict[str, float]) -> dict[str, float]:
     """Shares grown to sum to 1; equal ones where there was none."""
     total = sum(values.values())
     return {name: value / total if total else 1 / len(values) for name, value in values.items()}
@@ -76,5 +76,5 @@ class ConstantModule(Gate):
         self.values = dict(spec.values)
 
     def forward(self, features: Features, context: Context) -> Weights:
-        open_shares = shared({name: value for name, value in self.values.items() if name not in self.dropped})
+        open_shares = renormalised({name: value for name, value in self.values.items() if name not in self.dropped})
         return {name: features.new_full((1,), open_shares.get(name, 0.0)) for name in self.values}

@@ -43,10 +43,10 @@ def _simple_layer(layer: LayerSpec, old: str, new: str, moved: PathMap) -> dict[
 
 def _simple(node: NodeSpec, old: str, new: str, moved: PathMap) -> dict[str, Any]:
     """A node's data without fusions that do nothing; notes where its parts have gone."""
-    if isinstance(node, FusionSpec) and (sole := node.passthrough_branch()) is not None:
-        inside = branch_path(old, sole)
+    if isinstance(node, FusionSpec) and (branch := node.passthrough_branch()) is not None:
+        inside = branch_path(old, branch)
         moved[inside] = new
-        return _simple(node.branches[sole], inside, new, moved)
+        return _simple(node.branches[branch], inside, new, moved)
     data = node.data()
     if node.kv_source is not None and node.kv_source_field is not None:
         data[node.kv_source_field] = new_path(node.kv_source, moved)  # whose layer has been here before

@@ -30,7 +30,7 @@ from fusiontree.core.spec.fields import is_open
 from fusiontree.kernels import OPS, use_backend
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify
 from fusiontree.testing.narrowing import narrowed
-from fusiontree.testing.subject import Subject, far, randomised
+from fusiontree.testing.subject import Subject, difference, randomised
 
 LENGTHS = (1, 2, 3, 7, 19)
 PADDING = -1
@@ -184,7 +184,7 @@ def _permuted(subject: Subject, path: str, axis: str, case: tuple[Tensor, Tensor
         state[full] = axes.narrow(state[full], dimensions, sizes, turned)
     model = build(subject.spec, dtype=torch.float64).eval()
     model.load_state_dict(state)
-    return far(model(tokens), wanted)
+    return difference(model(tokens), wanted)
 
 
 def seeded(subject: Subject) -> str | None:
@@ -233,9 +233,9 @@ def _copied(subject: Subject, copy: Callable[[LanguageModel], LanguageModel]) ->
     found = model(tokens)
     other.load_state_dict(randomised(model, 1).state_dict())
     problems = (
-        ("the copy", far(found, wanted, 0.0)),
-        ("the copy with other parameters", far(model(tokens), other(tokens), 0.0)),
-        ("the original then", far(subject.model(tokens), wanted, 0.0)),
+        ("the copy", difference(found, wanted, 0.0)),
+        ("the copy with other parameters", difference(model(tokens), other(tokens), 0.0)),
+        ("the original then", difference(subject.model(tokens), wanted, 0.0)),
     )
     return _first(iter(problems))
 
@@ -251,7 +251,7 @@ def _looks_ahead(subject: Subject, time: int) -> str | None:
     for cut in range(1, time):
         changed = tokens.clone()
         changed[:, cut:] = (changed[:, cut:] + 1) % subject.spec.vocab_size
-        problem = far(subject.model(changed)[:, :cut], wanted[:, :cut])
+        problem = difference(subject.model(changed)[:, :cut], wanted[:, :cut])
         if problem:
             return f"changing tokens from {cut} on: {problem}"
     return None
@@ -261,7 +261,9 @@ def alone(subject: Subject) -> str | None:
     """A row does not depend on its neighbours in the batch."""
     tokens = subject.tokens(3, 11)
     together = subject.model(tokens)
-    return _first((f"row {row} of 3", far(together[row], subject.model(tokens[row : row + 1])[0])) for row in range(3))
+    return _first(
+        (f"row {row} of 3", difference(together[row], subject.model(tokens[row : row + 1])[0])) for row in range(3)
+    )
 
 
 def split(subject: Subject) -> str | None:
@@ -284,7 +286,7 @@ def _split(subject: Subject, cuts: tuple[int, ...], documents: Tensor | None = N
         parts.append(subject.model(tokens[:, piece], documents=marks, cache=cache))
         start += size
     real = torch.ones_like(tokens, dtype=torch.bool) if documents is None else documents >= 0
-    return far(torch.cat(parts, 1)[real], wanted[real])
+    return difference(torch.cat(parts, 1)[real], wanted[real])
 
 
 @torch.no_grad()
@@ -293,7 +295,7 @@ def growing(subject: Subject) -> str | None:
     tokens = subject.tokens(2, 17)
     cache = subject.model.new_cache(2)
     parts = [subject.model(part, cache=cache) for part in tokens.split((3,) * 4 + (1,) * 5, 1)]
-    return far(torch.cat(parts, 1), subject.model(tokens))
+    return difference(torch.cat(parts, 1), subject.model(tokens))
 
 
 def packed(subject: Subject) -> str | None:
@@ -309,7 +311,7 @@ def _packed(subject: Subject, sizes: tuple[int, ...]) -> str | None:
     documents = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]
     together = subject.model(tokens, documents=documents)
     apart = torch.cat([subject.model(part) for part in tokens.split(sizes, 1)], 1)
-    return far(together, apart) or _gradients(subject, together, apart)
+    return difference(together, apart) or _gradients(subject, together, apart)
 
 
 def _gradients(subject: Subject, found: Tensor, wanted: Tensor) -> str | None:
@@ -327,7 +329,7 @@ def _grad_far(found: Tensor | None, wanted: Tensor | None) -> str | None:
     if there is None:
         return None
     zero = torch.zeros_like(there)
-    return far(zero if found is None else found, zero if wanted is None else wanted, 1e-8)
+    return difference(zero if found is None else found, zero if wanted is None else wanted, 1e-8)
 
 
 @torch.no_grad()
@@ -356,7 +358,7 @@ def _padded(subject: Subject, masks: list[str]) -> str | None:
     for row, mask in enumerate(masks):
         wanted = subject.model(torch.cat([tokens[row][real[row]], steps[row]])[None])[0]
         both = torch.cat([found[row][real[row]], later[row]])
-        problem = far(both, wanted)
+        problem = difference(both, wanted)
         if problem:
             return f"row {mask!r} and two tokens more: {problem}"
     return None
@@ -417,7 +419,7 @@ def precise(subject: Subject) -> str | None:
     found, wanted = model.eval()(subject.tokens(2, 13)), subject.model(subject.tokens(2, 13))
     if (found.dtype, wanted.dtype) != (torch.float32, torch.float64):
         return f"types {found.dtype} and {wanted.dtype}"
-    return far(found.double(), wanted, 1e-4)
+    return difference(found.double(), wanted, 1e-4)
 
 
 def gates(subject: Subject) -> str | None:
@@ -435,7 +437,7 @@ def _gate(subject: Subject, path: str, gate: Gate) -> str | None:
     assert spec is not None
     values = _gate_values(subject, gate)
     total = torch.stack(list(values.values())).sum(0)
-    if problem := far(total, torch.ones_like(total)):
+    if problem := difference(total, torch.ones_like(total)):
         return f"the sum of the values is {problem}"
     for branch, value in values.items():
         if value.shape[-1] != spec.units(scope.width):
@@ -488,7 +490,7 @@ def _pruned(subject: Subject, drops: tuple[str, ...]) -> str | None:
     if count != sum(p.numel() for p in smaller.parameters()):
         return "parameters are left over"
     simple, _ = simplify(smaller)
-    return far(smaller(tokens), wanted, 1e-10) or far(simple.eval()(tokens), wanted, 1e-10)
+    return difference(smaller(tokens), wanted, 1e-10) or difference(simple.eval()(tokens), wanted, 1e-10)
 
 
 def _may_refuse(spec: ModelSpec, path: str) -> bool:

@@ -18,7 +18,7 @@ from fusiontree.core.model.narrow import (
 )
 from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import SpecError
-from fusiontree.testing.subject import Subject, far
+from fusiontree.testing.subject import Subject, difference
 
 
 def narrowed(subject: Subject) -> str | None:
@@ -57,7 +57,7 @@ def problem_of(subject: Subject, path: str, axis: str, keep: Sequence[int]) -> s
         return "no parameter has left"
     wanted = silenced(subject.model, path, axis, keep)(subject.tokens(2, 9))
     found = {"at once": model(subject.tokens(2, 9)), "step by step": _stepped(model, subject.tokens(2, 9))}
-    problems = ((way, far(logits, wanted, 1e-10)) for way, logits in found.items())
+    problems = ((way, difference(logits, wanted, 1e-10)) for way, logits in found.items())
     return next((f"{way} {problem}" for way, problem in problems if problem), None)
 
 

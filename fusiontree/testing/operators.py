@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusiontree.errors import FusionTreeError
 from fusiontree.kernels import Op
 from fusiontree.kernels.common.cases import Case
-from fusiontree.testing.subject import far
+from fusiontree.testing.subject import difference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -149,7 +149,7 @@ def differs(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype = torc
 
 def _differs(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> str | None:
     if found.shape != wanted.shape or dtype != torch.bfloat16 or not found.numel():
-        return far(found, wanted, TOLERANCE[dtype])
+        return difference(found, wanted, TOLERANCE[dtype])
     error = float((found - wanted).norm() / wanted.norm().clamp(min=math.sqrt(wanted.numel()) / 1e3))
     return None if error <= TOLERANCE[dtype] else f"off by {error:.3g} of its size (allowed {TOLERANCE[dtype]})"
 

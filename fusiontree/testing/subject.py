@@ -42,7 +42,7 @@ def randomised(model: LanguageModel, seed: int) -> LanguageModel:
     return model
 
 
-def far(found: Float[Tensor, "..."], wanted: Float[Tensor, "..."], tolerance: float = TOLERANCE) -> str | None:
+def difference(found: Float[Tensor, "..."], wanted: Float[Tensor, "..."], tolerance: float = TOLERANCE) -> str | None:
     """How two tensors differ, where that is more than `tolerance` times max(1, max |wanted|); None if they agree."""
     if found.shape != wanted.shape:
         return f"shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"

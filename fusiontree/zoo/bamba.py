@@ -12,7 +12,7 @@ from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import Same, within
+from fusiontree.zoo.tensors import Renamed, within
 
 MAMBA_DEFAULTS = {
     "mamba_n_heads": 128,
@@ -70,7 +70,7 @@ class Bamba(Family):
             **mamba_config(reader),
         }
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "final_layernorm")
         yield from parts.layers(spec, NORMS, node_tensors)
 
@@ -78,7 +78,7 @@ class Bamba(Family):
 NORMS = {"mixer": "input_layernorm", "ffn": "pre_ff_layernorm"}
 
 
-def node_tensors(node: NodeSpec) -> Iterator[Same]:
+def node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     """What stands in a layer."""
     match node:
         case Attention():

@@ -9,7 +9,7 @@ from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import bamba, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Same
+from fusiontree.zoo.tensors import Renamed
 
 PACKED = ("z", "x", "B", "C", "dt")
 """The parts of their map into Mamba-2, in its order, which is that of `ssm_multipliers` too."""
@@ -103,7 +103,7 @@ class FalconH1(Family):
             "ssm_out_multiplier": mixer.multipliers.get("mamba", 1.0),
         }
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "final_layernorm")
         yield from parts.layers(spec, bamba.NORMS, bamba.node_tensors)
 

@@ -11,7 +11,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.computed import FREQUENCIES, check_computed, check_frequencies
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Once, Part, to_ours, to_theirs
+from fusiontree.zoo.tensors import Deduplicated, Part, to_ours, to_theirs
 
 Config = Mapping[str, Any]
 """What stands in a config.json."""
@@ -125,7 +125,7 @@ class Family(ABC):
         if any(name.endswith(FREQUENCIES) for name in theirs):
             computed |= check_frequencies(theirs, spec, parts, copies)
         unused = [name for names in self.left_out(theirs).values() for name in names]
-        return to_ours(parts, Once(theirs, copies), ignored=[*computed, *unused])
+        return to_ours(parts, Deduplicated(theirs, copies), ignored=[*computed, *unused])
 
     def left_out(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Those of these tensors that are `unused`, by how they begin."""

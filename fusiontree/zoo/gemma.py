@@ -14,7 +14,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Same, below, within
+from fusiontree.zoo.tensors import Renamed, below, within
 
 LOCAL, GLOBAL = TYPES = ("sliding_attention", "full_attention")
 THETA = {LOCAL: ("rope_local_base_freq", 10_000.0), GLOBAL: ("rope_theta", 1_000_000.0)}
@@ -45,11 +45,11 @@ CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
 class Gemma(Family):
     """What both have."""
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "norm")
         for index in range(len(spec.expanded_layers())):
             norms = ((theirs, f"layers.{index}.norm.{ours}.weight") for theirs, ours in NORMS.items())
-            yield from (Same(f"model.layers.{index}.{theirs}.weight", (ours,)) for theirs, ours in norms)
+            yield from (Renamed(f"model.layers.{index}.{theirs}.weight", (ours,)) for theirs, ours in norms)
         for path, node in spec.nodes():
             yield from below(f"model.layers.{path.split('.')[1]}", path, _node_tensors(node))
 
@@ -97,12 +97,12 @@ class Gemma3(Gemma):
         return {**_config(reader), "rope_parameters": parameters}
 
 
-def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     match node:
         case Attention():
             yield from within("self_attn", parts.attention(node))
             for name in ("q_norm", "k_norm") if node.qk_norm else ():
-                yield Same(f"self_attn.{name}.weight", (f"{name}.weight",))
+                yield Renamed(f"self_attn.{name}.weight", (f"{name}.weight",))
         case Mlp():
             yield from within("mlp", parts.gated_mlp())
 

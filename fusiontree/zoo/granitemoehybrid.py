@@ -14,7 +14,7 @@ from fusiontree.zoo import llama, parts
 from fusiontree.zoo.bamba import MAMBA_DEFAULTS, mamba, mamba_config
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Part, Same, below, within
+from fusiontree.zoo.tensors import Part, Renamed, below, within
 
 KINDS = {
     **{"linear_attention": "mamba", "mamba": "mamba"},
@@ -111,14 +111,14 @@ def _node_tensors(names: Mapping[str, str], node: NodeSpec) -> Iterator[Part]:
             yield from within("shared_mlp", _network(node.hidden))
         case Moe():
             yield from below("shared_mlp", "shared", _network(node.shared_hidden or 0))
-            yield Same(f"block_sparse_moe.{names['router']}", ("router.weight",))
+            yield Renamed(f"block_sparse_moe.{names['router']}", ("router.weight",))
             experts = parts.experts(node, gate_up=names["gate_up"], down=names["down"])
             yield from below("block_sparse_moe", "experts", experts)
 
 
-def _network(hidden: int) -> Iterator[Same]:
-    yield Same("input_linear.weight", ("gate.weight", "up.weight"), (hidden, hidden))
-    yield Same("output_linear.weight", ("down.weight",))
+def _network(hidden: int) -> Iterator[Renamed]:
+    yield Renamed("input_linear.weight", ("gate.weight", "up.weight"), (hidden, hidden))
+    yield Renamed("output_linear.weight", ("down.weight",))
 
 
 def _kinds(options: Options) -> list[str]:

@@ -66,7 +66,7 @@ class FusionTreeCache(TransformersCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.cache is not None:
-            self.cache.select(indices.to(self.cache.seen.device))
+            self.cache.select(indices.to(self.cache.lengths.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let each row be so many."""

@@ -12,7 +12,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import bamba, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Part, Same, below, linear, within
+from fusiontree.zoo.tensors import Part, Renamed, below, linear, within
 
 DEFAULTS = {
     "num_attention_heads": 32,
@@ -90,7 +90,7 @@ def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> I
         case Mamba1():
             yield from within("mamba", parts.mamba1(node))
             for name in ("dt", "B", "C"):
-                yield Same(f"mamba.{name.lower()}_layernorm.weight", (f"norm.{name}.weight",))
+                yield Renamed(f"mamba.{name.lower()}_layernorm.weight", (f"norm.{name}.weight",))
         case Moe():
             yield from linear("feed_forward.router", "router")
             yield from below("feed_forward.experts", "experts", experts(node))

@@ -11,7 +11,7 @@ from fusiontree.errors import FusionTreeError, suggest
 from fusiontree.zoo import delta, llama, parts
 from fusiontree.zoo.family import Config, Data, Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Either, Joined, Part, Same, View, below, interleaved, linear, within
+from fusiontree.zoo.tensors import Aliased, Concatenated, Part, Renamed, View, below, interleaved, linear, within
 
 LATENT_EPS = 1e-6
 """Of the norms of latents, whatever the config says of the others."""
@@ -144,53 +144,53 @@ def _file_tensors(node: NodeSpec) -> Iterator[Part]:
         case GatedDelta():
             yield from within("self_attn", _delta_tensors(""))
             (whole,) = within("self_attn", _convolution(node))
-            yield Joined(tuple(f"self_attn.{name}_conv1d.weight" for name in "qkv"), whole)
+            yield Concatenated(tuple(f"self_attn.{name}_conv1d.weight" for name in "qkv"), whole)
         case Moe():
             experts = parts.experts_apart(node, {"w1": "gate", "w3": "up", "w2": "down"})
             yield from within(EXPERTS, _moe_tensors(experts))
         case SwiGLU():
             for part in within("mlp", parts.gated_mlp()):
-                yield Either(part, part.theirs.replace("mlp", EXPERTS))
+                yield Aliased(part, part.theirs.replace("mlp", EXPERTS))
         case _:
             yield from _node_tensors(node)
 
 
-def _convolution(node: GatedDelta) -> Iterator[Same]:
+def _convolution(node: GatedDelta) -> Iterator[Renamed]:
     yield from parts.convolutions("conv1d", dict.fromkeys("qkv", node.heads * node.head_dim), bias=False)
 
 
-def _delta_tensors(decays: str) -> Iterator[Same]:
+def _delta_tensors(decays: str) -> Iterator[Renamed]:
     """All but the convolution; what decides the decays stands below a name."""
     maps = {"q": "q", "k": "k", "v": "v", "b": "beta", "g_a": "z_down", "g_b": "z", "o": "out"}
     for theirs, ours in maps.items():
         yield from linear(f"{theirs}_proj", ours)
     yield from linear(f"{decays}f_a_proj", "dt_down")
     yield from linear(f"{decays}f_b_proj", "dt")
-    yield Same(f"{decays}dt_bias", ("dt_bias",))
+    yield Renamed(f"{decays}dt_bias", ("dt_bias",))
     heads = View(lambda tensor: tensor.flatten(), lambda tensor: tensor[None, None, :, None])
-    yield Same(f"{decays}A_log", ("A_log",), view=heads)
-    yield Same("o_norm.weight", ("norm.weight",))
+    yield Renamed(f"{decays}A_log", ("A_log",), view=heads)
+    yield Renamed("o_norm.weight", ("norm.weight",))
 
 
-def _attention_tensors(node: Mla) -> Iterator[Same]:
+def _attention_tensors(node: Mla) -> Iterator[Renamed]:
     """Each head of theirs has its own channels, then those for the shared keys, or its key, then its value."""
     heads, own, shared, value = node.heads, node.head_dim, node.shared_dim, node.value_dim or node.head_dim
     asked = "q_proj" if node.query_rank is None else "q_b_proj"
     queries, keys_values = (heads * own, heads * shared), (heads * own, heads * value)
-    yield Same(f"{asked}.weight", ("q.weight", "q_shared.weight"), queries, interleaved(heads, own, shared))
+    yield Renamed(f"{asked}.weight", ("q.weight", "q_shared.weight"), queries, interleaved(heads, own, shared))
     if node.query_rank is not None:
         yield from linear("q_a_proj", "q_latent", node.bias)
-        yield Same("q_a_layernorm.weight", ("q_latent_norm.weight",))
+        yield Renamed("q_a_layernorm.weight", ("q_latent_norm.weight",))
     for kind in ("weight", "bias") if node.bias else ("weight",):
-        yield Same(f"kv_a_proj_with_mqa.{kind}", (f"latent.{kind}", f"shared.{kind}"), (node.rank, shared))
-    yield Same("kv_a_layernorm.weight", ("latent_norm.weight",))
-    yield Same("kv_b_proj.weight", ("k.weight", "v.weight"), keys_values, interleaved(heads, own, value))
+        yield Renamed(f"kv_a_proj_with_mqa.{kind}", (f"latent.{kind}", f"shared.{kind}"), (node.rank, shared))
+    yield Renamed("kv_a_layernorm.weight", ("latent_norm.weight",))
+    yield Renamed("kv_b_proj.weight", ("k.weight", "v.weight"), keys_values, interleaved(heads, own, value))
     yield from linear("o_proj", "out", node.out_bias)
 
 
 def _moe_tensors(experts: Iterator[Part]) -> Iterator[Part]:
-    yield Same("gate.weight", ("router.weight",))
-    yield Same("gate.e_score_correction_bias", ("correction",))
+    yield Renamed("gate.weight", ("router.weight",))
+    yield Renamed("gate.e_score_correction_bias", ("correction",))
     yield from below("experts", "experts", experts)
     yield from below("shared_experts", "shared", parts.gated_mlp())
 

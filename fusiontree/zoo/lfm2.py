@@ -9,7 +9,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import TAPS, Same, linear, within
+from fusiontree.zoo.tensors import TAPS, Renamed, linear, within
 
 CONV, ATTENTION = TYPES = ("conv", "full_attention")
 THETA = 1_000_000.0
@@ -68,7 +68,7 @@ class Lfm2(Family):
             "rope_parameters": rope_parameters(reader.encoding("rope"), THETA),
         }
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "embedding_norm")
         yield from parts.layers(spec, NORMS, _node_tensors)
 
@@ -76,7 +76,7 @@ class Lfm2(Family):
 NORMS = {"mixer": "operator_norm", "ffn": "ffn_norm"}
 
 
-def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     match node:
         case ShortConv():
             yield from within("conv", _conv_tensors(node))
@@ -87,13 +87,13 @@ def _node_tensors(node: NodeSpec) -> Iterator[Same]:
                 yield from linear(f"feed_forward.{theirs}", ours)
 
 
-def _conv_tensors(node: ShortConv) -> Iterator[Same]:
+def _conv_tensors(node: ShortConv) -> Iterator[Renamed]:
     names = ("B", "C", "x")
     for kind in ("weight", "bias") if node.bias else ("weight",):
-        yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in names), (node.inner,) * 3)
-    yield Same("conv.weight", ("conv.weight",), view=TAPS)
+        yield Renamed(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in names), (node.inner,) * 3)
+    yield Renamed("conv.weight", ("conv.weight",), view=TAPS)
     if node.bias:
-        yield Same("conv.bias", ("conv.bias",))
+        yield Renamed("conv.bias", ("conv.bias",))
     yield from linear("out_proj", "out", node.bias)
 
 
@@ -143,9 +143,9 @@ def _tied(options: Options) -> bool:
     return options.get("tie_embedding", options["tie_word_embeddings"])
 
 
-def _attention_tensors() -> Iterator[Same]:
+def _attention_tensors() -> Iterator[Renamed]:
     for name in ("q", "k", "v"):
         yield from linear(f"{name}_proj", name)
     for name in ("q", "k"):
-        yield Same(f"{name}_layernorm.weight", (f"{name}_norm.weight",))
+        yield Renamed(f"{name}_layernorm.weight", (f"{name}_norm.weight",))
     yield from linear("out_proj", "out")

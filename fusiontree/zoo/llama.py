@@ -9,7 +9,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Same, within
+from fusiontree.zoo.tensors import Renamed, within
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
 
@@ -61,7 +61,7 @@ class Llama(Family):
             return {**found, "sliding_window": attention.window}
         return {**found, "attention_bias": attention.bias, "mlp_bias": ffn.bias}
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "norm")
         yield from parts.layers(spec, NORMS, node_tensors)
 
@@ -78,7 +78,7 @@ class Mistral(Llama):
 NORMS = {"mixer": "input_layernorm", "ffn": "post_attention_layernorm"}
 
 
-def node_tensors(node: NodeSpec) -> Iterator[Same]:
+def node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     """What stands in a layer."""
     match node:
         case Attention():

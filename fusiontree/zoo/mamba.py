@@ -10,7 +10,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import mamba2, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, within
+from fusiontree.zoo.tensors import Renamed, within
 
 FALCON = "falcon_mamba"
 
@@ -67,7 +67,7 @@ class Mamba(Family):
             found["mixer_rms_eps"] = mamba.norm.eps
         return found
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from mamba2.backbone(spec)
         yield from parts.layers(spec, mamba2.NORMS, _node_tensors, "backbone.layers")
 
@@ -81,7 +81,7 @@ class FalconMamba(Mamba):
     defaults = DEFAULTS | {"mixer_rms_eps": 1e-6}
 
 
-def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     if isinstance(node, Mamba1):
         yield from within("mixer", parts.mamba1(node))
 

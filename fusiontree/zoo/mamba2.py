@@ -9,7 +9,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same, within
+from fusiontree.zoo.tensors import Renamed, within
 
 _IDLE = (
     *("expand", "chunk_size", "residual_in_fp32", "time_step_rank"),  # said by other fields, or of no consequence
@@ -72,7 +72,7 @@ class Mamba2Family(Family):
             "time_step_limit": parts.time_step_limit(mamba.dt_limit),
         }
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from backbone(spec)
         yield from parts.layers(spec, NORMS, _node_tensors, "backbone.layers")
 
@@ -80,11 +80,11 @@ class Mamba2Family(Family):
 NORMS = {"mixer": "norm"}
 
 
-def backbone(spec: ModelSpec) -> Iterator[Same]:
+def backbone(spec: ModelSpec) -> Iterator[Renamed]:
     """Embedding, last norm and head of the families without anything else around their layers."""
     yield from parts.whole(spec, "norm_f", "backbone", "embeddings")
 
 
-def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     if isinstance(node, Mamba2):
         yield from within("mixer", parts.mamba2(node))

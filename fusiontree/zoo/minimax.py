@@ -18,7 +18,7 @@ from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Part, Same, below, interleaved, linear
+from fusiontree.zoo.tensors import Part, Renamed, below, interleaved, linear
 
 THETA = 1_000_000.0
 IDLE = ("block_size", "router_jitter_noise", "router_aux_loss_coef", "shared_moe_mode")
@@ -112,7 +112,7 @@ def _tensors(spec: ModelSpec, moe: str, experts: Callable[[Moe], Iterator[Part]]
     for index, layer in enumerate(spec.expanded_layers()):
         slot, norm = ("mixer", "input_layernorm") if layer.mixer else ("ffn", "post_attention_layernorm")
         theirs, ours = f"model.layers.{index // 2}", f"layers.{index}"
-        yield Same(f"{theirs}.{norm}.weight", (f"{ours}.norm.{slot}.before.weight",))
+        yield Renamed(f"{theirs}.{norm}.weight", (f"{ours}.norm.{slot}.before.weight",))
         match layer.mixer or layer.ffn:
             case Attention() as node:
                 yield from below(f"{theirs}.self_attn", f"{ours}.mixer", parts.attention(node))
@@ -123,11 +123,11 @@ def _tensors(spec: ModelSpec, moe: str, experts: Callable[[Moe], Iterator[Part]]
                 yield from below(f"{theirs}.{moe}.experts", f"{ours}.ffn.experts", experts(node))
 
 
-def _lightning_tensors(node: Lightning) -> Iterator[Same]:
+def _lightning_tensors(node: Lightning) -> Iterator[Renamed]:
     """Each head of theirs has its query, its key and its value."""
     names, view = ("q.weight", "k.weight", "v.weight"), interleaved(node.heads, *(node.head_dim,) * 3)
-    yield Same("qkv_proj.weight", names, (node.heads * node.head_dim,) * 3, view)
-    yield Same("norm.weight", ("norm.weight",))
+    yield Renamed("qkv_proj.weight", names, (node.heads * node.head_dim,) * 3, view)
+    yield Renamed("norm.weight", ("norm.weight",))
     yield from linear("output_gate", "z")
     yield from linear("out_proj", "out")
 

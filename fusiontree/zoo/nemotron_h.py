@@ -13,7 +13,7 @@ from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Part, Same, below, linear, within
+from fusiontree.zoo.tensors import Part, Renamed, below, linear, within
 
 KINDS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp", "moe": "moe"}
 """Their words for layers, and ours."""
@@ -85,7 +85,7 @@ class NemotronH(Family):
 
     def tensors(self, spec: ModelSpec) -> Iterator[Part]:
         yield from _tensors(
-            spec, "model", lambda node: iter([Same(f"{name}_proj", (name,)) for name in ("up", "down")])
+            spec, "model", lambda node: iter([Renamed(f"{name}_proj", (name,)) for name in ("up", "down")])
         )
 
     def files(self, spec: ModelSpec) -> Iterator[Part]:
@@ -111,12 +111,12 @@ def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> I
             yield from within("mixer", _network(node.bias))
         case Moe():
             yield from linear("mixer.gate", "router")
-            yield Same("mixer.gate.e_score_correction_bias", ("correction",))
+            yield Renamed("mixer.gate.e_score_correction_bias", ("correction",))
             yield from below("mixer.experts", "experts", experts(node))
             yield from below("mixer.shared_experts", "shared", _network())
 
 
-def _network(bias: bool = False) -> Iterator[Same]:
+def _network(bias: bool = False) -> Iterator[Renamed]:
     for name in ("up", "down"):
         yield from linear(f"{name}_proj", name, bias)
 

@@ -10,7 +10,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import delta, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Joined, Part, Same, below, linear, within
+from fusiontree.zoo.tensors import Concatenated, Part, Renamed, below, linear, within
 
 EPS = 1e-5
 """Of the norm behind the delta rule, whatever the config says of the others."""
@@ -71,13 +71,13 @@ class OlmoHybrid(Family):
             **delta.mixer_of(mixer),
         }
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "norm")
         for index, layer in enumerate(spec.expanded_layers()):
             theirs, ours = f"model.layers.{index}", f"layers.{index}"
             norms, place = (POST, "after") if layer.placement == "post" else (PRE, "before")
             for name, slot in zip(norms, ("mixer", "ffn"), strict=True):
-                yield Same(f"{theirs}.{name}.weight", (f"{ours}.norm.{slot}.{place}.weight",))
+                yield Renamed(f"{theirs}.{name}.weight", (f"{ours}.norm.{slot}.{place}.weight",))
             yield from below(theirs, f"{ours}.mixer", _mixer_tensors(layer.mixer))
             yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp())
 
@@ -86,28 +86,28 @@ class OlmoHybrid(Family):
         cuts what it writes into three equal parts, whatever its channels are for.)"""
         for part in self.tensors(spec):
             if part.theirs.endswith("conv1d.weight"):
-                yield Joined(tuple(part.theirs.replace("conv1d", f"{name}_conv1d") for name in "qkv"), part)
+                yield Concatenated(tuple(part.theirs.replace("conv1d", f"{name}_conv1d") for name in "qkv"), part)
             else:
                 path, _, name = part.theirs.removesuffix(".weight").rpartition(".")
                 yield part._replace(theirs=f"{path}.{IN_FILES[name]}.weight") if name in IN_FILES else part
 
 
-def _mixer_tensors(node: NodeSpec | None) -> Iterator[Same]:
+def _mixer_tensors(node: NodeSpec | None) -> Iterator[Renamed]:
     match node:
         case Attention():
             yield from within("self_attn", parts.attention(node))
-            yield from (Same(f"self_attn.{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
+            yield from (Renamed(f"self_attn.{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
         case GatedDelta():
             yield from within("linear_attn", _delta_tensors(node))
 
 
-def _delta_tensors(node: GatedDelta) -> Iterator[Same]:
+def _delta_tensors(node: GatedDelta) -> Iterator[Renamed]:
     for theirs, ours in zip("qkvgbao", ("q", "k", "v", "z", "beta", "dt", "out"), strict=True):
         yield from linear(f"{theirs}_proj", ours)
     rows = delta.rows(node)
     yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
-    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias"))
-    yield Same("o_norm.weight", ("norm.weight",))
+    yield from (Renamed(name, (name,)) for name in ("A_log", "dt_bias"))
+    yield Renamed("o_norm.weight", ("norm.weight",))
 
 
 def _encodings(options: Options) -> dict[str, Any]:

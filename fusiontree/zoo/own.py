@@ -7,7 +7,7 @@ from fusiontree.core.model.model import build
 from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import Same
+from fusiontree.zoo.tensors import Renamed
 
 
 @register
@@ -27,5 +27,5 @@ class Own(Family):
         sizes = {"hidden_size": spec.width, "num_hidden_layers": len(reader.layers), "vocab_size": spec.vocab_size}
         return {"spec": spec.to_yaml(), "tie_word_embeddings": spec.head.tied, **sizes}
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
-        yield from (Same(f"model.{name}", (name,)) for name in build(spec, device="meta").state_dict())
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
+        yield from (Renamed(f"model.{name}", (name,)) for name in build(spec, device="meta").state_dict())

@@ -10,7 +10,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.errors import FusionTreeError
 from fusiontree.zoo.family import Reader
 from fusiontree.zoo.options import Options
-from fusiontree.zoo.tensors import TAPS, PartT, Same, Stacked, below, linear
+from fusiontree.zoo.tensors import TAPS, PartT, Renamed, Stacked, below, linear
 
 
 def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
@@ -43,17 +43,17 @@ def sizes(reader: Reader, eps: str = "rms_norm_eps") -> dict[str, Any]:
     }
 
 
-def whole(spec: ModelSpec, final_norm: str, root: str = "model", embedding: str = "embed_tokens") -> Iterator[Same]:
+def whole(spec: ModelSpec, final_norm: str, root: str = "model", embedding: str = "embed_tokens") -> Iterator[Renamed]:
     """Embedding, last norm and head."""
-    yield Same(f"{root}.{embedding}.weight", ("embedding.weight",))
-    yield Same(f"{root}.{final_norm}.weight", ("norm.weight",))
+    yield Renamed(f"{root}.{embedding}.weight", ("embedding.weight",))
+    yield Renamed(f"{root}.{final_norm}.weight", ("norm.weight",))
     if not spec.head.tied:
-        yield Same("lm_head.weight", ("head.weight",))
+        yield Renamed("lm_head.weight", ("head.weight",))
 
 
 def layers(
     spec: ModelSpec, norms: Mapping[str, str], inside: Callable[[NodeSpec], Iterator[PartT]], root: str = "model.layers"
-) -> Iterator[Same | PartT]:
+) -> Iterator[Renamed | PartT]:
     """The norms before sub-layers, by the names that their modules have in a layer, and what stands inside.
 
     Args:
@@ -65,11 +65,11 @@ def layers(
         if top == "layers":
             if len(below_layer) == 1:
                 (slot,) = below_layer
-                yield Same(f"{root}.{index}.{norms[slot]}.weight", (f"layers.{index}.norm.{slot}.before.weight",))
+                yield Renamed(f"{root}.{index}.{norms[slot]}.weight", (f"layers.{index}.norm.{slot}.before.weight",))
             yield from below(f"{root}.{index}", path, inside(node))
 
 
-def attention(node: Attention) -> Iterator[Same]:
+def attention(node: Attention) -> Iterator[Renamed]:
     """The maps of `self_attn`."""
     for name in ("q", "k", "v"):
         yield from linear(f"{name}_proj", name, node.bias)
@@ -80,16 +80,16 @@ GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 """The maps of a gated network, by their names."""
 
 
-def gated_mlp(bias: bool = False) -> Iterator[Same]:
+def gated_mlp(bias: bool = False) -> Iterator[Renamed]:
     """The maps of `mlp`."""
     for theirs, ours in GATED.items():
         yield from linear(theirs, ours, bias)
 
 
-def experts(node: Moe, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Same]:
+def experts(node: Moe, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Renamed]:
     """Stacked experts, gate and up in one."""
-    yield Same(gate_up, ("gate", "up"), (node.hidden, node.hidden), dim=1)
-    yield Same(down, ("down",))
+    yield Renamed(gate_up, ("gate", "up"), (node.hidden, node.hidden), dim=1)
+    yield Renamed(down, ("down",))
 
 
 def experts_apart(node: Moe, maps: Mapping[str, str]) -> Iterator[Stacked]:
@@ -98,37 +98,36 @@ def experts_apart(node: Moe, maps: Mapping[str, str]) -> Iterator[Stacked]:
         yield Stacked(tuple(f"{index}.{theirs}.weight" for index in range(node.experts)), ours)
 
 
-def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Same]:
+def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Renamed]:
     """A depthwise convolution over channels that have one each with us."""
-    yield Same(f"{theirs}.weight", tuple(f"{ours}.{name}.weight" for name in rows), tuple(rows.values()), TAPS)
+    yield Renamed(f"{theirs}.weight", tuple(f"{ours}.{name}.weight" for name in rows), tuple(rows.values()), TAPS)
     if bias:
-        yield Same(f"{theirs}.bias", tuple(f"{ours}.{name}.bias" for name in rows), tuple(rows.values()))
+        yield Renamed(f"{theirs}.bias", tuple(f"{ours}.{name}.bias" for name in rows), tuple(rows.values()))
 
 
-def mamba2(node: Mamba2) -> Iterator[Same]:
+def mamba2(node: Mamba2) -> Iterator[Renamed]:
     """Mamba-2 with one map in for z, x, B, C and dt."""
-    shared = node.groups * node.state
-    rows = {"z": node.inner, "x": node.inner, "B": shared, "C": shared, "dt": node.heads}
+    rows = {"z": node.inner, "x": node.inner, "B": node.bc_width, "C": node.bc_width, "dt": node.heads}
     for kind in ("weight", "bias") if node.bias else ("weight",):
-        yield Same(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in rows), tuple(rows.values()))
+        yield Renamed(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in rows), tuple(rows.values()))
     yield from convolutions("conv1d", {name: rows[name] for name in ("x", "B", "C")}, node.conv_bias)
-    yield from (Same(name, (name,)) for name in ("A_log", "D", "dt_bias"))
+    yield from (Renamed(name, (name,)) for name in ("A_log", "D", "dt_bias"))
     if node.norm:
-        yield Same("norm.weight", ("norm.weight",))
+        yield Renamed("norm.weight", ("norm.weight",))
     yield from linear("out_proj", "out", node.out_bias)
 
 
-def mamba1(node: Mamba1) -> Iterator[Same]:
+def mamba1(node: Mamba1) -> Iterator[Renamed]:
     """Mamba with one map in for x and z, and one for dt, B and C."""
     for kind in ("weight", "bias") if node.bias else ("weight",):
-        yield Same(f"in_proj.{kind}", (f"x.{kind}", f"z.{kind}"), (node.inner, node.inner))
-    yield Same("conv1d.weight", ("conv.weight",), view=TAPS)
+        yield Renamed(f"in_proj.{kind}", (f"x.{kind}", f"z.{kind}"), (node.inner, node.inner))
+    yield Renamed("conv1d.weight", ("conv.weight",), view=TAPS)
     if node.conv_bias:
-        yield Same("conv1d.bias", ("conv.bias",))
-    yield Same("x_proj.weight", ("dt_down.weight", "B.weight", "C.weight"), (node.rank, node.state, node.state))
-    yield Same("dt_proj.weight", ("dt_up.weight",))
-    yield Same("dt_proj.bias", ("dt_bias",))
-    yield from (Same(name, (name,)) for name in ("A_log", "D"))
+        yield Renamed("conv1d.bias", ("conv.bias",))
+    yield Renamed("x_proj.weight", ("dt_down.weight", "B.weight", "C.weight"), (node.rank, node.state, node.state))
+    yield Renamed("dt_proj.weight", ("dt_up.weight",))
+    yield Renamed("dt_proj.bias", ("dt_bias",))
+    yield from (Renamed(name, (name,)) for name in ("A_log", "D"))
     yield from linear("out_proj", "out", node.out_bias)
 
 

@@ -12,7 +12,7 @@ from fusiontree.core.model.spec import ModelSpec
 from fusiontree.zoo import delta, llama, parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import Part, Same, below, interleaved, linear, within
+from fusiontree.zoo.tensors import Part, Renamed, below, interleaved, linear, within
 
 DEFAULTS = {
     "full_attention_interval": 4,
@@ -104,25 +104,25 @@ def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> I
             yield from within("mlp", parts.gated_mlp())
 
 
-def _attention_tensors(node: Attention) -> Iterator[Same]:
+def _attention_tensors(node: Attention) -> Iterator[Renamed]:
     """Each head of theirs has its query, then its gate."""
     view = interleaved(node.heads, node.head_dim, node.head_dim)
     for kind in ("weight", "bias") if node.bias else ("weight",):
-        yield Same(f"q_proj.{kind}", (f"q.{kind}", f"gate.{kind}"), (node.heads * node.head_dim,) * 2, view)
+        yield Renamed(f"q_proj.{kind}", (f"q.{kind}", f"gate.{kind}"), (node.heads * node.head_dim,) * 2, view)
     for theirs, ours in (("k_proj", "k"), ("v_proj", "v"), ("o_proj", "out")):
         yield from linear(theirs, ours, node.bias)
-    yield from (Same(f"{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
+    yield from (Renamed(f"{name}_norm.weight", (f"{name}_norm.weight",)) for name in ("q", "k"))
 
 
-def _delta_tensors(node: GatedDelta) -> Iterator[Same]:
+def _delta_tensors(node: GatedDelta) -> Iterator[Renamed]:
     """Each key head of theirs has its query, its key, and the values and gates that fall to it."""
     rows = delta.rows(node)
     for theirs, names in (("in_proj_qkvz", ("q", "k", "v", "z")), ("in_proj_ba", ("beta", "dt"))):
         own = tuple(rows[name] for name in names)
         view = interleaved(node.key_heads, *(count // node.key_heads for count in own))
-        yield Same(f"{theirs}.weight", tuple(f"{name}.weight" for name in names), own, view)
+        yield Renamed(f"{theirs}.weight", tuple(f"{name}.weight" for name in names), own, view)
     yield from parts.convolutions("conv1d", {name: rows[name] for name in ("q", "k", "v")}, bias=False)
-    yield from (Same(name, (name,)) for name in ("A_log", "dt_bias", "norm.weight"))
+    yield from (Renamed(name, (name,)) for name in ("A_log", "dt_bias", "norm.weight"))
     yield from linear("out_proj", "out")
 
 

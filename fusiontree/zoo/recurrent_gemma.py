@@ -14,7 +14,7 @@ from fusiontree.errors import FusionTreeError
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, partial_parameters, partial_rope
-from fusiontree.zoo.tensors import TAPS, Same, linear, within
+from fusiontree.zoo.tensors import TAPS, Renamed, linear, within
 
 RECURRENT, ATTENTION = TYPES = ("recurrent", "attention")
 GATES = {"input_gate": "input_gate", "recurrent_gate": "recurrence_gate"}
@@ -70,7 +70,7 @@ class RecurrentGemma(Family):
             **_attention_config(reader),
         }
 
-    def tensors(self, spec: ModelSpec) -> Iterator[Same]:
+    def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "final_norm")
         yield from parts.layers(spec, NORMS, _node_tensors)
 
@@ -78,7 +78,7 @@ class RecurrentGemma(Family):
 NORMS = {"mixer": "temporal_pre_norm", "ffn": "channel_pre_norm"}
 
 
-def _node_tensors(node: NodeSpec) -> Iterator[Same]:
+def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
     match node:
         case Attention():
             yield from within("temporal_block", parts.attention(node))
@@ -157,11 +157,11 @@ def _attention_config(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _unit_tensors() -> Iterator[Same]:
+def _unit_tensors() -> Iterator[Renamed]:
     for theirs, ours in (("linear_x", "x"), ("linear_y", "z"), ("linear_out", "out")):
         yield from linear(theirs, ours, bias=True)
-    yield Same("conv_1d.weight", ("conv.weight",), view=TAPS)
-    yield Same("conv_1d.bias", ("conv.bias",))
-    yield Same("rg_lru.recurrent_param", ("Lambda",))
+    yield Renamed("conv_1d.weight", ("conv.weight",), view=TAPS)
+    yield Renamed("conv_1d.bias", ("conv.bias",))
+    yield Renamed("rg_lru.recurrent_param", ("Lambda",))
     for theirs, ours in GATES.items():
-        yield from (Same(f"rg_lru.{theirs}_{kind}", (f"{ours}.{kind}",)) for kind in ("weight", "bias"))
+        yield from (Renamed(f"rg_lru.{theirs}_{kind}", (f"{ours}.{kind}",)) for kind in ("weight", "bias"))

@@ -70,7 +70,7 @@ class Part(Protocol):
 PartT = TypeVar("PartT", bound=Part)
 
 
-class Same(NamedTuple):
+class Renamed(NamedTuple):
     """One of their tensors, and ours that stand in it one behind the other.
 
     `rows`: the size of each of ours along the dimension `dim`; may be left out for a single one.
@@ -143,11 +143,11 @@ class Stacked(NamedTuple):
         return self._replace(theirs=tuple(f"{theirs}{name}" for name in self.theirs), ours=f"{ours}{self.ours}")
 
 
-class Joined(NamedTuple):
+class Concatenated(NamedTuple):
     """Tensors of theirs that are one in `whole`, each of them one of ours there."""
 
     theirs: tuple[str, ...]
-    whole: Same
+    whole: Renamed
 
     def names(self) -> tuple[str, ...]:
         """All of them."""
@@ -172,10 +172,10 @@ class Joined(NamedTuple):
         return self._replace(theirs=names, whole=self.whole.within(theirs, ours))
 
 
-class Either(NamedTuple):
+class Aliased(NamedTuple):
     """A tensor of theirs that some files call by another name; written under the first."""
 
-    first: Same
+    first: Renamed
     other: str
 
     def names(self) -> tuple[str, ...]:
@@ -198,13 +198,13 @@ class Either(NamedTuple):
         """The same below a prefix on either side."""
         return self._replace(first=self.first.within(theirs, ours), other=f"{theirs}{self.other}")
 
-    def in_names(self, theirs: Container[str]) -> Same:
+    def in_names(self, theirs: Container[str]) -> Renamed:
         """With the name that is there."""
         here = self.first.theirs not in theirs and self.other in theirs
         return self.first._replace(theirs=self.other) if here else self.first
 
 
-class Once(Mapping[str, Tensor]):
+class Deduplicated(Mapping[str, Tensor]):
     """Tensors of which some may stand there under several names; here each has its first name alone.
 
     Args:
@@ -233,11 +233,11 @@ class Once(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Same]:
+def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Renamed]:
     """A linear map."""
-    yield Same(f"{theirs}.weight", (f"{ours}.weight",))
+    yield Renamed(f"{theirs}.weight", (f"{ours}.weight",))
     if bias:
-        yield Same(f"{theirs}.bias", (f"{ours}.bias",))
+        yield Renamed(f"{theirs}.bias", (f"{ours}.bias",))
 
 
 def below(theirs: str, ours: str, parts: Iterable[PartT]) -> Iterator[PartT]:
@@ -256,7 +256,7 @@ def to_ours(parts: Iterable[Part], theirs: Mapping[str, Tensor], *, ignored: Ite
     Raises:
         WeightsError: one is missing, or there is one that the config does not ask for.
     """
-    parts = [part.in_names(theirs) if isinstance(part, Either) else part for part in parts]
+    parts = [part.in_names(theirs) if isinstance(part, Aliased) else part for part in parts]
     known = [name for part in parts for name in part.names()]
     for name in known:
         if name not in theirs:

@@ -13,7 +13,7 @@ from fusiontree.fusions import Inject
 from fusiontree.zoo import parts
 from fusiontree.zoo.family import Family, Reader, register
 from fusiontree.zoo.options import Options, rope_parameters, rope_theta
-from fusiontree.zoo.tensors import Part, Same, below, linear
+from fusiontree.zoo.tensors import Part, Renamed, below, linear
 
 GATED_EPS = 1e-5
 """Of Mamba-2's gated norm, whatever the config says of the others."""
@@ -108,38 +108,38 @@ class Zamba2(Family):
         return found
 
 
-def _layer_tensors(mixer: NodeSpec | None) -> Iterator[Same]:
+def _layer_tensors(mixer: NodeSpec | None) -> Iterator[Renamed]:
     match mixer:
         case Mamba2():
-            yield Same("input_layernorm.weight", ("norm.mixer.before.weight",))
+            yield Renamed("input_layernorm.weight", ("norm.mixer.before.weight",))
             yield from below("mamba", "mixer", parts.mamba2(mixer))
         case Inject(into=Mamba2() as inner):
             yield from linear("linear", "mixer.projection")
-            yield Same("mamba_decoder.input_layernorm.weight", ("mixer.norm.weight",))
+            yield Renamed("mamba_decoder.input_layernorm.weight", ("mixer.norm.weight",))
             yield from below("mamba_decoder.mamba", "mixer.into", parts.mamba2(inner))
 
 
-def _block_tensors(block: Any) -> Iterator[Same]:
+def _block_tensors(block: Any) -> Iterator[Renamed]:
     network = block.links["feed_forward"]
-    yield Same("input_layernorm.weight", ("norms.attention.weight",))
-    yield Same("pre_ff_layernorm.weight", ("norms.feed_forward.weight",))
+    yield Renamed("input_layernorm.weight", ("norms.attention.weight",))
+    yield Renamed("pre_ff_layernorm.weight", ("norms.feed_forward.weight",))
     for name in ("q", "k", "v"):
         yield from linear(f"self_attn.{name}_proj", f"links.attention.{name}")
     yield from linear("self_attn.o_proj", "links.out.map")
     yield from linear("feed_forward.down_proj", "links.feed_forward.down", network.bias)
     for kind in ("weight", "bias") if network.bias else ("weight",):
         ours = tuple(f"links.feed_forward.{name}.{kind}" for name in ("gate", "up"))
-        yield Same(f"feed_forward.gate_up_proj.{kind}", ours, (network.hidden,) * 2)
+        yield Renamed(f"feed_forward.gate_up_proj.{kind}", ours, (network.hidden,) * 2)
 
 
-def _adapter_tensors(use: Any, block: Any, index: int) -> Iterator[Same]:
+def _adapter_tensors(use: Any, block: Any, index: int) -> Iterator[Renamed]:
     """Those of one use; a block keeps them in lists as long as there are uses of any block."""
     for name, adapter in use.adapters.items():
         inside = "feed_forward.gate_up_proj" if name == "gate_up" else f"self_attn.linear_{name}"
         place, count = f"{inside}_adapter_list.{index}", len(adapter.maps)
-        yield Same(f"{place}.0.weight", (f"{name}.down.weight",))
+        yield Renamed(f"{place}.0.weight", (f"{name}.down.weight",))
         ups = tuple(f"{name}.up.{number}.weight" for number in range(count))
-        yield Same(f"{place}.1.weight", ups, (block.links["feed_forward"].hidden,) * count)
+        yield Renamed(f"{place}.1.weight", ups, (block.links["feed_forward"].hidden,) * count)
 
 
 def _read_idle(options: Options) -> None:

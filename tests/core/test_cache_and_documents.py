@@ -111,11 +111,11 @@ def test_a_refused_call_does_not_count(
     """Neither as tokens nor as the bound by which rings grow."""
     cache = built.new_cache(1, capacity)
     built(tokens(1, 4), cache=cache)
-    before = (cache.most, cache.nbytes, cache.seen.tolist(), cache.positions.tolist())
+    before = (cache.length_bound, cache.nbytes, cache.lengths.tolist(), cache.positions.tolist())
     more = {"documents": torch.zeros_like(bad["tokens"])} if documents else {}
     complaint(lambda: built(**bad, **more, cache=cache), "encodings.time: ")
-    assert (cache.most, cache.nbytes, cache.seen.tolist(), cache.positions.tolist()) == before
-    assert cache.most == 4
+    assert (cache.length_bound, cache.nbytes, cache.lengths.tolist(), cache.positions.tolist()) == before
+    assert cache.length_bound == 4
 
 
 @pytest.mark.parametrize("prefix", [None, {"tokens": 2}])

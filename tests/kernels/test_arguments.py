@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusiontree.errors import FusionTreeError
-from fusiontree.kernels.attention import Falling, Past, attention, attention_step
+from fusiontree.kernels.attention import AlibiBias, Past, attention, attention_step
 from fusiontree.kernels.causal_conv1d import causal_conv1d
 from fusiontree.kernels.gated_delta import gated_delta
 from fusiontree.kernels.linear_recurrence import linear_recurrence
@@ -37,10 +37,10 @@ MISFITS = {
         Q, K, K, scale=1.0, slopes=(0.5, 0.25, 0.125)
     ),
     "attention_step: slopes: expected one for each of 4 heads, found 1": lambda: attention_step(
-        Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, falling=Falling((1.0,), LONG[:, :5])
+        Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, alibi=AlibiBias((1.0,), LONG[:, :5])
     ),
-    "attention_step: falling.distance: expected integers [2, 5], found [2, 6] int64": lambda: attention_step(
-        Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, falling=Falling((1.0,) * 4, LONG)
+    "attention_step: alibi.distance: expected integers [2, 5], found [2, 6] int64": lambda: attention_step(
+        Q[:, 0], R(2, 2, 5, 8), R(2, 2, 5, 8), LONG[:, 0], scale=1.0, alibi=AlibiBias((1.0,) * 4, LONG)
     ),
     "attention: window: expected at least 1 visible key, found 0": lambda: attention(Q, K, K, scale=1.0, window=0),
     "attention: scale: expected a number other than 0": lambda: attention(Q, K, K, scale=0.0),

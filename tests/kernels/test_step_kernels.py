@@ -5,7 +5,7 @@ import torch
 from kernel_cases import Draw, assert_close, serving
 
 from fusiontree.kernels import UnsupportedError
-from fusiontree.kernels.attention import ATTENTION_STEP, Falling, StepInputs, attention, attention_step
+from fusiontree.kernels.attention import ATTENTION_STEP, AlibiBias, StepInputs, attention, attention_step
 
 HEADS, KV_HEADS, WIDTH, SCALE = 6, 2, 8, 0.3
 SLOPES = (0.013, 0.5, 1e-3, 0.11, 0.0, 2.0)
@@ -43,7 +43,7 @@ def test_every_backend_is_the_reference(dtype, softcap, value_dim, filled) -> No
 def test_falling_scores_are_the_reference(dtype, softcap, filled) -> None:
     inputs = draw_step(filled, 300, dtype)
     distance = torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(row)) for row in filled])
-    options = {"scale": SCALE, "softcap": softcap, "falling": Falling(SLOPES, distance)}
+    options = {"scale": SCALE, "softcap": softcap, "alibi": AlibiBias(SLOPES, distance)}
     want = attention_step(*inputs, backend="reference", **options)
     given = rounded(inputs, dtype)
     for backend in serving(ATTENTION_STEP, StepInputs(*given, **options).request):
@@ -59,9 +59,9 @@ def test_a_ring_falls_as_attention_does(window: int, backend: str) -> None:
     keys, values = torch.zeros(2, 2, KV_HEADS, window, WIDTH).double().unbind()
     for t in range(time):
         keys[:, :, t % window], values[:, :, t % window] = k[:, t], v[:, t]
-        falling = Falling(SLOPES, ((t - torch.arange(window)) % window).expand(2, -1))
+        alibi = AlibiBias(SLOPES, ((t - torch.arange(window)) % window).expand(2, -1))
         filled = torch.full((2,), min(t + 1, window))
-        got = attention_step(q[:, t], keys, values, filled, scale=SCALE, falling=falling, backend=backend)
+        got = attention_step(q[:, t], keys, values, filled, scale=SCALE, alibi=alibi, backend=backend)
         assert_close(got, want[:, t], what=f"{t}")
 
 

@@ -10,7 +10,7 @@ from random_specs import for_random_specs, parts
 from fusiontree.core.model.cost import costs
 from fusiontree.pruning import PruneError, apply, droppable, plan_by_hand, simplify, verify
 from fusiontree.testing import LAWS, check_spec
-from fusiontree.testing.subject import Subject, far
+from fusiontree.testing.subject import Subject, difference
 
 torch.set_num_threads(1)
 PLANS = 2
@@ -39,7 +39,7 @@ def plans_prune_exactly(spec):
         assert names_of(pruned.spec) == set(pruned.spec.encodings)
         simple, _ = simplify(pruned)
         tokens = Subject(spec).tokens(2, 9)
-        assert not far(simple.eval()(tokens), pruned(tokens), 1e-10)
+        assert not difference(simple.eval()(tokens), pruned(tokens), 1e-10)
 
 
 def random_plan(spec, choose):

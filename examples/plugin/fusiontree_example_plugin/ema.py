@@ -21,11 +21,11 @@ from fusiontree.components import (
     Node,
     Scope,
     State,
+    accumulation_dtype,
     branches,
     constant,
     fan_in,
     normal,
-    wide,
 )
 
 Stream = Float[Tensor, "batch time width"]
@@ -55,7 +55,7 @@ class Ema(BranchSpec):
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
         """The averages, in float32 or better."""
-        return self.hidden * self.state * wide(dtype).itemsize
+        return self.hidden * self.state * accumulation_dtype(dtype).itemsize
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Maps, then one value for each average."""
@@ -87,7 +87,7 @@ class EmaModule(Node):
         return self.out(F.silu(self.gate(x)) * y)
 
     def _averages(self, x: Float[Tensor, "batch time hidden"], context: Context) -> Averages:
-        precise, segments, state = wide(x.dtype), context.segments, self.state(context)
+        precise, segments, state = accumulation_dtype(x.dtype), context.segments, self.state(context)
         alpha, delta = self.alpha.to(precise).sigmoid(), self.delta.to(precise).sigmoid()
         decay, inputs = 1 - alpha * delta, alpha * x[..., None]
         if state is None:
@@ -100,7 +100,7 @@ class EmaModule(Node):
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
         """The averages after the last token."""
         shape = (batch, self.spec.hidden, self.spec.state)
-        return {"averages": like.new_zeros(shape, dtype=wide(like.dtype))}
+        return {"averages": like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))}
 
 
 def recurrence(

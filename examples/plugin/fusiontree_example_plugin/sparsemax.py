@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusiontree.components import Context, Gate, GateScope, Weights, gates, wide
+from fusiontree.components import Context, Gate, GateScope, Weights, accumulation_dtype, gates
 from fusiontree.gates.base import Features, LearnedGateSpec, Logit
 
 
@@ -53,7 +53,7 @@ def sparsemax(logits: Float[Tensor, "branches ..."]) -> Float[Tensor, "branches 
     >>> sparsemax(torch.tensor([0.2, 0.0, -3.0]))
     tensor([0.6000, 0.4000, 0.0000])
     """
-    ordered, _ = logits.to(wide(logits.dtype)).sort(dim=0, descending=True)
+    ordered, _ = logits.to(accumulation_dtype(logits.dtype)).sort(dim=0, descending=True)
     sums = ordered.cumsum(0)
     counts = torch.arange(1, len(logits) + 1, device=logits.device).reshape(-1, *[1] * (logits.ndim - 1))
     support = (1 + counts * ordered > sums).sum(0, keepdim=True)

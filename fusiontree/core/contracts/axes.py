@@ -33,7 +33,7 @@ class Narrowing(Generic[SpecT]):
     spec: SpecT
     kept: Mapping[str, Kept] = field(default_factory=dict)
 
-    def around(self, inside: "Mapping[str, Narrowing[Any]]") -> "Narrowing[SpecT]":
+    def with_inside(self, inside: "Mapping[str, Narrowing[Any]]") -> "Narrowing[SpecT]":
         """The same with what stays of nodes inside, whose narrowed specs are in the spec already, by their paths."""
         kept = {
             f"{path}.{below}" if below else path: axes

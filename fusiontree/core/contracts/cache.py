@@ -15,27 +15,28 @@ class Rows:
     """Where the rows of a chunk stand, for the nodes that write a cache.
 
     Attributes:
-        before: tokens of the row's open document that the cache holds as the chunk starts.
-        tail: index in the chunk of the first token of the document that is open at its end.
-        carried: tokens of that document that came before the chunk.
-        after: tokens of that document once the chunk is in.
+        past_length: tokens of the row's open document that the cache holds as the chunk starts.
+        tail_start: index in the chunk of the first token of the document that is open at its end.
+        continued_length: tokens of that document that came before the chunk.
+        new_length: tokens of that document once the chunk is in.
         positions: the position that the row's next token has.
         documents: the id of the document that is open at the chunk's end.
-        fresh: which rows the chunk brings tokens; None: all of them.
-        held: no row has more tokens in the cache as the chunk starts; a bound that nobody has to ask a device for.
-        room: how many tokens a ring that grows has to hold; None where rings have room for all that may come.
+        has_tokens: which rows the chunk brings tokens; None: all of them.
+        max_past_length: an upper bound of `past_length`; a Python int, so that reading it does not wait for the
+            device.
+        slots_needed: how many tokens a ring that grows has to hold; None where rings have room for all that may come.
         prefix: the first tokens of a document that keep their slots; only those behind them go round.
     """
 
-    before: Int[Tensor, "batch"]
-    tail: Int[Tensor, "batch"]
-    carried: Int[Tensor, "batch"]
-    after: Int[Tensor, "batch"]
+    past_length: Int[Tensor, "batch"]
+    tail_start: Int[Tensor, "batch"]
+    continued_length: Int[Tensor, "batch"]
+    new_length: Int[Tensor, "batch"]
     positions: Int[Tensor, "batch"]
     documents: Int[Tensor, "batch"]
-    fresh: Bool[Tensor, "batch"] | None
-    held: int
-    room: int | None
+    has_tokens: Bool[Tensor, "batch"] | None
+    max_past_length: int
+    slots_needed: int | None
     prefix: int = 0
 
 
@@ -65,12 +66,12 @@ class Cache:
         self.states = states
         self.layers = _by_layer(states)
         self.capacity, self.made_for = capacity, made_for
-        self.seen = torch.zeros_like(like)
+        self.lengths = torch.zeros_like(like)
         self.positions = torch.zeros_like(like)
         self.documents = torch.zeros_like(like)
-        self.most = 0
+        self.length_bound = 0
         """No row has seen more; known without looking at the device."""
-        self.begun = False
+        self.all_started = False
         """Every row has seen a token; False may only mean that nobody looked."""
         self.of_inference = torch.is_inference_mode_enabled()
         """Tensors may be among the states that only inference mode may write."""
@@ -78,16 +79,16 @@ class Cache:
     @property
     def batch(self) -> int:
         """The number of rows."""
-        return self.seen.shape[0]
+        return self.lengths.shape[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
-    def room(self, tokens: int) -> int | None:
-        """`Rows.room` of a chunk of so many tokens."""
-        return self.most + tokens if self.capacity is None else None
+    def slots_needed(self, tokens: int) -> int | None:
+        """`Rows.slots_needed` of a chunk of so many tokens."""
+        return self.length_bound + tokens if self.capacity is None else None
 
     def check_room(self, tokens: int) -> None:
         """Make sure that `tokens` more fit every row; where the bound does not show it, the device is asked.
@@ -95,17 +96,17 @@ class Cache:
         Raises:
             FusionTreeError: they do not.
         """
-        if self.capacity is None or self.most + tokens <= self.capacity:
+        if self.capacity is None or self.length_bound + tokens <= self.capacity:
             return
-        self.most = int(self.seen.max())
-        if self.most + tokens > self.capacity:
-            found = f"{self.most} tokens and {tokens} more"
+        self.length_bound = int(self.lengths.max())
+        if self.length_bound + tokens > self.capacity:
+            found = f"{self.length_bound} tokens and {tokens} more"
             raise FusionTreeError(f"cache: {found} do not fit, its max_length is {self.capacity}")
 
-    def all_begun(self) -> bool:
+    def every_row_started(self) -> bool:
         """Whether every row has seen a token; asks the device until it says yes."""
-        self.begun = self.begun or (self.most > 0 and bool((self.seen > 0).all()))
-        return self.begun
+        self.all_started = self.all_started or (self.length_bound > 0 and bool((self.lengths > 0).all()))
+        return self.all_started
 
     def leave_inference(self) -> None:
         """Let what inference mode has made be written outside of it: torch allows that of copies alone."""
@@ -113,7 +114,9 @@ class Cache:
             return
         for state in self.states.values():
             state.update({name: tensor.clone() for name, tensor in state.items() if tensor.is_inference()})
-        self.seen, self.positions, self.documents = (t.clone() for t in (self.seen, self.positions, self.documents))
+        self.lengths, self.positions, self.documents = (
+            t.clone() for t in (self.lengths, self.positions, self.documents)
+        )
         self.of_inference = False
 
     @torch.no_grad()
@@ -125,12 +128,14 @@ class Cache:
             for name, tensor in state.items():
                 chosen = tensor[rows]
                 state[name] = tensor.copy_(chosen) if chosen.shape == tensor.shape else chosen
-        self.seen, self.positions, self.documents = (each[rows] for each in (self.seen, self.positions, self.documents))
+        self.lengths, self.positions, self.documents = (
+            each[rows] for each in (self.lengths, self.positions, self.documents)
+        )
         self.of_inference = torch.is_inference_mode_enabled()
 
     def advance(self, rows: Rows, tokens: int) -> None:
         """Take note of a chunk of so many tokens that every node has seen."""
-        self.seen, self.positions, self.documents = rows.after, rows.positions, rows.documents
-        self.most += tokens
-        self.begun = self.begun or rows.fresh is None
+        self.lengths, self.positions, self.documents = rows.new_length, rows.positions, rows.documents
+        self.length_bound += tokens
+        self.all_started = self.all_started or rows.has_tokens is None
         self.of_inference = self.of_inference or torch.is_inference_mode_enabled()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def by_older_name(component: type[Any], *around: Any) -> Iterator[Any]:
+def by_older_name(component: type[Any], *scope: Any) -> Iterator[Any]:
     """What `example` returns, with a warning.
 
     Raises:
@@ -16,4 +16,4 @@ def by_older_name(component: type[Any], *around: Any) -> Iterator[Any]:
         raise NotImplementedError(f"{name}: has no examples; define the class method `examples`, which yields some")
     text = f"{name}.example: define `examples`, which yields several, in its place"
     warnings.warn(text, DeprecationWarning, stacklevel=3)
-    yield component.example(*around)
+    yield component.example(*scope)

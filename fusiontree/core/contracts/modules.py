@@ -146,7 +146,7 @@ class NormModule(Module):
         if self._counts_operations(x):
             return self._by_length(x)
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
-        precise, gain = x.to(wide(x.dtype)), self._gain(wide(x.dtype))
+        precise, gain = x.to(accumulation_dtype(x.dtype)), self._gain(accumulation_dtype(x.dtype))
         share = self.counted * self.groups / x.shape[-1]  # torch's functions count the features that there are
         eps, factor = self.spec.eps * share, share**0.5
         if self.groups == 1:
@@ -162,7 +162,7 @@ class NormModule(Module):
 
     def _by_length(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """The root mean square norm in half of the operations that torch's own is made of."""
-        parts, precise = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1)), wide(x.dtype)
+        parts, precise = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype)
         length = torch.linalg.vector_norm(parts, dim=-1, keepdim=True, dtype=precise)
         y = parts * torch.addcmul(self.eps, length, length, value=1 / self.counted).rsqrt_()
         y, weight = y if self.groups == 1 else y.flatten(-2), self.weight
@@ -187,6 +187,6 @@ def total(parts: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in where half precision is not enough: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

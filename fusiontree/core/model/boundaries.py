@@ -78,7 +78,7 @@ def _without_idle_segments(layout: Layout) -> Layout:
     """No segments where every token is known to be of segment 0, so that every row has fresh ones."""
     if layout.segments is None or not readable(layout.segments) or bool((layout.segments != 0).any()):
         return layout
-    rows = None if layout.rows is None else replace(layout.rows, fresh=None)
+    rows = None if layout.rows is None else replace(layout.rows, has_tokens=None)
     return replace(layout, segments=None, rows=rows)
 
 
@@ -87,9 +87,17 @@ def _one_document(like: Ids, positions: Ids | None, cache: Cache | None) -> Layo
         positions = _following(like, cache)
     if cache is None:
         return Layout(None, None, positions, None)
-    held, room, seen = cache.most, cache.room(like.shape[1]), cache.seen
-    after, tail = seen + like.shape[1], torch.zeros_like(seen)
-    rows = Rows(seen, tail, seen, after, positions[:, -1] + 1, cache.documents, None, held, room)
+    rows = Rows(
+        past_length=cache.lengths,
+        tail_start=torch.zeros_like(cache.lengths),
+        continued_length=cache.lengths,
+        new_length=cache.lengths + like.shape[1],
+        positions=positions[:, -1] + 1,
+        documents=cache.documents,
+        has_tokens=None,
+        max_past_length=cache.length_bound,
+        slots_needed=cache.slots_needed(like.shape[1]),
+    )
     return Layout(None, None, positions, rows)
 
 
@@ -118,7 +126,7 @@ def _starts(documents: Ids, cache: Cache | None) -> Bool[Tensor, "batch time"]:
     """Where a document starts that is not the cache's open one; a row's first continues an empty cache."""
     before = F.pad(documents[:, :-1], (1, 0))
     first = documents[:, 0]
-    before[:, 0] = torch.where(cache.seen > 0, cache.documents, first) if cache else first
+    before[:, 0] = torch.where(cache.lengths > 0, cache.documents, first) if cache else first
     return (documents != before) & (documents >= 0)
 
 
@@ -127,16 +135,16 @@ def _rows(cache: Cache, segments: Ids, opened: Ids, positions: Ids, documents: I
     last = (real - 1).clamp(min=0)[:, None]
     empty = real == 0
     continues = empty | (segments.gather(1, last)[:, 0] == 0)
-    tail = torch.where(continues, 0, opened.gather(1, last)[:, 0])
-    carried = torch.where(continues, cache.seen, 0)
+    tail_start = torch.where(continues, 0, opened.gather(1, last)[:, 0])
+    continued_length = torch.where(continues, cache.lengths, 0)
     return Rows(
-        before=cache.seen,
-        tail=tail,
-        carried=carried,
-        after=carried + real - tail,
+        past_length=cache.lengths,
+        tail_start=tail_start,
+        continued_length=continued_length,
+        new_length=continued_length + real - tail_start,
         positions=torch.where(empty, cache.positions, positions.gather(1, last)[:, 0] + 1),
         documents=torch.where(empty, cache.documents, documents.gather(1, last)[:, 0]),
-        fresh=~empty,
-        held=cache.most,
-        room=cache.room(segments.shape[1]),
+        has_tokens=~empty,
+        max_past_length=cache.length_bound,
+        slots_needed=cache.slots_needed(segments.shape[1]),
     )

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.core.contracts.modules import wide
+from fusiontree.core.contracts.modules import accumulation_dtype
 
 Head = Callable[..., Float[Tensor, "tokens vocab"]]
 FEATURES = 0
-"""The place of the features among the inputs of a head."""
+"""The index of the features among the inputs of a head."""
 NO_LABEL = -100
 """What stands where nothing is to be predicted; torch's own choice."""
 SMALL = 2**24
@@ -46,7 +46,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, head: Head, labels: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.wanted = [place for place, wanted in enumerate(ctx.needs_input_grad[2:]) if wanted]
+        ctx.wanted = [index for index, wanted in enumerate(ctx.needs_input_grad[2:]) if wanted]
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         total, gradients = _measure(head, labels, inputs, ctx.wanted)
         ctx.save_for_backward(*gradients)
@@ -58,40 +58,42 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(ctx.dtypes)
-        for place, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
-            found[place] = (gradient * grad).to(ctx.dtypes[place])  # rounded once, behind the mean
+        for index, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
+            found[index] = (gradient * grad).to(ctx.dtypes[index])  # rounded once, behind the mean
         return None, None, *found
 
 
 def _measure(
     head: Head, labels: Tensor, inputs: tuple[Tensor, ...], wanted: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The sum over all chunks, and its gradients for the inputs at the wanted places."""
+    """The sum over all chunks, and its gradients for the inputs at the wanted indices."""
     features, weight = inputs[:2]
-    total = torch.zeros((), dtype=wide(features.dtype), device=features.device)
-    sums = [_zeros(place, inputs[place]) for place in wanted]
+    total = torch.zeros((), dtype=accumulation_dtype(features.dtype), device=features.device)
+    sums = [_zeros(index, inputs[index]) for index in wanted]
     size = max(1, max(SMALL, features.numel()) // len(weight))
     for start in range(0, len(features), size):
         span = slice(start, start + size)
         loss, gradients = _one(head, labels[span], (features[span], *inputs[1:]), wanted)
         total += loss
-        for place, whole, part in zip(wanted, sums, gradients, strict=True):
-            (whole[span] if place == FEATURES else whole).add_(part)
+        for index, whole, part in zip(wanted, sums, gradients, strict=True):
+            (whole[span] if index == FEATURES else whole).add_(part)
     return total, sums
 
 
-def _zeros(place: int, like: Tensor) -> Tensor:
+def _zeros(index: int, like: Tensor) -> Tensor:
     """A gradient of 0; wide where chunks are summed."""
-    return torch.zeros_like(like, dtype=like.dtype if place == FEATURES else wide(like.dtype))
+    return torch.zeros_like(like, dtype=like.dtype if index == FEATURES else accumulation_dtype(like.dtype))
 
 
 def _one(
     head: Head, labels: Tensor, inputs: tuple[Tensor, ...], wanted: Sequence[int]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The sum of one chunk, and its gradients."""
-    leaves = [tensor.detach().requires_grad_(place in wanted) for place, tensor in enumerate(inputs)]
+    leaves = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
     with torch.set_grad_enabled(bool(wanted)):
         logits = head(*leaves)
-        loss = F.cross_entropy(logits.to(wide(logits.dtype)), labels, ignore_index=NO_LABEL, reduction="sum")
-    gradients = torch.autograd.grad(loss, [leaves[place] for place in wanted]) if wanted else ()
+        loss = F.cross_entropy(
+            logits.to(accumulation_dtype(logits.dtype)), labels, ignore_index=NO_LABEL, reduction="sum"
+        )
+    gradients = torch.autograd.grad(loss, [leaves[index] for index in wanted]) if wanted else ()
     return loss.detach(), gradients

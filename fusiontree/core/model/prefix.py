@@ -83,11 +83,11 @@ def _begins(layout: Layout, cache: Cache | None) -> Bool[Tensor, "batch time"] |
     """Which tokens start a document of which nothing came before; None where it is known that there is none."""
     fresh = torch.ones_like(layout.positions[:, 0], dtype=torch.bool)
     if layout.rows is not None:
-        fresh = layout.rows.before == 0
+        fresh = layout.rows.past_length == 0
     if layout.segments is not None:
         before = torch.cat([torch.where(fresh, -1, 0)[:, None], layout.segments[:, :-1]], 1)
         return (layout.segments != before) & (layout.segments >= 0)
-    if cache is not None and cache.all_begun():
+    if cache is not None and cache.every_row_started():
         return None
     return torch.cat([fresh[:, None], torch.zeros_like(layout.positions[:, 1:], dtype=torch.bool)], 1)
 
@@ -114,17 +114,17 @@ def _rows(rows: Rows, places: Places | None, count: int) -> Rows:
     def with_prefix(tokens: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
         return torch.where(tokens > 0, tokens + count, 0)
 
-    tail = rows.tail
+    tail = rows.tail_start
     if places is not None:
-        starts = (rows.carried == 0) & (rows.after > 0)
+        starts = (rows.continued_length == 0) & (rows.new_length > 0)
         tail = torch.where(starts, places.of_tokens.gather(1, tail[:, None])[:, 0] - count, 0)
     return replace(
         rows,
-        before=with_prefix(rows.before),
-        tail=tail,
-        carried=with_prefix(rows.carried),
-        after=with_prefix(rows.after),
-        held=rows.held + count if rows.held else 0,
-        room=None if rows.room is None else rows.room + count,
+        past_length=with_prefix(rows.past_length),
+        tail_start=tail,
+        continued_length=with_prefix(rows.continued_length),
+        new_length=with_prefix(rows.new_length),
+        max_past_length=rows.max_past_length + count if rows.max_past_length else 0,
+        slots_needed=None if rows.slots_needed is None else rows.slots_needed + count,
         prefix=count,
     )

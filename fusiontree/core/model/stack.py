@@ -220,7 +220,7 @@ class Stack(nn.Module):
 
 def _is_step(layout: boundaries.Layout) -> bool:
     """Whether a chunk is the next token of every row, of documents that go on in rings of one size: one form."""
-    fixed = layout.rows is not None and layout.rows.room is None
+    fixed = layout.rows is not None and layout.rows.slots_needed is None
     return fixed and layout.positions.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
 
 

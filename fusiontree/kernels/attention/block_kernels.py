@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import wide
+from fusiontree.kernels.common.documents import accumulation_dtype
 
 
 class AttentionBlock(NamedTuple):
@@ -46,8 +46,8 @@ def capped(scores: Float[Tensor, "..."], softcap: float | None) -> Float[Tensor,
 
 
 def _scores(block: AttentionBlock) -> Float[Tensor, "batch kv_heads rows keys"]:
-    """Scaled, capped, not yet masked; in the wide dtype, products included."""
-    dtype = wide(block.q.dtype)
+    """Scaled, capped, not yet masked; in the accumulation dtype, products included."""
+    dtype = accumulation_dtype(block.q.dtype)
     return capped(block.q.to(dtype).mul(block.scale) @ block.k.to(dtype).mT, block.softcap)
 
 
@@ -61,7 +61,7 @@ def product_forward(block: AttentionBlock) -> tuple[Tensor, Tensor]:
 
 def product_backward(block: AttentionBlock, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Recomputes the weights from `lse` (Dao et al. 2022, arXiv 2205.14135, algorithm 4); only scores need products
-    in the wide dtype."""
+    in the accumulation dtype."""
     dtype = block.q.dtype
     scores = _scores(block)
     weights = torch.exp(scores + block.bias - saved.lse[..., None])

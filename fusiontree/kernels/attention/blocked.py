@@ -17,7 +17,7 @@ from torch import Tensor
 from fusiontree.kernels.attention.block_kernels import FLASH_CPU, PRODUCT, AttentionBlock, Saved, flash_refusal
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs
 from fusiontree.kernels.attention.visibility import BiasLayout, Visibility, visibility_of
-from fusiontree.kernels.common.documents import silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, silence_padding
 from fusiontree.kernels.common.opaque import opaque
 from fusiontree.products import operand_dtype
 
@@ -159,7 +159,7 @@ def _attend(
 def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     batch, time, heads, _ = q.shape
     rows = (batch, k.shape[2], time * heads // k.shape[2])
-    return q.new_empty(batch, time, heads, v.shape[-1]), q.new_empty(rows, dtype=wide(q.dtype))
+    return q.new_empty(batch, time, heads, v.shape[-1]), q.new_empty(rows, dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.custom_op("fusiontree::attention_blocked_backward", mutates_args=())
@@ -180,7 +180,7 @@ def _attend_backward(
     slopes: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; scores are made again."""
-    blocks, dtype = QueryBlocks((q, k, v), segments, age), wide(k.dtype)
+    blocks, dtype = QueryBlocks((q, k, v), segments, age), accumulation_dtype(k.dtype)
     options = BlockedOptions(window, kernel, scale, softcap, prefix, None if slopes is None else tuple(slopes))
     grad, y = _fold(grad, blocks.kv_heads), _fold(y, blocks.kv_heads)
     grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (blocks.q, blocks.k, blocks.v)]
@@ -223,7 +223,7 @@ def _run(inputs: AttentionInputs, kernel: str) -> Float[Tensor, "batch time head
 
 @ATTENTION.backend("blocked", priority=10)
 def blocked(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
-    """Each block by matrix products with a softmax in the wide dtype: serves everything, everywhere."""
+    """Each block by matrix products with a softmax in the accumulation dtype: serves everything, everywhere."""
     return _run(inputs, "product")
 
 

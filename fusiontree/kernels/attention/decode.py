@@ -10,7 +10,7 @@ from fusiontree.kernels.attention.block_kernels import capped, flash_refusal
 from fusiontree.kernels.attention.op import per_head
 from fusiontree.kernels.attention.visibility import BiasLayout
 from fusiontree.kernels.common.constants import constants
-from fusiontree.kernels.common.documents import wide
+from fusiontree.kernels.common.documents import accumulation_dtype
 from fusiontree.kernels.common.shapes import Shapes
 from fusiontree.kernels.registry import Op
 
@@ -25,7 +25,7 @@ class StepRequest(NamedTuple):
     slopes: bool = False
 
 
-class Falling(NamedTuple):
+class AlibiBias(NamedTuple):
     """How scores fall: for each query head by its slope times the `distance`, in tokens from the key in a filled slot
     to the query."""
 
@@ -68,7 +68,7 @@ class StepInputs(NamedTuple):
     filled: Int[Tensor, "batch"]
     scale: float
     softcap: float | None
-    falling: Falling | None = None
+    alibi: AlibiBias | None = None
     seen: Filled | None = None
 
     @property
@@ -80,7 +80,7 @@ class StepInputs(NamedTuple):
             self.q.dtype,
             softcap=self.softcap is not None,
             equal_widths=equal_widths,
-            slopes=self.falling is not None,
+            slopes=self.alibi is not None,
         )
 
 
@@ -97,7 +97,7 @@ def attention_step(
     *,
     scale: float,
     softcap: float | None = None,
-    falling: Falling | None = None,
+    alibi: AlibiBias | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch heads value_dim"]:
     """One token of `attention`, for decoding without gradients: each row sees its first `filled` slots, in any order.
@@ -106,18 +106,18 @@ def attention_step(
         keys: in another type than q, as a cache under autocast is, they decide what is computed in.
         filled: at least 1; a ring that has wrapped is filled. Given as `Filled`, no shape is looked at.
         softcap: see `attention`.
-        falling: the slopes of `attention`, and where the keys stand.
+        alibi: the slopes of `attention`, and where the keys stand.
         backend: "auto" or one of `ATTENTION_STEP.backends`.
 
     Raises:
         FusionTreeError: shapes that do not agree, slopes of other heads.
         UnsupportedError: the named backend is unknown or cannot serve this call.
     """
-    if falling is not None:
-        falling = falling._replace(slopes=per_head("attention_step", falling.slopes, q))
+    if alibi is not None:
+        alibi = alibi._replace(slopes=per_head("attention_step", alibi.slopes, q))
     if isinstance(filled, Filled):
-        return ATTENTION_STEP.serve(StepInputs(q, keys, values, filled.count, scale, softcap, falling, filled), backend)
-    return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap, falling), backend)
+        return ATTENTION_STEP.serve(StepInputs(q, keys, values, filled.count, scale, softcap, alibi, filled), backend)
+    return ATTENTION_STEP(StepInputs(q, keys, values, filled, scale, softcap, alibi), backend)
 
 
 def _seen(
@@ -130,40 +130,40 @@ def _seen(
 ]:
     """What products are made of: query heads as rows of their kv head, the slots that any row sees, and what joins the
     scores."""
-    q, keys, values, filled, _, _, falling, seen = inputs
+    q, keys, values, filled, _, _, alibi, seen = inputs
     (batch, heads, width), (_, kv_heads, slots, _) = q.shape, keys.shape
     seen = seen or Filled.of(filled, slots, keys.dtype)
     q, bias = q.to(keys.dtype).view(batch, kv_heads, heads // kv_heads, width), seen.bias
     if seen.slots < slots:
         keys, values = keys.narrow(2, 0, seen.slots), values.narrow(2, 0, seen.slots)
-    if falling is not None:
-        fall = BiasLayout(q.shape[2], keys.dtype, falling.slopes).alibi(falling.distance[:, None, : seen.slots])
-        bias = fall if bias is None else fall + bias
+    if alibi is not None:
+        slopes = BiasLayout(q.shape[2], keys.dtype, alibi.slopes).alibi(alibi.distance[:, None, : seen.slots])
+        bias = slopes if bias is None else slopes + bias
     return q, keys, values, bias
 
 
 @ATTENTION_STEP.backend("reference")
 def reference(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
-    """Row by row over its filled slots alone, in the wide dtype: the truth, in float64."""
-    dtype, outputs = wide(inputs.q.dtype), []
+    """Row by row over its filled slots alone, in the accumulation dtype: the truth, in float64."""
+    dtype, outputs = accumulation_dtype(inputs.q.dtype), []
     share = inputs.q.shape[1] // inputs.keys.shape[1]
     for row, filled in enumerate(inputs.filled.tolist()):
         keys, values = (ring[row, :, :filled].to(dtype) for ring in (inputs.keys, inputs.values))
         scores = inputs.scale * (inputs.q[row].to(dtype).unflatten(0, (-1, share)) @ keys.mT)
         if inputs.softcap is not None:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-        if inputs.falling is not None:
-            slopes = constants(inputs.falling.slopes, dtype, scores.device).view(-1, share, 1)
-            scores = scores - slopes * inputs.falling.distance[row, :filled]
+        if inputs.alibi is not None:
+            slopes = constants(inputs.alibi.slopes, dtype, scores.device).view(-1, share, 1)
+            scores = scores - slopes * inputs.alibi.distance[row, :filled]
         outputs.append((scores.softmax(-1) @ values).flatten(0, 1))
     return torch.stack(outputs).to(inputs.q.dtype)
 
 
 @ATTENTION_STEP.backend("product", priority=10)
 def product(inputs: StepInputs) -> Float[Tensor, "batch heads value_dim"]:
-    """Two matrix products and a softmax, in the wide dtype."""
+    """Two matrix products and a softmax, in the accumulation dtype."""
     q, k, v, bias = _seen(inputs)
-    dtype = wide(k.dtype)
+    dtype = accumulation_dtype(k.dtype)
     scores = capped(q.to(dtype).mul(inputs.scale) @ k.to(dtype).mT, inputs.softcap)
     scores = scores if bias is None else scores.add_(bias)
     return (scores.softmax(-1) @ v.to(dtype)).flatten(1, 2).to(inputs.q.dtype)

@@ -52,7 +52,7 @@ def _slopes(slopes: tuple[float, ...], device: torch.device) -> Float[Tensor, "h
 def _run(inputs: AttentionInputs, library: FlashAttnLibrary) -> Tensor:
     left = library.unbounded if inputs.window is None else inputs.window - 1
     right = library.unbounded if inputs.window is None else 0
-    falling = {} if inputs.slopes is None else {"alibi_slopes": _slopes(inputs.slopes, inputs.q.device)}
+    alibi = {} if inputs.slopes is None else {"alibi_slopes": _slopes(inputs.slopes, inputs.q.device)}
 
     def one_call(documents: Packed, q: Tokens, k: Tokens, v: Tokens) -> Tokens:
         found = load(library.module)(
@@ -68,7 +68,7 @@ def _run(inputs: AttentionInputs, library: FlashAttnLibrary) -> Tensor:
             window_size=(left, right),
             softcap=inputs.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            **falling,
+            **alibi,
         )
         return found[0] if isinstance(found, tuple) else found  # some also give the log of the sum of exponentials
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fusiontree.kernels.attention.op import ATTENTION, AttentionInputs
 from fusiontree.kernels.attention.visibility import BiasLayout
-from fusiontree.kernels.common.documents import silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, silence_padding
 
 
 def _per_query_head(values: Float[Tensor, "b t kv_heads d"], heads: int) -> Float[Tensor, "b heads t d"]:
     share = heads // values.shape[2]
-    return repeat(values.to(wide(values.dtype)), "b t hk d -> b (hk share) t d", share=share)
+    return repeat(values.to(accumulation_dtype(values.dtype)), "b t hk d -> b (hk share) t d", share=share)
 
 
 def _reached(keys: Float[Tensor, "b heads s d"], reach: slice, before: Int[Tensor, "#b prefix"] | None) -> Tensor:
@@ -38,15 +38,15 @@ def _one_query(
 
 @ATTENTION.backend("reference")
 def reference(inputs: AttentionInputs) -> Float[Tensor, "batch time heads value_dim"]:
-    """Softmax over the keys that each query sees, in the wide dtype.
+    """Softmax over the keys that each query sees, in the accumulation dtype.
 
     Only keys in reach are multiplied: without segments and past, torch's FLOP counter sees
     2 heads (head_dim + value_dim) sum_t min(t + 1, window).
     """
     keys, values = inputs.all_keys()
     heads, visibility = inputs.q.shape[2], inputs.visibility()
-    layout = BiasLayout(1, wide(inputs.q.dtype), inputs.slopes)
-    q = rearrange(inputs.q.to(wide(inputs.q.dtype)), "b t h d -> b h t d")
+    layout = BiasLayout(1, accumulation_dtype(inputs.q.dtype), inputs.slopes)
+    q = rearrange(inputs.q.to(accumulation_dtype(inputs.q.dtype)), "b t h d -> b h t d")
     k, v = _per_query_head(keys, heads), _per_query_head(values, heads)
     outputs = []
     for one, reach, _ in visibility.blocks(1):

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fusiontree.kernels.common.constants import constants
-from fusiontree.kernels.common.documents import previous, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, previous
 
 BEYOND = 2**40
 """Farther than any token."""
@@ -25,7 +25,7 @@ class BiasLayout(NamedTuple):
     def alibi(self, distance: Int[Tensor, "#batch queries keys"]) -> Float[Tensor, "#batch kv_heads rows keys"]:
         """-slope * distance, in float32 or better."""
         assert self.slopes is not None
-        slopes = constants(self.slopes, wide(self.dtype), distance.device)
+        slopes = constants(self.slopes, accumulation_dtype(self.dtype), distance.device)
         by_row = slopes.view(-1, self.queries_per_kv).repeat(1, distance.shape[1])
         return distance.repeat_interleave(self.queries_per_kv, 1)[:, None] * -by_row[..., None]
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import wide
+from fusiontree.kernels.common.documents import accumulation_dtype
 
 
 def causal_conv1d_step(
@@ -14,7 +14,7 @@ def causal_conv1d_step(
     bias: Float[Tensor, "channels"] | None = None,
 ) -> Float[Tensor, "batch 1 channels"]:
     """One token of `causal_conv1d`, for decoding without gradients: `state` is brought up to date in place."""
-    dtype = wide(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     window = torch.cat([state, x], 1)
     y = (window * weight.mT.to(dtype)).sum(1, keepdim=True)
     state.copy_(window.narrow(1, 1, state.shape[1]))

@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fusiontree.kernels.causal_conv1d.op import CONV, ConvInputs
-from fusiontree.kernels.common.documents import padding_joined, previous, real, silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, padding_joined, previous, real, silence_padding
 
 
 @CONV.backend("reference")
@@ -15,7 +15,7 @@ def reference(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     The taps are contracted by a matrix product: torch's FLOP counter sees 2 taps channels a token.
     """
     x, weight, bias, _, segments = inputs
-    dtype, history = wide(x.dtype), inputs.history()
+    dtype, history = accumulation_dtype(x.dtype), inputs.history()
     taps = weight.to(dtype)[:, :, None]
     outputs = []
     if segments is None:

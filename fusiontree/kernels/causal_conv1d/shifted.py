@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.kernels.causal_conv1d.final import final_state
 from fusiontree.kernels.causal_conv1d.op import CONV, ConvInputs
-from fusiontree.kernels.common.documents import silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, silence_padding
 
 ELEMENTS = 2**18
 """The most elements of a temporary: a megabyte in float32."""
@@ -43,12 +43,12 @@ def _seen(
 
 
 class _Shifted(torch.autograd.Function):
-    """Sums in the wide dtype; keeps nothing but its inputs."""
+    """Sums in the accumulation dtype; keeps nothing but its inputs."""
 
     @staticmethod
     def forward(ctx: Any, extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(extended, weight, bias, mask)
-        taps, dtype = weight.mT.to(wide(extended.dtype)), wide(extended.dtype)
+        taps, dtype = weight.mT.to(accumulation_dtype(extended.dtype)), accumulation_dtype(extended.dtype)
         y = torch.empty_like(extended[:, len(taps) - 1 :], memory_format=torch.contiguous_format)
         for span, seen in _spans(y, mask):
             total = bias.to(dtype)
@@ -62,7 +62,7 @@ class _Shifted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         extended, weight, bias, mask = ctx.saved_tensors
-        dtype = wide(extended.dtype)
+        dtype = accumulation_dtype(extended.dtype)
         taps, grad_taps = weight.mT.to(dtype), torch.zeros_like(weight.mT, dtype=dtype)
         grad_extended = torch.zeros_like(extended, dtype=dtype)
         for span, seen in _spans(grad, mask):
@@ -78,7 +78,7 @@ class _Shifted(torch.autograd.Function):
 
 def _fusible(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """The same sum without blocks, for a compiler that makes one loop of it."""
-    dtype, time = wide(extended.dtype), extended.shape[1] - weight.shape[1] + 1
+    dtype, time = accumulation_dtype(extended.dtype), extended.shape[1] - weight.shape[1] + 1
     parts = [
         _seen(extended[:, tap : tap + time].to(dtype), mask, tap) * factor
         for tap, factor in enumerate(weight.mT.to(dtype))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import wide
+from fusiontree.kernels.common.documents import accumulation_dtype
 
 Device = torch.device | str
 
@@ -31,7 +31,7 @@ class Draw:
     def uniform(self, low: float, high: float, *shape: int) -> Float[Tensor, "*shape"]:
         """Between two numbers, in the dtype that step sizes and rates are kept in."""
         drawn = low + (high - low) * torch.rand(shape, generator=self.generator)
-        return drawn.to(self.device, wide(self.dtype))
+        return drawn.to(self.device, accumulation_dtype(self.dtype))
 
 
 @dataclass(frozen=True)

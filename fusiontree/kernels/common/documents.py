@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 PADDING = -1
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that states, decays and softmax are kept in: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -1,4 +1,4 @@
-"""Some whole chunks of `gated_delta` at once, forward and backward, in the wide dtype.
+"""Some whole chunks of `gated_delta` at once, forward and backward, in the accumulation dtype.
 
 Within a chunk the values N that are really written solve (I + L) N = beta (V - e K S), where S is the state before the
 chunk, e the decay since then, and L = beta (K K^T * decays) below the diagonal (the WY form; DeltaNet, arXiv

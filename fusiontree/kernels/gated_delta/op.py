@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, silence_padding
 from fusiontree.kernels.common.shapes import Shapes
 from fusiontree.kernels.registry import Op
 
@@ -37,7 +37,10 @@ class GatedDeltaInputs(NamedTuple):
 
     def results(self) -> list[Tensor]:
         """See `untraced.Shaped`."""
-        return [self.v.new_empty(self.v.shape), self.v.new_empty(self.state_shape, dtype=wide(self.v.dtype))]
+        return [
+            self.v.new_empty(self.v.shape),
+            self.v.new_empty(self.state_shape, dtype=accumulation_dtype(self.v.dtype)),
+        ]
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -46,12 +49,12 @@ class GatedDeltaInputs(NamedTuple):
         return batch, heads, self.k.shape[-1], value_dim
 
     def prepared(self) -> Self:
-        """The same call with g, beta and the state in the wide dtype, g [batch, time, heads, 1 or key_dim], and
+        """The same call with g, beta and the state in the accumulation dtype, g [batch, time, heads, 1 or key_dim], and
         g = beta = 0 at padding.
 
         Such a token leaves the state alone, so that padding needs no other care than silence in the outputs.
         """
-        dtype, start = wide(self.v.dtype), self.initial_state
+        dtype, start = accumulation_dtype(self.v.dtype), self.initial_state
         state = self.v.new_zeros(self.state_shape, dtype=dtype) if start is None else start.to(dtype)
         g, beta = (silence_padding(values.to(dtype), self.segments) for values in (self.g, self.beta))
         return self._replace(g=g if g.ndim == self.k.ndim else g[..., None], beta=beta, initial_state=state)

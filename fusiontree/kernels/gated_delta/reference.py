@@ -10,7 +10,7 @@ from fusiontree.kernels.gated_delta.op import GATED_DELTA, GatedDeltaInputs
 
 @GATED_DELTA.backend("reference")
 def reference(inputs: GatedDeltaInputs) -> tuple[Tensor, Tensor]:
-    """S' = Diag(a_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - k_t^T S')^T, o_t = q_t^T S_t, all in the wide dtype.
+    """S' = Diag(a_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - k_t^T S')^T, o_t = q_t^T S_t, all in the accumulation dtype.
 
     Each product is a matrix product, so that torch's FLOP counter sees 6 heads key_dim value_dim a token.
     """

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import padding_joined, previous, real, silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, padding_joined, previous, real, silence_padding
 from fusiontree.kernels.common.shapes import Shapes
 from fusiontree.kernels.registry import Op
 
@@ -35,12 +35,15 @@ class LinearRecurrenceInputs(NamedTuple):
     def results(self) -> list[Tensor]:
         """Empty tensors like the results."""
         batch, _, channels = self.x.shape
-        return [self.x.new_empty(self.x.shape), self.x.new_empty(batch, channels, dtype=wide(self.x.dtype))]
+        return [
+            self.x.new_empty(self.x.shape),
+            self.x.new_empty(batch, channels, dtype=accumulation_dtype(self.x.dtype)),
+        ]
 
     def prepared(self) -> Self:
-        """The same call in the wide dtype, without boundaries: a = 0 where a document starts, and padding, with a = 1
+        """The call in the accumulation dtype, without boundaries: a = 0 where a document starts, and padding, with a = 1
         and x = 0, leaves the state alone."""
-        dtype, start = wide(self.x.dtype), self.initial_state
+        dtype, start = accumulation_dtype(self.x.dtype), self.initial_state
         state = self.results()[1].zero_() if start is None else start.to(dtype)
         x, a, segments = self.x.to(dtype), self.a.to(dtype), self.segments
         if segments is not None:

@@ -9,7 +9,7 @@ from fusiontree.kernels.linear_recurrence.op import LINEAR_RECURRENCE, LinearRec
 
 @LINEAR_RECURRENCE.backend("reference")
 def reference(inputs: LinearRecurrenceInputs) -> tuple[Tensor, Tensor]:
-    """h_t = a_t h_{t-1} + x_t in the wide dtype; no matrix product, and so nothing for torch's FLOP counter."""
+    """h_t = a_t h_{t-1} + x_t in the accumulation dtype; no matrix product, and so nothing for torch's FLOP counter."""
     x, a, state, segments = inputs.prepared()
     assert state is not None
     outputs = []

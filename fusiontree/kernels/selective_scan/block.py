@@ -1,4 +1,4 @@
-"""Some whole chunks of `selective_scan` at once, forward and backward, in the wide dtype.
+"""Some whole chunks of `selective_scan` at once, forward and backward, in the accumulation dtype.
 
 Positions in the chunk come first: the recurrence takes one position of all chunks at a time, everything else is one
 operation on the block. Channels come last: that is where a machine's vectors lie. Nothing is divided, and no exponent

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import padding_joined, previous, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, padding_joined, previous
 from fusiontree.kernels.common.shapes import Shapes
 from fusiontree.kernels.common.untraced import Untraced
 from fusiontree.kernels.registry import Op
@@ -44,7 +44,10 @@ class SelectiveScanInputs(NamedTuple):
 
     def results(self) -> list[Tensor]:
         """See `untraced.Shaped`."""
-        return [self.x.new_empty(self.x.shape), self.x.new_empty(self.state_shape, dtype=wide(self.x.dtype))]
+        return [
+            self.x.new_empty(self.x.shape),
+            self.x.new_empty(self.state_shape, dtype=accumulation_dtype(self.x.dtype)),
+        ]
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

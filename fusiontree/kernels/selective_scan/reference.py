@@ -4,21 +4,21 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, silence_padding
 from fusiontree.kernels.common.prepared import prepared
 from fusiontree.kernels.selective_scan.op import SELECTIVE_SCAN, SelectiveScanInputs
 
 
 @SELECTIVE_SCAN.backend("reference")
 def reference(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t, all in the wide dtype.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t, all in the accumulation dtype.
 
     Each product is a matrix product, so that torch's FLOP counter sees 4 channels state a token.
     """
     x, dt, A, B, C, state, segments = prepared(inputs)
     assert state is not None
     starts, groups = inputs.starts(), B.shape[2]
-    B, C = B.to(wide(B.dtype)), C.to(wide(C.dtype))
+    B, C = B.to(accumulation_dtype(B.dtype)), C.to(accumulation_dtype(C.dtype))
     inflow = rearrange(dt * x, "b t (g r) -> b t g r 1", g=groups)
     outputs = []
     for t in range(x.shape[1]):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import wide
+from fusiontree.kernels.common.documents import accumulation_dtype
 from fusiontree.kernels.common.shapes import Shapes
 from fusiontree.kernels.common.untraced import Untraced
 from fusiontree.kernels.registry import Op
@@ -48,7 +48,10 @@ class SSDInputs(NamedTuple):
 
     def results(self) -> list[Tensor]:
         """See `untraced.Shaped`."""
-        return [self.x.new_empty(self.x.shape), self.x.new_empty(self.state_shape, dtype=wide(self.x.dtype))]
+        return [
+            self.x.new_empty(self.x.shape),
+            self.x.new_empty(self.state_shape, dtype=accumulation_dtype(self.x.dtype)),
+        ]
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:

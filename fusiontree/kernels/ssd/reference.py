@@ -5,7 +5,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from fusiontree.kernels.common.documents import padding_joined, previous, silence_padding, wide
+from fusiontree.kernels.common.documents import accumulation_dtype, padding_joined, previous, silence_padding
 from fusiontree.kernels.common.prepared import prepared
 from fusiontree.kernels.ssd.op import SSD, SSDInputs
 
@@ -14,12 +14,12 @@ Heads = Float[Tensor, "batch time heads state"]
 
 def _per_head(values: Float[Tensor, "batch time groups state"], like: Tensor) -> Heads:
     share = like.shape[2] // values.shape[2]
-    return repeat(values.to(wide(values.dtype)), "b t g n -> b t (g share) n", share=share)
+    return repeat(values.to(accumulation_dtype(values.dtype)), "b t g n -> b t (g share) n", share=share)
 
 
 @SSD.backend("reference")
 def reference(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t, all in the wide dtype.
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t, all in the accumulation dtype.
 
     Each product is a matrix product, so that torch's FLOP counter sees 4 heads head_dim state a token.
     """

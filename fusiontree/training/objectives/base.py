@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusiontree.core.contracts.gate import Gate, Weights
-from fusiontree.core.contracts.modules import wide
+from fusiontree.core.contracts.modules import accumulation_dtype
 from fusiontree.core.probes.gate_statistics import Real
 from fusiontree.core.probes.probes import watch
 from fusiontree.core.spec.base import NonNegative, Spec
@@ -39,7 +39,7 @@ class GateValues:
     def shares(self) -> Float[Tensor, "*places units branches"]:
         """The values of all branches side by side, in float32 or better."""
         stacked = torch.stack(list(self.values.values()), -1)
-        return stacked.to(wide(stacked.dtype))
+        return stacked.to(accumulation_dtype(stacked.dtype))
 
     def row_means(self, x: Float[Tensor, "*places units some"]) -> Float[Tensor, "*rows units some"]:
         """Means over the real positions of each row; of a gate that reads no tokens, whose values are those of all
