@@ -67,8 +67,8 @@ class Group:
 
 
 class Keys(NamedTuple):
-    """What the queries of a group look at: a chunk's keys and values, and those in the cache from before it. For a
-    step the cache holds the new token's, too, and `rings` is all there is to look at."""
+    """Keys and values that the queries of a group read: the chunk's, and those cached before it. In a decode step
+    `rings` hold the new token's, too, and are all that is read."""
 
     k: Heads
     v: Heads
@@ -241,8 +241,8 @@ class Attention(ProjectedSpec):
         return axes
 
     def _rows(self) -> dict[str, dict[str, str]]:
-        """What the rows of the maps in run over, by name and then by path: that of the name, or those of the windowed
-        and of the global heads."""
+        """The axes of the rows of the input maps, by map, then by path: one path, or one each for windowed and global
+        heads."""
         rows = {"q": QUERY_AXES}
         rows |= {} if self.keys_from else {"k": KEY_AXES, "v": KEY_AXES.replace("head_dim", "value_dim")}
         rows |= {"gate": self.inner_axes} if self.gate else {}

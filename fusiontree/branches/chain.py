@@ -32,11 +32,11 @@ Stream = Float[Tensor, "batch time width"]
 
 @branches.register
 class Chain(BranchSpec):
-    """Links that each read what the one before returns.
+    """A sequence of nodes; each reads the output of the one before.
 
     Attributes:
-        links: nodes, first to last; of any widths, if the last returns that of the stream.
-        norms: of what a link reads, by its name.
+        links: the nodes in order; inner widths are free, the last node returns the stream's width.
+        norms: applied to a link's input, by the link's name.
         embedding: the first link reads the embedding beside its input, in a stream twice its width (Zamba,
             arXiv 2405.16712).
     """

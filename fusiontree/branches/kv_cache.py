@@ -1,4 +1,4 @@
-"""The cache of attention: rings of slots that hold what the queries to come will look at.
+"""The cache of attention: rings of slots that hold keys and values for later queries.
 
 A ring is [batch, heads, slots, channels], heads before slots: a step reads a head's slots in one piece. Token n of a
 document is in slot n modulo the number of slots, but for a prefix, whose slots stay. A ring without a window grows, and
@@ -54,7 +54,7 @@ def write_chunk(context: Context, ring: Ring, values: Chunk) -> None:
 
 
 def past(context: Context, ring: Ring) -> Chunk | None:
-    """A copy of what a ring holds as a chunk starts, by slot; None where that is nothing."""
+    """A copy of the filled slots before the chunk; None where there are none."""
     used = min(_rows(context).max_past_length, ring.shape[2])  # slots fill in order
     return ring.transpose(1, 2)[:, :used].clone() if used else None
 
@@ -77,8 +77,8 @@ def token_slots(context: Context, heads: int, slots: int) -> Int[Tensor, "batch*
 
 
 def filled(context: Context, slots: int, dtype: torch.dtype) -> Filled:
-    """Which slots of a ring a step's queries see: those that hold a token after the chunk, of which there is taken to
-    be one in a row that has none, whose slots are zeros."""
+    """The slots of a ring that hold a token after the chunk, which a step's queries see. A row without tokens counts as
+    one token, because its slots are zeros."""
     return Filled.of(_rows(context).new_length.clamp(1, slots), slots, dtype)
 
 

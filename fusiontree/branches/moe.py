@@ -37,7 +37,7 @@ Scores = Float[Tensor, "tokens experts"]
 
 
 class Router(Spec):
-    """How a token's scores, a linear map of it, become shares of the experts with the highest.
+    """How the router's scores of a token become the shares of its chosen experts.
 
     Attributes:
         scores: softmax over all experts, or the sigmoid of each (DeepSeek-V3, arXiv 2412.19437).

@@ -82,7 +82,7 @@ class Use(BranchSpec):
         }
 
     def problems(self, scope: Scope) -> Problems:
-        """A name that nobody defined, and adapters of what is not there."""
+        """Reports an undefined shared node, and adapters of maps that do not exist."""
         yield from super().problems(scope)
         if self.of not in scope.shared:
             where = "" if scope.shared else "; none can be used inside a shared node, nor at another width"
@@ -240,10 +240,10 @@ class UseModule(SharedNodeUser):
 
 
 def _twin(module: nn.Module, path: str, adapted: Mapping[str, tuple[nn.Module, nn.Module]]) -> nn.Module:
-    """A module with the same dictionaries of parameters, buffers and hooks as another, and twins of its children.
+    """A clone of a module that shares the dictionaries of parameters, buffers and hooks; children are cloned likewise.
 
-    What replaces a parameter (another device, shards, loaded weights) puts it into those dictionaries, so that both
-    always have the same.
+    Code that replaces parameters (moves, shards, loads them) writes to these dictionaries, so that both modules always
+    hold the same.
     """
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)  # copy.copy would ask classes that refuse

@@ -57,7 +57,7 @@ def _zstd(file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 class _Frames(io.RawIOBase):
-    """What zstd's frames hold, one after another. zstandard's own reader takes a file that is cut for one that ends."""
+    """The contents of zstd frames in order. (zstandard's own reader takes a truncated file for a complete one.)"""
 
     def __init__(self, file: IO[bytes], frame: Callable[[], Any]) -> None:
         self.file, self.new, self.frame, self.left = file, frame, None, b""

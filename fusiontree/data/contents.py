@@ -56,7 +56,7 @@ class Contents:
         return [part.data() for part in self.parts]
 
     def difference(self, before: Sequence[Mapping[str, Any]]) -> str | None:
-        """What is not as it was when `data` said this, as `place: what was there then, what is there now`, or None."""
+        """The first difference from the recorded contents, as `place: recorded, found`; None if there is none."""
         for part, then in zip_longest(self.parts, before):
             now = None if part is None else part.data()
             if now != then:

@@ -21,13 +21,13 @@ CONTEXT = 8
 
 
 class FileTokenizer:
-    """What a `tokenizer.json` says, and the files beside it about where a text begins and ends.
+    """A `tokenizer.json`, with the start and end tokens from the files beside it.
 
     Attributes:
         tokenizer: the `tokenizers.Tokenizer`.
         vocab_size: one more than the largest token.
-        start: the token before a text; None where nothing says which.
-        ends: the tokens that end a text, the main one first; none where nothing says which.
+        start: the token before a text; None if the files name none.
+        ends: the tokens that end a text, the main one first; empty if the files name none.
     """
 
     def __init__(self, directory: Path | str) -> None:

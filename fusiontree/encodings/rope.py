@@ -28,8 +28,8 @@ from fusiontree.kernels.common.constants import constants
 Ids = Int[Tensor, "batch time"]
 Heads = Float[Tensor, "batch time heads channels"]
 Turns = tuple[Tensor, Tensor]
-"""What channels are multiplied by, and what those half of them away are: cosines, and sines whose first half is
-negative [batch, time, 1, channels]."""
+"""The factors of each channel and of the channel half a head away: cosines, and sines whose first half is negative
+[batch, time, 1, channels]."""
 
 
 @encodings.register

@@ -10,13 +10,13 @@ from fusiontree.fusions.parts import Features
 
 @fusions.register
 class Inject(BaseFusionSpec):
-    """What another node makes of its input and the branches.
+    """Adds the branches to the input of another node.
 
     into(norm(x + sum_i h_i)), the sum behind the projection where there is one.
 
     Attributes:
-        into: the node that reads them.
-        norm: of what it reads.
+        into: the node that reads the sum.
+        norm: of the sum.
     """
 
     kind: Literal["inject"] = "inject"

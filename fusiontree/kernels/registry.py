@@ -103,7 +103,7 @@ class Op(Generic[InputsT]):
         return register
 
     def __call__(self, inputs: InputsT, backend: str = "auto") -> Any:
-        """Run the named backend, or with "auto" the best one (what `use_backend` says comes first).
+        """Run the named backend; "auto" runs the one set by `use_backend`, else the best.
 
         Raises:
             FusionTreeError: the arguments' shapes do not agree.
@@ -114,7 +114,7 @@ class Op(Generic[InputsT]):
         return self.serve(inputs, backend)
 
     def serve(self, inputs: InputsT, backend: str = "auto") -> Any:
-        """The same for arguments whose shapes are known to agree, as those of a step that a model has made."""
+        """`__call__` without the check of shapes, for callers inside a model that have checked them."""
         if backend == "auto":
             backend = _overrides.get(self.name, "auto")
         return self.pick(inputs.request, backend).run(inputs)

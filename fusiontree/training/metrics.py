@@ -47,7 +47,7 @@ class Metrics:
         self._writer: Any = None
 
     def start(self, step: int) -> None:
-        """Go on after a step: what was written of later ones is cut.
+        """Continue after a step: records of later steps are cut.
 
         Raises:
             RunError: TensorBoard is asked for and not installed.

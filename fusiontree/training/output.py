@@ -108,8 +108,8 @@ class Output:
                     self._leave()
 
     def begin(self) -> None:
-        """Mark the directory as this run's, once it is known that the run can start. A run file of the user that lies
-        there stays as it is; where it says `auto`, it gains what that came to."""
+        """Mark the directory as this run's, once the run is known to start. A run file of the user in it is kept;
+        resolved values of `auto` are added to it."""
         if not self.run.exists():
             write_text(self.run, self.spec.to_yaml())
         elif self.spec.training.precision == "auto" and self.began() is None:

@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once, as if nobody listened.
+    """Remembers the first SIGINT or SIGTERM. A second one ends the process at once.
 
     Attributes:
         signal: what all processes have agreed to stop for, 0 for nothing. A signal that comes between two agreements

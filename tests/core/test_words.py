@@ -1,4 +1,4 @@
-"""One word a thing, the field's: names that were ours alone do not come back (`docs/glossary.md` has those that are), and
+"""One word a thing, the field's: names that were ours alone stay away (`docs/glossary.md` has those that are ours), and
 no class name is given twice."""
 
 import ast

@@ -34,7 +34,7 @@ class Narrowing(Generic[SpecT]):
     kept: Mapping[str, Kept] = field(default_factory=dict)
 
     def with_inside(self, inside: "Mapping[str, Narrowing[Any]]") -> "Narrowing[SpecT]":
-        """The same with what stays of nodes inside, whose narrowed specs are in the spec already, by their paths."""
+        """Adds what is kept inside child nodes, by path; `spec` must hold their narrowed specs already."""
         kept = {
             f"{path}.{below}" if below else path: axes
             for path, found in inside.items()

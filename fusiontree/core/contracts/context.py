@@ -109,7 +109,6 @@ class Context:
         return x
 
     def slopes(self, names: Sequence[str], heads: int) -> tuple[float, ...] | None:
-        """How much attention's scores fall with each token from the key to the query, one for each of `heads`, by the
-        encoding among those named that says so."""
+        """ALiBi slopes of the heads, from the first named encoding that has slopes; None where none has."""
         found = (self.tables[name].slopes(heads) for name in names)
         return next((slopes for slopes in found if slopes is not None), None)

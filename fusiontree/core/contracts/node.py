@@ -74,7 +74,7 @@ class NodeSpec(Spec, ABC):
         return scope
 
     def walk(self, scope: Scope, path: str = "") -> Iterator[tuple[str, "NodeSpec", Scope]]:
-        """This node and all inside, each with its path (that of this one is given) and what surrounds it."""
+        """Yields this node and every node inside, each with its path and scope; `path` is this node's."""
         yield path, self, scope
         for step, child in self.children():
             yield from child.walk(self.child_scope(step, scope), f"{path}.{step}" if path else step)
@@ -85,7 +85,7 @@ class NodeSpec(Spec, ABC):
 
     @classmethod
     def example_needs(cls, width: int) -> Mapping[str, Any]:
-        """What a model needs at its top level so that the example can stand in it; `layers` are further ones."""
+        """Top-level fields that a model around the example needs; `layers` are added behind the example's."""
         return {}
 
     @property
@@ -134,15 +134,15 @@ class NodeSpec(Spec, ABC):
         return {"width": scope.width}
 
     def packed(self) -> Mapping[str, Sequence[str]]:
-        """Parameters that files of format 1 hold as one, by its name those whose rows stood in it one after another
-        (see `fusiontree.core.model.formats`)."""
+        """Parameters that format 1 stored as one: its name, then today's parameters in the order of their rows (see
+        `fusiontree.core.model.formats`)."""
         return {}
 
     def narrow(self, axis: str, keep: Sequence[int], scope: Scope) -> Narrowing[Self]:
-        """The node without some parts of it: those along an axis whose indices are not in `keep`.
+        """The node with only the parts of an axis whose indices are in `keep`.
 
-        With the weights narrowed likewise it computes what this one does while the parts are silent: while their
-        values are 0 where the next map or norm reads them.
+        With narrowed weights it computes what this node computes while the other parts are silent: their values are
+        0 where the next map or norm reads them.
 
         Raises:
             SpecError: no such axis or indices, or no narrower spec computes that.

@@ -18,7 +18,7 @@ class Layout:
     """A chunk of tokens as the nodes see it.
 
     Attributes:
-        order: for each row the order that puts padding last, or None where it stands there already.
+        order: for each row, the order that moves padding to the end; None where padding is last already.
         segments: see `Context`.
         positions: see `Context`.
         rows: where the rows stand; None without a cache.
@@ -37,7 +37,7 @@ def readable(values: Tensor) -> bool:
 
 
 def check_vocabulary(name: str, ids: Ids, size: int) -> None:
-    """Look at token ids, of which there is at least one; waits for their device.
+    """Checks token ids (at least one); synchronises with their device.
 
     Raises:
         FusionTreeError: one is outside 0..size - 1.
@@ -61,8 +61,8 @@ def arrange(
 ) -> Layout:
     """Work out the layout of a chunk whose tokens have the shape and device of `like`; the cache stays as it is.
 
-    Segments are left out where it is known that there are no boundaries, which is faster, but for a compiled model's
-    `one_form`.
+    Segments are None where the chunk is known to have no boundary, which is faster. With `one_form`, `documents` always
+    give segments, so that a compiled model needs one graph.
     """
     if documents is None:
         return _one_document(like, positions, cache)

@@ -26,7 +26,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def start(module: nn.Module, prefix: str, seed: int, *, but: Container[str] = ()) -> None:
-    """Give what is declared by one module, whose path is `prefix`, its starting value, `but` for some names."""
+    """Initialise the parameters that one module declares, except the names in `but`; `prefix` is its path."""
     for name, parameter in own(module):
         if not isinstance(module, Module):
             found = f"{prefix}: {type(module).__name__} has parameters but does not say how they start"

@@ -36,14 +36,14 @@ class Prefix(Module):
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a chunk stand once every document that starts in it has its prefix.
+    """Indices in the stream of a chunk, after a prefix is inserted before each document that starts in it.
 
     Attributes:
-        of_tokens: the place of each token in the stream.
-        tokens: for each place, its token, or (in a prefix) the first one behind it.
-        vectors: for each place, which of the learned vectors; of no meaning at tokens.
-        is_text: which places are those of tokens.
-        is_real: which places are neither padding nor behind the row's end.
+        of_tokens: the index of each token in the stream.
+        tokens: for each stream index, its token; inside a prefix, the first token after the prefix.
+        vectors: for each stream index, which learned vector; undefined at tokens.
+        is_text: which stream indices hold tokens.
+        is_real: which stream indices are neither padding nor past the row's end.
     """
 
     of_tokens: Int[Tensor, "batch time"]

@@ -54,9 +54,9 @@ class HeadSpec(Spec):
 
 
 class Lineage(Spec):
-    """Where a spec came from: the digest of its parent and what was done. It takes no part in equality.
+    """Where a spec came from: its parent's digest and the edit. It does not enter equality.
 
-    `config`: what an imported model's config says beside the function (how long a text may be, where it ends).
+    `config`: fields of an imported config that do not change the function (maximum length, end tokens).
     """
 
     parent: str
@@ -103,8 +103,8 @@ class ModelSpec(Spec):
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        """What does not fit its surroundings, by path: for nodes what they say, and widths that are not the
-        stream's (what is inside a fusion, the fusion looks at)."""
+        """Yields (path, message) for every node that does not fit where it is; a sub-layer must return the stream's
+        width. Fusions check their own branches."""
         for path, node, scope in self.nodes_with_scope():
             yield from ((f"{path}.{where}", text) for where, text in node.problems(scope))
             width = node.output_width(scope)
@@ -191,10 +191,10 @@ class ModelSpec(Spec):
         return self.model_copy(update={"layers": self.expanded_layers()})
 
     def fold(self, *, like: "ModelSpec | None" = None) -> Self:
-        """The same spec with runs and periods of equal layers written as repeats.
+        """The spec with runs and periods of equal layers written as repeats.
 
         Args:
-            like: a spec of as many layers, whose repeats stay, with what they vary, where the layers still are such.
+            like: a spec with as many layers; its repeats and their `vary` are kept where the layers allow it.
         """
         layers = self.expanded_layers()
         if like is None or len(layers) != len(like.expanded_layers()):
@@ -250,8 +250,8 @@ class ModelSpec(Spec):
         return min(limits, default=None)
 
     def diff(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
-        """What differs, by path of the expanded forms: (here, there); None where there is nothing. A part that is
-        only here or only there, or of another kind, is one entry. Where names have another order, their lists."""
+        """Differences of the expanded forms, by path: (here, there), None for a part that one side lacks. A part of
+        another kind is one entry. Where only the order of names differs, the entry holds both lists."""
         return dict(_differences(self.canonical(), other.canonical()))
 
     @classmethod

@@ -82,11 +82,11 @@ class Stack(nn.Module):
                 node.attach(self.shared)
 
     def compile(self, **options: Any) -> None:
-        """Compile the layers, each as one graph; layers of one form and shape share it.
+        """Compile each layer as one graph; equal layers share a graph.
 
-        The first call of each shape takes a minute on a CPU, which needs a C++ compiler; torch keeps what it made
-        on disk. Of calls with a cache only decode steps are compiled, in a cache that has a `max_length`. Under
-        `observe`, `force` and `drop` the layers run as plain Python. `options` are those of `torch.compile`.
+        The first call of each shape takes about a minute on a CPU and needs a C++ compiler; torch caches the result
+        on disk. With a cache, only decode steps are compiled, and only if the cache has a `max_length`. Under
+        `observe`, `force` and `drop` the layers run uncompiled. `options` are passed to `torch.compile`.
         """
         allow_forms()
         self.compiled = True

@@ -31,7 +31,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 def save(model: nn.Module, directory: Path | str, *, beside: Iterable[Path | str] = ()) -> None:
-    """Write a model; an existing one there is replaced only when the new one is complete and can be read.
+    """Write a model. An existing model is replaced only after the new one is complete and was read back.
 
     Args:
         model: a `LanguageModel`, or one inside `torch.compile`, DistributedDataParallel or AveragedModel.

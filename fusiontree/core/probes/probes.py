@@ -45,12 +45,12 @@ def evaluating(model: HasMode) -> Generator[None]:
 
 @contextmanager
 def watch(gates: Mapping[str, Gate], see: Callable[[str, Weights, Real | None], None]) -> Generator[None]:
-    """Show what gates give, each time that one runs while the block does; without gates nothing happens.
+    """Calls `see` with the values of every gate that runs inside the block.
 
     Args:
         gates: by their paths.
-        see: is called with the path, the values by branch, and where in [batch, time] tokens stand, and neither
-            padding nor a prefix (None: everywhere). A gate that reads no tokens gives values [units].
+        see: receives the gate's path, its values by branch, and the mask [batch, time] of real tokens (neither padding
+            nor prefix; None: all are real). A gate that reads no tokens has values [units].
     """
     with eagerly() if gates else nullcontext(), ExitStack() as stack:
         for path, gate in gates.items():

@@ -228,7 +228,7 @@ _WANTED = {
     "bool_type": "expected true or false",
     "missing": "is needed, found nothing",
 }
-"""What pydantic says in Python's words, in those of a file."""
+"""pydantic's error types, in the words of YAML."""
 
 
 def said(error: ValidationError) -> list[str]:

@@ -113,7 +113,7 @@ class Registry(KindFamily[S]):
 
         Raises:
             TypeError: the class is none of this family, or has no `kind` with a default.
-            ValueError: another class has this kind already, here or in a family whose kinds stand in the same place.
+            ValueError: another class has this kind already, here or in a family that may appear in the same field.
         """
         base: type[Any] = self.base
         if not issubclass(spec, base):

@@ -156,7 +156,7 @@ def _is_small(data: Any) -> bool:
 
 
 def assignments(texts: Iterable[str] | str) -> dict[str, Any]:
-    """What `path=value` arguments say, or a single one, the values read as YAML.
+    """Parses one or more `path=value` arguments; values are YAML.
 
     >>> assignments(["training.steps=20", "layers.*.mixer.gate.granularity=token"])
     {'training.steps': 20, 'layers.*.mixer.gate.granularity': 'token'}

@@ -34,12 +34,12 @@ class AlibiBias(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """Which slots hold tokens, worked out once for all layers of a step whose rings have as many slots.
+    """Which slots hold tokens; computed once for all layers whose rings have equally many slots.
 
     Attributes:
-        count: how many of each row, the first ones.
-        slots: how many of any row, as far as can be told without asking a device.
-        bias: -inf where a slot is empty, 0 elsewhere; None where none of those slots is.
+        count: filled slots of each row; the first slots are filled first.
+        slots: upper bound of `count`, known without synchronising the device.
+        bias: -inf for empty slots, 0 for filled ones; None where all are filled.
     """
 
     count: Int[Tensor, "batch"]

@@ -1,4 +1,4 @@
-"""What backends of `attention` share whose kernels take documents one after another."""
+"""Shared by the backends of `attention` whose kernels take documents packed one after another."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ Tokens = Float[Tensor, "tokens heads head_dim"]
 
 
 class KernelLimits(NamedTuple):
-    """What a library's kernels serve; none of them takes cached keys, which lie in no order.
+    """What the kernels of a library support. None takes cached keys, because those are in no order.
 
     Attributes:
         generations: the first numbers of the GPU's compute capability.

@@ -1,4 +1,4 @@
-"""What `causal_conv1d` leaves behind, for backends whose kernel does not say; only the last inputs are touched."""
+"""The final state of `causal_conv1d`, for backends whose kernel does not return it; reads only the last inputs."""
 
 import torch
 from jaxtyping import Float, Int

@@ -47,13 +47,13 @@ def silence_padding(
 
 
 class Packed(NamedTuple):
-    """The documents of a batch one after another, as kernels for sequences of many lengths take them.
+    """The documents of a batch, packed one after another, as variable-length kernels take them.
 
-    Padding is left out, but where a batch is nothing else: no kernel is asked for no token.
+    Padding is left out, unless the batch is all padding: kernels cannot take zero tokens.
 
     Attributes:
         bounds: where each document starts, then where the last one ends (what kernels call cu_seqlens), int32.
-        host: the same, where Python can read it without waiting for a device.
+        host: `bounds` on the CPU, so that reading them does not synchronise the device.
         rows: the row that each document is in.
         continues: which documents continue what came before the call.
         last: the last document of each row; -1 in a row of padding.

@@ -1,6 +1,6 @@
-"""Optional packages of GPU kernels: which are here, found out without importing any.
+"""Finds the installed GPU kernel packages without importing them.
 
-What is asked while a model is compiled is a constant of what `torch.compile` makes.
+Results are constants inside graphs of `torch.compile`.
 """
 
 import re

@@ -133,8 +133,8 @@ def _inside(chunks: DeltaChunks, similar: Scores, grad_scores: Scores, grad_syst
 
 
 class _Outside(NamedTuple):
-    """What a chunk reads of the state before it, and writes into the one after it. `right`: the gradient of
-    V - e K S after beta; `grad`: that of the outputs."""
+    """The reads of the state before a chunk, and the writes to the state after it. `right`: the gradient of V - e K S
+    after beta; `grad`: the gradient of the outputs."""
 
     before: States
     after: States

@@ -1,5 +1,5 @@
-"""What is left of one token at another within some chunks of `gated_delta`: what decays of every form promise, and one
-decay for each head."""
+"""Decays between the tokens of a chunk of `gated_delta`: the interface of all forms, and the form with one decay a
+head."""
 
 from typing import NamedTuple, Protocol
 

@@ -41,7 +41,7 @@ class LinearRecurrenceInputs(NamedTuple):
         ]
 
     def prepared(self) -> Self:
-        """The call in the accumulation dtype, without boundaries: a = 0 where a document starts, and padding, with a = 1
+        """In the accumulation dtype, without boundaries: a = 0 where a document starts, and padding, with a = 1
         and x = 0, leaves the state alone."""
         dtype, start = accumulation_dtype(self.x.dtype), self.initial_state
         state = self.results()[1].zero_() if start is None else start.to(dtype)

@@ -69,7 +69,7 @@ untraced = Untraced("selective_scan_untraced", SelectiveScanInputs)
 
 
 def with_groups(values: Tensor, x: Tensor) -> Float[Tensor, "... groups state"]:
-    """B or C of a call whose groups may be left out where there is one."""
+    """Adds the dimension of groups to B or C, where a call with one group left it out."""
     return values if values.ndim > x.ndim else values.unsqueeze(-2)
 
 
@@ -92,8 +92,8 @@ def selective_scan(
     Args:
         dt: step sizes, >= 0, after softplus.
         A: negative rates, one for each entry of each channel's state.
-        B: what all channels write by, or those of a group: channel j reads group j // (channels / groups).
-        C: what they read by, likewise.
+        B: input weights of the state; channel j uses group j // (channels / groups).
+        C: output weights of the state, by group likewise.
         initial_state: the state before the first token; None is zeros.
         segments: document boundaries, as in `fusiontree.kernels.common.documents`.
         backend: "auto" or one of `SELECTIVE_SCAN.backends`.

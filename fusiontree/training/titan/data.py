@@ -59,7 +59,7 @@ class TitanLoader(BaseDataLoader):
 
 
 def refuse_changed(contents: Contents, before: Sequence[Mapping[str, Any]] | None) -> None:
-    """Refuse data that is not what a checkpoint says it was; checkpoints of former versions do not say it.
+    """Refuse data that differ from the checkpoint's record; checkpoints of older versions have none.
 
     Raises:
         RunError: it has changed; names the file.

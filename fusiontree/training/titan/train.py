@@ -37,7 +37,7 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
 
     Args:
         run: what to do; see `RunSpec`.
-        listener: told how it goes, in process 0; by default progress is printed.
+        listener: receives progress in process 0; by default progress is printed.
 
     Raises:
         FusionTreeError: the run, its data or its directory cannot be used.
