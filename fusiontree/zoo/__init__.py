@@ -1,6 +1,6 @@
-"""Presets, and the maps between FusionTree and public model families, a file each.
+"""Presets, and the maps between FusionTree and public model families, one file per family.
 
-Whoever asks for a preset does not wait for the families: their files are imported when one of them is asked for.
+Loading a preset does not import the families: they are imported on first access to a name in `__all__`.
 """
 
 from importlib import import_module

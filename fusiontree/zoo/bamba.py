@@ -24,7 +24,7 @@ MAMBA_DEFAULTS = {
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
 }
-"""Those of `mamba`."""
+"""Defaults of the options that `mamba` reads."""
 DEFAULTS = MAMBA_DEFAULTS | {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -79,7 +79,7 @@ NORMS = {"mixer": "input_layernorm", "ffn": "pre_ff_layernorm"}
 
 
 def node_tensors(node: NodeSpec) -> Iterator[Renamed]:
-    """What stands in a layer."""
+    """The tensors of one node in a layer."""
     match node:
         case Attention():
             yield from within("self_attn", parts.attention(node))
@@ -92,13 +92,13 @@ def node_tensors(node: NodeSpec) -> Iterator[Renamed]:
 
 
 def _attends(options: Options) -> list[bool]:
-    """Which layers have attention; one layer more than a spec may have is enough for it to be refused."""
+    """Whether each layer has attention. MAX_LAYERS + 1 layers are enough for the spec to be refused."""
     places, layers = options.places("attn_layer_indices"), min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
     return [index in places for index in range(layers)]
 
 
 def _rope(options: Options) -> dict[str, Any]:
-    """Turns half of a head's channels, whatever stands beside `rope_parameters`."""
+    """Rotates half of a head's channels, or the share in `rope_parameters`; any other share beside it is refused."""
     options.only("partial_rotary_factor", 0.5)
     head_dim = parts.head_dim(options)
     rope = partial_rope(options, head_dim, 0.5)
@@ -120,7 +120,7 @@ def _attention(options: Options) -> dict[str, Any]:
 
 
 def mamba(options: Options) -> dict[str, Any]:
-    """The Mamba-2 of Bamba and of Granite: as many norms as groups, behind the gate."""
+    """The Mamba-2 of Bamba and of Granite, with one norm per group after the gate."""
     options.get("mamba_chunk_size", None)  # of no consequence for the function
     groups, bias = options.count("mamba_n_groups"), options["mamba_proj_bias"]
     return {
@@ -139,7 +139,7 @@ def mamba(options: Options) -> dict[str, Any]:
 
 
 def _mamba_head_dim(options: Options) -> int:
-    """What `mamba_expand` says; `mamba_d_head` may say it once more."""
+    """The size of a head, from `mamba_expand`; `mamba_d_head` must agree."""
     inner, heads = options.count("mamba_expand") * options.count("hidden_size"), options.count("mamba_n_heads")
     if inner % heads:
         raise FusionTreeError(f"config.json: mamba_n_heads: {heads} heads do not divide {inner} features")
@@ -148,10 +148,10 @@ def _mamba_head_dim(options: Options) -> int:
 
 
 def mamba_config(reader: Reader) -> dict[str, Any]:
-    """The options of `mamba`; none where no layer has it."""
+    """The options that `mamba` reads; only `mamba_n_heads` if no layer has Mamba-2."""
     found = reader.find("mamba2")
     if found is None:
-        return {"mamba_n_heads": 1}  # transformers wants some that divide the width
+        return {"mamba_n_heads": 1}  # transformers needs a number that divides the width
     return {
         "mamba_expand": parts.expand(reader, found.inner),
         "mamba_n_heads": found.heads,

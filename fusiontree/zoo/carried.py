@@ -1,6 +1,6 @@
-"""What a config says that is no part of the function but matters to whoever uses the model: how long a text may be,
-where it ends, what trains it. An imported spec keeps it in its lineage (which takes no part in equality), through
-pruning and every other edit, and export gives it back.
+"""Fields of a config that do not change the function but matter to users: the longest text, end tokens, training. An
+imported spec keeps them in its lineage (which takes no part in equality), through pruning and every other edit.
+Export writes them back.
 """
 
 import json
@@ -19,28 +19,28 @@ CARRIED = (
     *("initializer_range", "attention_dropout", "hidden_dropout"),  # training
     *("router_aux_loss_coef", "z_loss_coefficient"),  # losses
 )
-"""The keys. Others that are no part of the function are of the class, the library's version, or one call."""
+"""The keys to keep. Other keys without effect describe the class, the library's version, or one call."""
 GENERATION = "generation_config.json"
 
 
 def carried(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config to be kept; nothing of what is null."""
+    """The fields of a config to keep, without null fields."""
     return {key: config[key] for key in CARRIED if config.get(key) is not None}
 
 
 def carried_by(spec: ModelSpec) -> dict[str, Any]:
-    """What a spec has kept since it was last imported. A length that its config calls otherwise is
-    `max_position_embeddings` too: nobody else looks for other names."""
+    """The fields that the last import kept. `model_max_length` also fills a missing `max_position_embeddings`, because
+    other tools read only that name."""
     kept = next((entry.data()["config"] for entry in reversed(spec.lineage) if entry.config), {})
     longest = kept.get("model_max_length")
     return kept if longest is None else {LONGEST: longest, **kept}
 
 
 def end_tokens(directory: Path | str, spec: ModelSpec) -> list[int]:
-    """The tokens behind which generation ends: those of `generation_config.json` beside a model, else of its config.
+    """The tokens that end generation: from the model's `generation_config.json`, else from its config.
 
     Raises:
-        FusionTreeError: the file is no JSON object, or says something else than tokens.
+        FusionTreeError: the file is not a JSON object, or a value is not a token of the vocabulary.
     """
     path = Path(directory) / GENERATION
     found = _object(path).get("eos_token_id") if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Tensors in files that follow from the config: they may be there, with the values that we compute."""
+"""Tensors in files that follow from the config: files may hold them, with the values that FusionTree computes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -12,21 +12,21 @@ from fusiontree.errors import WeightsError
 from fusiontree.zoo.tensors import Part
 
 FREQUENCIES = "rotary_emb.inv_freq"
-"""How files before transformers 4.30 end the names of a rotation's frequencies, of which each layer has some."""
+"""How the names of rotation frequencies end; files from before transformers 4.30 hold them in each layer."""
 ROUNDING = 1e-5
-"""How far frequencies that were computed in float32 are from exact ones, relative to them (theta is up to 1e11)."""
+"""Largest relative error of frequencies that were computed in float32 (theta is up to 1e11)."""
 ROUNDING_OF_POWERS = 1e-3
-"""The same of decays, exp(-base^n * m) for n and m up to hundreds; base is one of 2^(-8/heads)."""
+"""Largest relative error of decays, exp(-base^n * m) with base 2^(-8/heads) and n and m up to hundreds."""
 UNITS_OFF = 2
-"""How many units of its last place a decay's exponent may be off where it was computed in the dtype of the file: the
-slope, its factor, their product and the power are each rounded, to half a unit."""
+"""Largest error of a decay's exponent, in units in the last place, if it was computed in the dtype of the file. The
+slope, its factor, their product and the power are each rounded to half a unit."""
 
 
 def check_computed(theirs: Mapping[str, Tensor], computed: Mapping[str, Callable[[], Tensor]]) -> set[str]:
-    """Compare tensors with what we compute, where they are there; returns their names.
+    """Compare the stored tensors that are in `computed` with the computed values; returns their names.
 
     Raises:
-        WeightsError: one has other values.
+        WeightsError: a tensor has other values.
     """
     there = {name for name in theirs if name in computed}
     for name in sorted(there):
@@ -38,12 +38,12 @@ def check_computed(theirs: Mapping[str, Tensor], computed: Mapping[str, Callable
 def check_frequencies(
     theirs: Mapping[str, Tensor], spec: ModelSpec, parts: Iterable[Part], copies: Mapping[str, str]
 ) -> set[str]:
-    """Compare stored frequencies of rotations with those of the attention that they stand in; returns their names.
+    """Compare stored frequencies with the rotations of the module that holds them; returns the names compared.
 
-    One that stands in a module without a rotation is left for others to refuse.
+    Frequencies in a module without a rotation are not compared: `to_ours` refuses them as extra tensors.
 
     Raises:
-        WeightsError: one has other values.
+        WeightsError: a tensor has other values.
     """
     ours = {name: part.places() for part in parts for name in part.names()}
     ours |= {name: ours[first] for name, first in copies.items() if first in ours}
@@ -59,7 +59,7 @@ def check_frequencies(
 
 
 def _frequencies(spec: ModelSpec, inside: list[str]) -> Iterator[Tensor]:
-    """Those that the branches with these parameters rotate by, each kind once."""
+    """Yields the frequencies of the rotations in the branches that have these parameters, without repeats."""
     found = dict.fromkeys(
         (name, channels)
         for path, node in spec.nodes()
@@ -74,7 +74,7 @@ def _frequencies(spec: ModelSpec, inside: list[str]) -> Iterator[Tensor]:
 
 
 def _same_powers(found: Tensor, wanted: Tensor) -> bool:
-    """Whether a tensor holds these powers, computed in its own type: what rounds an exponent multiplies the power."""
+    """Whether a tensor holds these powers, computed in its dtype. Rounding an exponent scales the power."""
     if not found.is_floating_point():
         return False
     exponents = wanted.double().clamp(min=torch.finfo(torch.float64).tiny).log().abs()
@@ -83,7 +83,7 @@ def _same_powers(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _same(found: Tensor, wanted: Tensor, rounding: float | Tensor) -> bool:
-    """Whether a tensor holds these values as its type can."""
+    """Whether a tensor holds these values, up to the relative error `rounding` and the precision of its dtype."""
     if found.shape != wanted.shape or not found.is_floating_point():
         return False
     kind = torch.finfo(found.dtype)

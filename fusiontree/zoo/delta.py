@@ -1,4 +1,4 @@
-"""What families with gated delta rules in some layers and attention in the others have in common."""
+"""What families share that have gated delta rules in some layers and attention in the others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +14,17 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 
 def last_of(period: int) -> Callable[[int], bool]:
-    """Whether a layer is the last one of a period, from its index."""
+    """Returns a test of a layer's index: whether the layer is the last of its period."""
     return lambda index: index % period == period - 1
 
 
 def attends(options: Options, default: Callable[[int], bool]) -> list[bool]:
-    """Which layers have attention; where the config does not say, from their indices.
+    """Whether each layer has attention; `default` decides from the index if the config has no `layer_types`.
 
-    One layer more than a spec may have is enough for it to be refused.
+    At most MAX_LAYERS + 1 layers get a default: one layer too many is enough for the spec to be refused.
 
     Raises:
-        FusionTreeError: `layer_types` is no list of a kind for each layer.
+        FusionTreeError: `layer_types` is not a list with one known kind per layer.
     """
     layers = min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
     kinds = options.get("layer_types", None)
@@ -57,7 +57,7 @@ def mixer(options: Options) -> dict[str, Any]:
 
 
 def mixer_of(found: Any) -> dict[str, Any]:
-    """The reverse of `mixer`, of a `GatedDelta`; nothing of None."""
+    """The reverse of `mixer`, from a `GatedDelta`; {} for None."""
     if found is None:
         return {}
     return {
@@ -70,11 +70,11 @@ def mixer_of(found: Any) -> dict[str, Any]:
 
 
 def rows(node: GatedDelta) -> dict[str, int]:
-    """How many rows each of our maps has."""
+    """The number of rows of each of our maps."""
     keys, values = node.key_heads * node.head_dim, node.heads * (node.value_dim or node.head_dim)
     return {"q": keys, "k": keys, "v": values, "z": values, "beta": node.heads, "dt": node.heads}
 
 
 def attention_of(found: Any) -> dict[str, Any]:
-    """The sizes and the bias of an `Attention`; nothing of None."""
+    """The options for the sizes and the bias of an `Attention`; {} for None."""
     return {**parts.attention_sizes(found), "attention_bias": found.bias} if found else {}

@@ -1,9 +1,9 @@
 """Models on disk as transformers keeps them: `config.json` and safetensors, one file or several with an index.
 
-Only data is read: no pickle, no code (`auto_map` says where some would be and is passed over), nothing outside the
-directory. A tokenizer's files are carried along; bytes, which have none with us, get some on their way out. What a
-config says beside the function goes into the lineage and comes back on export. Nothing in a file is left unread:
-what we compute ourselves, or have by another name, has to be the same there.
+Only data is read: no pickle, no code (`auto_map`, which points to code, is passed over), nothing outside the directory.
+Tokenizer files are copied; for a byte model, which has none, export writes some. Config fields that do not change the
+function go into the lineage, and export writes them back. No tensor is dropped silently: tensors that FusionTree
+computes, or has under another name, must have the same values in the file.
 """
 
 import hashlib
@@ -33,29 +33,29 @@ from fusiontree.zoo.family import HEAD, Config, Family
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 OLD_TIES = ("tie_embedding",)
-"""What else than `tie_word_embeddings` configs call a head that is the embedding once more."""
+"""Other keys than `tie_word_embeddings` by which configs tie the head to the embedding."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def import_model(source: Path | str, target: Path | str, *, ignore: Iterable[str] = ()) -> ModelSpec:
-    """Read a public model and write ours, tensors in the type that they have.
+    """Read a public model and write it as a FusionTree model; tensors keep their dtype.
 
-    A head in the files beside a config that ties it to the embedding is used where the two differ, as transformers 5
-    does; the lineage says so.
+    If the config ties the head to the embedding but the files hold another head, the head of the files is used, as in
+    transformers 5. The lineage notes it.
 
     Args:
-        ignore: unknown keys of the config to pass over, which the lineage notes.
+        ignore: unknown keys of the config to pass over; the lineage notes them.
 
     Raises:
         FusionTreeError: no such model, an unknown family, an option that is not expressed, or tensors that are
-            missing, extra, of another shape, of a type that weights are not stored in, or not finite; nothing has
-            been written.
+            missing, extra, of another shape, of a dtype that weights cannot have, or not finite. Nothing has been
+            written.
     """
     source, ignore = Path(source), sorted(set(ignore))
     config = read_config(source)
     family = family_of(config.get("model_type")).in_files()
-    family.spec_of(config, ignore=ignore)  # what is wrong with the config is said before a large file is opened
+    family.spec_of(config, ignore=ignore)  # reports errors in the config before a large file is opened
     _refuse_adapters(source)
     with Tensors(source) as theirs:
         stored, notes = _as_stored(family, config, theirs, ignore)
@@ -76,7 +76,7 @@ def import_model(source: Path | str, target: Path | str, *, ignore: Iterable[str
 
 
 def export_model(source: Path | str, target: Path | str, family: Family) -> None:
-    """Read a model of ours and write it as one of the family, tensors in the type that they have.
+    """Read a FusionTree model and write it as a model of the family; tensors keep their dtype.
 
     Raises:
         FusionTreeError: the family cannot express the spec (names the node), or the target is not empty.
@@ -99,7 +99,7 @@ def export_model(source: Path | str, target: Path | str, family: Family) -> None
 
 
 def _write_tokenizer(source: Path, spec: ModelSpec, new: Path) -> None:
-    """The tokenizer's files that stand beside our weights; where there are none, those that bytes have."""
+    """Copy the tokenizer files beside our weights. If there are none, write the files of a byte tokenizer for bytes."""
     found = tokenizer_files(source)
     for file in found:
         shutil.copyfile(file, new / file.name)
@@ -108,7 +108,7 @@ def _write_tokenizer(source: Path, spec: ModelSpec, new: Path) -> None:
 
 
 def left_behind(source: Path) -> list[str]:
-    """What stands in a directory of transformers and is not read, sorted."""
+    """The names in a directory of transformers that are not read, sorted; names of directories end in `/`."""
     read = {CONFIG, SINGLE, INDEX, *(file.name for file in tokenizer_files(source))}
     if not (source / SINGLE).is_file() and (source / INDEX).is_file():
         read |= set(_json(source / INDEX, "").get("weight_map", {}).values())
@@ -116,15 +116,15 @@ def left_behind(source: Path) -> list[str]:
 
 
 def _refuse_adapters(source: Path) -> None:
-    """transformers adds them to the weights beside them without being asked."""
+    """Refuse adapters, because transformers applies them to the weights beside them without being asked."""
     if (source / ADAPTERS).is_file():
         text = "adapters beside the weights are not read; merge them (peft's merge_and_unload), or take them away"
         raise FusionTreeError(f"{source / ADAPTERS}: {text}")
 
 
 def _as_stored(family: Family, config: Config, theirs: "Tensors", ignore: Iterable[str]) -> tuple[Config, list[str]]:
-    """The config without a tie that the files do not have, and what there is to say of that. A family that has no head
-    of its own is left to refuse one."""
+    """The config, untied if the files hold a head that differs from the embedding, and notes for the lineage. A family
+    without an untied head keeps its config and refuses such a head later."""
     embedding = family.all_copies(config, ignore=ignore).get(HEAD)
     if embedding is None or not {HEAD, embedding} <= theirs.keys() or torch.equal(theirs[HEAD], theirs[embedding]):
         return config, []
@@ -136,7 +136,7 @@ def _as_stored(family: Family, config: Config, theirs: "Tensors", ignore: Iterab
 
 
 def _refuse_not_finite(source: Path, ours: Mapping[str, Tensor]) -> None:
-    """`load` would refuse the model."""
+    """Refuse values that are not finite, because `load` would refuse the model."""
     for name, tensor in ours.items():
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"{source}: tensor {name!r} holds a value that is not finite")
@@ -152,7 +152,7 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a directory by name, read when they are asked for; a context, as files stay open."""
+    """The tensors of a directory by name, read on access. A context manager, because the files stay open."""
 
     def __init__(self, source: Path) -> None:
         self._source, self._open = source, ExitStack()
@@ -189,7 +189,7 @@ class Tensors(Mapping[str, Tensor]):
         self._open.close()
 
     def _place(self) -> dict[str, str]:
-        """The file of each tensor; of a single file just that."""
+        """The file of each tensor, from the index; for a single file, only its name under an empty key."""
         if (self._source / SINGLE).is_file():
             return {"": SINGLE}
         if not (self._source / INDEX).is_file():
@@ -213,7 +213,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def _finite(value: Any) -> Any:
-    """Infinity, which JSON has not, as transformers writes it."""
+    """Replace infinity, which JSON cannot hold, by the object that transformers writes for it."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -222,7 +222,7 @@ def _finite(value: Any) -> Any:
 
 
 def _number(found: dict[str, Any]) -> Any:
-    """The reverse for one object."""
+    """The reverse of `_finite` for one JSON object."""
     return float("inf") if found == {"__float__": "Infinity"} else found
 
 

@@ -12,7 +12,7 @@ from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Renamed
 
 PACKED = ("z", "x", "B", "C", "dt")
-"""The parts of their map into Mamba-2, in its order, which is that of `ssm_multipliers` too."""
+"""The parts of their input map of Mamba-2, in its order; `ssm_multipliers` has the same order."""
 
 
 DEFAULTS = {

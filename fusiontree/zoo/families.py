@@ -29,7 +29,7 @@ def family_of(name: object) -> Family:
     """The family of a `model_type`.
 
     Raises:
-        FusionTreeError: there is none.
+        FusionTreeError: no family has this name.
     """
     if not isinstance(name, str) or name not in FAMILIES:
         raise FusionTreeError(f"model_type: no family is called {name!r}{suggest(str(name), FAMILIES)}")

@@ -1,4 +1,4 @@
-"""What the zoo knows of a public model family: its config as a spec, its tensors as ours, and both ways back."""
+"""Public model families: from a config to a spec, from their tensors to ours, and back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,10 +14,10 @@ from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import Deduplicated, Part, to_ours, to_theirs
 
 Config = Mapping[str, Any]
-"""What stands in a config.json."""
+"""The contents of a config.json."""
 Data = dict[str, Any]
 HEAD = "lm_head.weight"
-"""What all families call the head's weight."""
+"""The name of the head's weight in all families."""
 
 
 class Family(ABC):
@@ -26,10 +26,10 @@ class Family(ABC):
     Attributes:
         name: the `model_type` of its configs.
         architecture: the class in transformers that has the head.
-        defaults: options of the family's class that published configs leave out.
-        unused: how names begin of tensors that transformers does not read either: of parts that only help another
-            way to decode. The lineage notes them.
-        stored: whether its tensors are those of files (`files`), and not those of modules in transformers.
+        defaults: values of the family's class for options that published configs leave out.
+        unused: how the names of skipped tensors begin. transformers skips them too: their modules only serve other
+            ways to decode. The lineage notes them.
+        stored: whether tensors have their names in files (`files`) or in modules of transformers (`tensors`).
     """
 
     name: ClassVar[str]
@@ -46,33 +46,33 @@ class Family(ABC):
 
     @abstractmethod
     def config(self, reader: "Reader") -> Data:
-        """A config for a spec of this family. It may overlook what the family does not have: `config_of` compares
-        what comes back."""
+        """A config for a spec of this family. It may ignore fields that the family does not have: `config_of` reads
+        the config back and compares the specs."""
 
     @abstractmethod
     def tensors(self, spec: ModelSpec) -> Iterator[Part]:
-        """Which of their tensors are which of ours, in a spec of this family."""
+        """The correspondences for a spec of this family, with the names of modules in transformers."""
 
     def files(self, spec: ModelSpec) -> Iterator[Part]:
-        """The same of the tensors in files, where transformers reads them into modules of other names."""
+        """The correspondences with the names in files, if transformers reads them into modules of other names."""
         yield from self.tensors(spec)
 
     def computed(self, options: Options) -> Mapping[str, Callable[[], Tensor]]:
-        """Tensors that may be there and say what we compute from the config, with their values. (A head that is tied
-        and frequencies of rotations are looked at for all families.)"""
+        """Tensors that files may hold although they follow from the config: by name, a function that computes each.
+        (Tied heads and frequencies of rotations are checked for all families.)"""
         return {}
 
     def newest(self, config: Config) -> Config:
-        """A config in the form of today, where transformers still reads an older one."""
+        """The config in its newest form, for families of which transformers still reads an older form."""
         return config
 
     def copies(self, spec: ModelSpec) -> Mapping[str, str]:
-        """Tensors of shared modules under further names, each with the name under which it is known. They may be
-        there, with the same values, and are not written."""
+        """Further names of tensors in shared modules, each with the first name of the tensor. Files may hold them,
+        with the same values; they are not written."""
         return {}
 
     def options(self, config: Config, ignore: Iterable[str] = ()) -> Options:
-        """A config with the family's defaults."""
+        """The options of a config, with the family's defaults."""
         return Options(self.name, self.newest(config), self.defaults, ignore)
 
     def spec_of(self, config: Config, *, ignore: Iterable[str] = ()) -> ModelSpec:
@@ -82,8 +82,8 @@ class Family(ABC):
             ignore: unknown keys to pass over; `rope_parameters.KEY` for those inside.
 
         Raises:
-            FusionTreeError: it has an option that is missing, unknown, or not expressed, or a key to be ignored is
-                known or not there; names the key.
+            FusionTreeError: an option is missing, unknown, or not expressed, or a key to ignore is known or absent;
+                names the key.
         """
         options = self.options(config, ignore)
         try:
@@ -100,7 +100,7 @@ class Family(ABC):
         """The config of a spec.
 
         Raises:
-            FusionTreeError: the family cannot express it; names the node.
+            FusionTreeError: the family cannot express the spec; names the node.
         """
         found = {"architectures": [self.architecture], "model_type": self.name, **self.config(Reader(self, spec))}
         differences = spec.diff(self.spec_of(found))
@@ -116,8 +116,8 @@ class Family(ABC):
         """The state dict of the spec's model; `ignore` as in `spec_of`.
 
         Raises:
-            WeightsError: a tensor is missing, extra, has other rows than the config says, other values than one
-                that is the same by another name, or others than those that we compute.
+            WeightsError: a tensor is missing or extra, has other rows than the config says, or has other values
+                than under its other name or than computed from the config.
         """
         spec = self.spec_of(config, ignore=ignore)
         parts, copies = [*self._parts(spec)], self._all_copies(spec)
@@ -128,12 +128,12 @@ class Family(ABC):
         return to_ours(parts, Deduplicated(theirs, copies), ignored=[*computed, *unused])
 
     def left_out(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Those of these tensors that are `unused`, by how they begin."""
+        """The names that begin as `unused` says, grouped by that beginning."""
         found = {part: [name for name in names if name.startswith(part)] for part in self.unused}
         return {part: inside for part, inside in found.items() if inside}
 
     def all_copies(self, config: Config, *, ignore: Iterable[str] = ()) -> dict[str, str]:
-        """`copies`, and a head beside a config that ties it."""
+        """`copies` for the spec of a config, and the head if it is tied."""
         return self._all_copies(self.spec_of(config, ignore=ignore))
 
     def _all_copies(self, spec: ModelSpec) -> dict[str, str]:
@@ -142,19 +142,19 @@ class Family(ABC):
         return tied | dict(self.copies(spec))
 
     def weights_to(self, config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The family's state dict."""
+        """The family's state dict, from ours."""
         return to_theirs(self._parts(self.spec_of(config)), ours)
 
     def _parts(self, spec: ModelSpec) -> Iterator[Part]:
         return self.files(spec) if self.stored else self.tensors(spec)
 
     def in_files(self) -> "Family":
-        """The family whose tensors are those of files."""
+        """This family with the tensor names of files."""
         return type(self)(stored=True)
 
 
 class Reader:
-    """A spec, from which a family takes what its configs say."""
+    """A spec, from which a family writes its config."""
 
     def __init__(self, family: Family, spec: ModelSpec) -> None:
         self.family, self.spec = family, spec
@@ -189,7 +189,7 @@ FamilyT = TypeVar("FamilyT", bound=Family)
 
 
 def register(family: type[FamilyT]) -> type[FamilyT]:
-    """Make a family known by its name."""
+    """Adds a family to `FAMILIES` under its name."""
     assert family.name not in FAMILIES, f"two families are named {family.name!r}"
     FAMILIES[family.name] = family()
     return family

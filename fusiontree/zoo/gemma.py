@@ -1,8 +1,8 @@
 """Gemma 2 (arXiv 2408.00118) and the text model of Gemma 3 (arXiv 2503.19786): norms before and after each sub-layer,
 layers with a window between global ones.
 
-Gemma 2 caps its scores and logits. Gemma 3 normalises queries and keys instead, and turns them by another theta where
-there is a window.
+Gemma 2 caps its scores and logits. Gemma 3 normalises queries and keys instead, and rotates them by another theta in
+layers with a window.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from fusiontree.zoo.tensors import Renamed, below, within
 
 LOCAL, GLOBAL = TYPES = ("sliding_attention", "full_attention")
 THETA = {LOCAL: ("rope_local_base_freq", 10_000.0), GLOBAL: ("rope_theta", 1_000_000.0)}
-"""Of Gemma 3, by the type of a layer: where configs before transformers 5 have it, and what it is without."""
+"""Theta in Gemma 3 by the type of a layer: its key in configs before transformers 5, and its default."""
 ROPE = {LOCAL: "local_rope", GLOBAL: "global_rope"}
-"""The encodings of Gemma 3."""
+"""The names of Gemma 3's encodings by the type of a layer."""
 NORMS = {
     "input_layernorm": "mixer.before",
     "post_attention_layernorm": "mixer.after",
@@ -43,7 +43,7 @@ CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
 
 
 class Gemma(Family):
-    """What both have."""
+    """The tensors of Gemma 2 and Gemma 3."""
 
     def tensors(self, spec: ModelSpec) -> Iterator[Renamed]:
         yield from parts.whole(spec, "norm")
@@ -56,7 +56,7 @@ class Gemma(Family):
 
 @register
 class Gemma2(Gemma):
-    """With caps."""
+    """Gemma 2, with caps on scores and logits."""
 
     name = "gemma2"
     architecture = "Gemma2ForCausalLM"
@@ -75,7 +75,7 @@ class Gemma2(Gemma):
 
 @register
 class Gemma3(Gemma):
-    """With norms on queries and keys."""
+    """Gemma 3, with norms on queries and keys."""
 
     name = "gemma3_text"
     architecture = "Gemma3ForCausalLM"
@@ -84,7 +84,7 @@ class Gemma3(Gemma):
     def spec(self, options: Options) -> dict[str, Any]:
         every = options.get("sliding_window_pattern", 6)
         if options.get("layer_types", None) is not None:
-            options.get("_sliding_window_pattern", None)  # from which they were made
+            options.get("_sliding_window_pattern", None)  # `layer_types` was made from it
         types = parts.layer_types(options, TYPES, lambda index: LOCAL if (index + 1) % every else GLOBAL)
         qk_norm = {"qk_norm": _norm(options)}
         data = _spec(options, [(_attention(options, each) | qk_norm, ROPE[each]) for each in types])
@@ -108,7 +108,7 @@ def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
 
 
 def _ropes(options: Options) -> dict[str, dict[str, Any]]:
-    """The rotations of Gemma 3 by the type of a layer; scaling in a config before transformers 5 is of global ones."""
+    """Gemma 3's rotations by the type of a layer. Before transformers 5, a scaling is for global layers only."""
     found = options.get("rope_parameters", None) or {GLOBAL: options.get("rope_scaling", None)}
     thetas = {each: options.get(*THETA[each]) for each in TYPES}
     return {each: rope(options, found.get(each) or {}, thetas[each]) for each in TYPES}
@@ -117,7 +117,7 @@ def _ropes(options: Options) -> dict[str, dict[str, Any]]:
 def _spec(options: Options, mixers: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
     """A model of these attention branches, each with the name of its rotation."""
     options.only("hidden_activation", "gelu_pytorch_tanh")
-    options.get("hidden_act", None)  # which transformers does not look at
+    options.get("hidden_act", None)  # transformers does not read it
     ffn = {"kind": "mlp", "hidden": options["intermediate_size"], "activation": "geglu_tanh"}
     around = {"ffn": ffn, "norm": _norm(options), "placement": "sandwich"}
     return {
@@ -137,7 +137,7 @@ def _norm(options: Options) -> dict[str, Any]:
 def _attention(options: Options, kind: str) -> dict[str, Any]:
     head_dim, scalar = options["head_dim"], options["query_pre_attn_scalar"]
     bias, window = options["attention_bias"], options["sliding_window"]
-    options.only("sliding_window_size", window)  # which published configs say beside it, and transformers does not read
+    options.only("sliding_window_size", window)  # in published configs; transformers does not read it
     return {
         "kind": "attention",
         "heads": options.count("num_attention_heads"),
@@ -152,7 +152,7 @@ def _attention(options: Options, kind: str) -> dict[str, Any]:
 
 
 def _config(reader: Reader) -> dict[str, Any]:
-    """What both have."""
+    """The options that Gemma 2 and Gemma 3 share."""
     spec, attention, ffn = reader.spec, reader.first("attention"), reader.first("mlp")
     windows = [getattr(layer.mixer, "window", None) for layer in reader.layers]
     return {

@@ -1,5 +1,5 @@
 """Granite 4 (IBM, 2025; transformers' `granitemoehybrid`): Bamba's Mamba-2 or attention, then a gated feed-forward
-network, beside it experts where there are some; muP multipliers on embedding, attention, residuals and logits."""
+network, in some models with experts beside it; muP multipliers on embedding, attention, residuals and logits."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ DEFAULTS = MAMBA_DEFAULTS | {
 
 @register
 class GraniteMoeHybrid(Family):
-    """A mixer, and a network that all tokens visit beside experts, in each layer."""
+    """A mixer and a network for all tokens, with experts beside it if there are any, in each layer."""
 
     name = "granitemoehybrid"
     architecture = "GraniteMoeHybridForCausalLM"
@@ -125,7 +125,7 @@ def _kinds(options: Options) -> list[str]:
     """The mixer of each layer; Mamba where the config says nothing."""
     layers = options.count("num_hidden_layers")
     if options.get("layer_types", None) is None:
-        return ["mamba"] * min(layers, MAX_LAYERS + 1)  # enough for it to be refused
+        return ["mamba"] * min(layers, MAX_LAYERS + 1)  # enough for the spec to be refused
     kinds = options.words("layer_types", KINDS)
     options.only("num_hidden_layers", len(kinds))
     return kinds
@@ -156,7 +156,7 @@ def _attention(options: Options) -> dict[str, Any]:
 
 
 def _ffn(options: Options) -> dict[str, Any]:
-    """Experts have shares of a softmax over the chosen; without any, the network that all tokens visit is left."""
+    """Experts with a softmax over the chosen, and a network for all tokens; without experts, only that network."""
     hidden, shared = options.get("intermediate_size", 1), options["shared_intermediate_size"]
     experts, top_k = options.count("num_local_experts", 0), options["num_experts_per_tok"]
     if not experts:
@@ -165,7 +165,7 @@ def _ffn(options: Options) -> dict[str, Any]:
 
 
 def _divisor(multiplier: float) -> float:
-    """What has this reciprocal; of the few that do, the one with the fewest digits, which is what somebody wrote."""
+    """The number with this reciprocal. Of several, it has the fewest digits, as a person would write it."""
     near = 1 / multiplier if multiplier else math.inf
     candidates = [near, math.nextafter(near, 0.0), math.nextafter(near, math.inf)]
     exact = [value for value in candidates if value and 1 / value == multiplier]

@@ -1,4 +1,4 @@
-"""Any spec as a model of transformers: `AutoConfig` and `AutoModelForCausalLM` know `fusiontree` once this is imported.
+"""Any spec as a model of transformers. Importing it registers `fusiontree` with AutoConfig and AutoModelForCausalLM.
 
 >>> import fusiontree.zoo.hf
 >>> from transformers import AutoModelForCausalLM
@@ -42,12 +42,12 @@ from fusiontree.zoo.hf_inputs import FLATTENED, LOSS, check_options, counted_lab
 
 
 class FusionTreeConfig(PreTrainedConfig):
-    """A spec as a config. What tools ask of configs (vocab_size, hidden_size, num_hidden_layers) is read off it.
+    """A spec as a config. The fields that tools need (vocab_size, hidden_size, num_hidden_layers) are copied from it.
 
     Args:
-        spec: a spec, or its YAML. It is kept as text: transformers sorts what it writes, and the order of branches
-            means something.
-        seed: of the starting weights of a model that is not loaded.
+        spec: a spec, or its YAML. It is kept as text, because transformers sorts the keys that it writes and the order
+            of branches has a meaning.
+        seed: the seed for drawing weights that no checkpoint gives.
     """
 
     model_type = "fusiontree"
@@ -65,7 +65,7 @@ class FusionTreeConfig(PreTrainedConfig):
 
 
 class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `LanguageModel` as transformers wants one; parameters are below `model.` under their own paths."""
+    """A `LanguageModel` with the interface of transformers; its parameters have `model.` in front of their names."""
 
     config: FusionTreeConfig
     config_class = FusionTreeConfig
@@ -86,10 +86,10 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_directory(cls, directory: Path | str, **options: Any) -> "FusionTreeForCausalLM":
-        """The model in a directory of ours; `options` are those of `fusiontree.load`.
+        """Loads a FusionTree directory; `options` are the options of `fusiontree.load`.
 
         Raises:
-            FusionTreeError: see `fusiontree.load`; or a `generation_config.json` there cannot be read.
+            FusionTreeError: see `fusiontree.load`; or its `generation_config.json` cannot be read.
         """
         loaded = weights.load(directory, **options)
         with torch.device("meta"):
@@ -104,7 +104,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another embedding of the same size in its place."""
+        """Replace the embedding by another of the same size."""
         if value is self.model.embedding:
             return
         plain = isinstance(value, nn.Embedding) and value.max_norm is None and not value.scale_grad_by_freq
@@ -114,11 +114,11 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embedding = value  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head, where it has a weight of its own."""
+        """The head if it has its own weight; None if it is tied."""
         return self.model.head if self.model.head.weight is not None else None
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Let the head, which has a weight of its own, have that of a linear map."""
+        """Give the head, which must not be tied, the weight and the bias of a linear map."""
         head, weight = self.model.head, getattr(new_embeddings, "weight", None)
         bias = getattr(new_embeddings, "bias", None)
         if new_embeddings is head:
@@ -132,19 +132,19 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         head.weight, head.bias = weight, bias
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
-        """As transformers' own, in the spec as well: rows of new tokens are drawn around the mean of the others."""
+        """Resize as transformers does, and update the spec. New rows are drawn around the mean of the old rows."""
         found = super().resize_token_embeddings(*args, **options)
         count, head = len(self.model.embedding.weight), self.model.head
         if count != self.model.spec.vocab_size:
             spec = self.model.spec.replace({"vocab_size": count})
             self.model.spec, self.config.spec = spec, spec.to_yaml()
-        if head.bias is not None and len(head.bias) != count:  # a tied head's: new tokens have none
+        if head.bias is not None and len(head.bias) != count:  # of a tied head; the bias of new tokens is 0
             kept = head.bias.data[:count]
             head.bias = nn.Parameter(F.pad(kept, (0, count - len(kept))), requires_grad=head.bias.requires_grad)
         return found
 
     def _get_resized_lm_head(self, old_lm_head: nn.Module, *args: Any, **options: Any) -> nn.Linear:
-        """Our head's weight and bias, resized as those of a linear map."""
+        """Resize the head's weight and bias as if the head were a linear map."""
         vocab_size, width = self.model.head.weight.shape  # pyright: ignore[reportOptionalMemberAccess]
         linear = nn.Linear(width, vocab_size, bias=False, device="meta")
         linear.weight, linear.bias = old_lm_head.weight, old_lm_head.bias  # pyright: ignore
@@ -156,10 +156,10 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Keep the inputs of layers alone. `use_reentrant` may be given; there is one way here.
+        """Keep only the inputs of layers, and run layers again for gradients. `use_reentrant` has no effect.
 
         Raises:
-            FusionTreeError: another option.
+            FusionTreeError: an option has another value than its default, or is unknown.
         """
         given = {**(gradient_checkpointing_kwargs or {}), "every_n_layers": every_n_layers, "offload": offload}
         allowed = {"use_reentrant": (True, False), "every_n_layers": (1,), "offload": (False,)}
@@ -169,7 +169,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything."""
+        """Keep all activations for the backward pass."""
         self.model.checkpointing = False
 
     @property
@@ -196,23 +196,23 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, and with `labels` (which are shifted here) the mean cross entropy.
+        """Returns logits and, if there are `labels` (which are shifted here), the mean cross entropy.
 
         Args:
             input_ids: [batch, time].
-            attention_mask: [batch, columns], those that the cache has seen included; 0 is padding, anywhere, and
+            attention_mask: [batch, columns], including the columns in the cache. 0 is padding, at any place;
                 1, 2, 3, ... number the samples of a packed row.
-            position_ids: where there is no cache, a new document begins at each 0.
-            past_key_values: from the call before; an empty one is made where there is none and `use_cache`.
-            labels: [batch, time]; those of padding and of a document's first token count nothing.
-            logits_to_keep: only of the last positions; 0 is all.
-            output_hidden_states: what each layer reads, and last what the head reads.
-            return_dict: False gives a tuple of what there is.
-            options: those of the loss, and what collators that lay samples end to end give beside `position_ids`.
+            position_ids: without a cache, a new document begins at each 0.
+            past_key_values: the cache of the previous call. If None and `use_cache`, an empty cache is made.
+            labels: [batch, time]; labels of padding and of a document's first token do not count.
+            logits_to_keep: the number of last positions to return logits for, or their indices; 0 means all.
+            output_hidden_states: whether to return the input of each layer and, last, the input of the head.
+            return_dict: False returns a tuple of the values that are not None.
+            options: options of the loss, and the arguments of collators of packed samples (see `FLATTENED`).
 
         Raises:
-            FusionTreeError: `inputs_embeds`, attention weights, another cache than ours, or an option that nothing
-                here would read.
+            FusionTreeError: for `inputs_embeds`, attention weights, a cache that is not a `FusionTreeCache`, or an
+                option that `forward` would have to ignore.
         """
         if input_ids is None or options.get("inputs_embeds") is not None:
             raise FusionTreeError("inputs_embeds: models of FusionTree read input_ids")
@@ -239,14 +239,14 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         return found.to_tuple() if as_tuple else found
 
     def _wanted(self, given: bool | None, name: str) -> bool:
-        """An argument, or what the config says where it is not given."""
+        """The value of an argument, or of the config if the argument is None."""
         return bool(getattr(self.config, name, False) if given is None else given)
 
     @staticmethod
     def _placed(
         tokens: Tensor, mask: Tensor | None, positions: Tensor | None, memory: Any, options: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Documents and positions as our models take them."""
+        """Documents and positions in the form that `LanguageModel.features` takes."""
         samples = options.get("seq_idx")
         if mask is None and positions is None and samples is None:
             found = next((name for name in FLATTENED if options.get(name) is not None), None)
@@ -272,7 +272,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
 
     def _memory(self, given: Any, wanted: bool | None, rows: int) -> FusionTreeCache | None:
-        """The cache to use, made for its first call."""
+        """The cache to use, if any; the first call makes its states."""
         if given is None and not wanted:
             return None
         found = FusionTreeCache() if given is None else given
@@ -284,7 +284,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """No: recurrent states have no place in transformers' own."""
+        """No: the default cache of transformers cannot hold recurrent states."""
         return False
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -295,8 +295,8 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = FusionTreeCache()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw from (seed, path), as `build` does, what no checkpoint has given to a module; transformers asks for
-        each, and for the rows that `resize_token_embeddings` adds."""
+        """Draw the parameters of a module that no checkpoint gave, from (seed, path) as `build` does. transformers
+        calls it for each module, and for the rows that `resize_token_embeddings` adds."""
         if not isinstance(module, Module):
             super()._init_weights(module)
             return
@@ -306,7 +306,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _check_overrides(config: FusionTreeConfig, spec: ModelSpec) -> None:
-    """Refuse a config whose copies of what the spec says were changed, which would change nothing."""
+    """Refuse a config whose copies of fields of the spec were changed: only the spec has an effect."""
     wanted = {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.width,
@@ -320,12 +320,12 @@ def _check_overrides(config: FusionTreeConfig, spec: ModelSpec) -> None:
 
 
 def _generation(directory: Path, model: FusionTreeForCausalLM) -> GenerationConfig:
-    """How a model in a directory of ours generates: what a file there says, else its config, else the end of bytes."""
+    """The generation config of a directory: its file; else, for bytes, the byte tokenizer's; else the model's."""
     if (directory / GENERATION).is_file():
         ends = end_tokens(directory, model.model.spec)
         try:
             found = GenerationConfig.from_pretrained(directory)
-        except Exception as error:  # whatever it is, the file says it
+        except Exception as error:  # any error comes from the file
             raise FusionTreeError(f"{directory / GENERATION}: cannot be read: {error}") from None
         if found.eos_token_id is None and ends:
             found.eos_token_id = ends
@@ -336,11 +336,11 @@ def _generation(directory: Path, model: FusionTreeForCausalLM) -> GenerationConf
 
 
 def tokenizer_of(directory: Path | str, spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory of ours: that whose files stand there, else that of bytes.
+    """The tokenizer of a FusionTree directory: read from its files, else the byte tokenizer.
 
     Raises:
-        FusionTreeError: there is none and the vocabulary is not that of bytes, the files cannot be read, or the
-            tokenizer has more tokens than the model.
+        FusionTreeError: there are no files and the vocabulary does not have the size of bytes, the files cannot be
+            read, or the tokenizer has more tokens than the model.
     """
     found = _tokenizer(Path(directory))
     if found is None and spec.vocab_size != ByteTokenizer.vocab_size:
@@ -354,14 +354,14 @@ def tokenizer_of(directory: Path | str, spec: ModelSpec) -> PreTrainedTokenizerF
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """`ByteTokenizer` as one of transformers."""
+    """`ByteTokenizer` as a tokenizer of transformers."""
     files = byte_tokenizer()
     found = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
     return PreTrainedTokenizerFast(tokenizer_object=found, **files["tokenizer_config.json"])
 
 
 def _tokenizer(directory: Path) -> Any:
-    """What the files of a directory say; None where there are none."""
+    """The tokenizer in the files of a directory; None if there are no files."""
     names = {file.name for file in tokenizer_files(directory)}
     try:
         if "tokenizer_config.json" in names:
@@ -370,13 +370,13 @@ def _tokenizer(directory: Path) -> Any:
             return _with_special(FileTokenizer(directory))
     except FusionTreeError:
         raise
-    except Exception as error:  # whatever it is, one of these files says it
+    except Exception as error:  # any error comes from one of these files
         raise FusionTreeError(f"{directory}: its tokenizer cannot be read: {error}") from None
     return None
 
 
 def _with_special(read: FileTokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows which tokens begin and end a text."""
+    """The tokenizer with its tokens for the start and the end of a text."""
     ids = {"bos_token": read.start, "eos_token": next(iter(read.ends), None)}
     names = {name: read.tokenizer.id_to_token(token) for name, token in ids.items() if token is not None}
     return PreTrainedTokenizerFast(tokenizer_object=read.tokenizer, **names)

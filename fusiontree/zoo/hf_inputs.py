@@ -1,4 +1,4 @@
-"""From transformers' arguments to ours: masks, positions and samples to documents, labels to those that count."""
+"""Converts transformers' arguments: masks, positions and samples to documents, and labels to labels that count."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from fusiontree.errors import FusionTreeError
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Options of the loss."""
 FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What collators that lay samples end to end give beside `position_ids`."""
+"""The arguments that collators of packed samples give beside `position_ids`."""
 
 
 def check_options(options: Mapping[str, Any], columns: int) -> None:
-    """Refuse what `forward` would have to ignore; nothing (None, False) may be given for anything.
+    """Refuse options that `forward` would have to ignore. None and False are accepted for every option.
 
     Raises:
-        FusionTreeError: names the first.
+        FusionTreeError: names the first such option.
     """
     for name, value in options.items():
         if value is None or value is False or name in (*LOSS, *FLATTENED, "seq_idx"):
@@ -41,13 +41,13 @@ def documents_of(
 
     Args:
         tokens: [batch, time].
-        mask: [batch, columns], the last ones those of the tokens: 0 is padding; 1, 2, 3, ... number packed samples.
+        mask: [batch, columns]; the last columns are the tokens. 0 is padding; 1, 2, 3, ... number packed samples.
         positions: [batch, time]; a sample begins at each 0.
         samples: [batch, time], the number of each token's sample from 0 on.
         cached: whether there is a cache, whose rows each continue one document.
 
     Raises:
-        FusionTreeError: not a mask, or several samples in a row for a cache.
+        FusionTreeError: the mask has another shape or other values, or a row of a cache gets several samples.
     """
     one = samples is None and (positions is None or tokens.shape[1] == 1)
     given = None if mask is None else _at(tokens, mask)
@@ -64,7 +64,7 @@ def documents_of(
 
 
 def _at(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The columns of a mask where the tokens stand."""
+    """The columns of a mask that belong to the tokens."""
     if mask.ndim != 2 or mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]:
         needed = f"[{tokens.shape[0]}, at least {tokens.shape[1]}]"
         raise FusionTreeError(f"attention_mask: expected {needed}, found {list(mask.shape)}")
@@ -89,8 +89,8 @@ def _begins(numbers: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def counted_labels(labels: Tensor, documents: Tensor | None, ignored: int = NO_LABEL) -> Tensor:
-    """Labels [batch, time], less those that the token before does not predict: padding, and what another document or
-    padding stands before."""
+    """Labels [batch, time], set to `ignored` where the previous token does not predict them: at padding, and after
+    padding or another document."""
     if documents is None or labels.shape != documents.shape:
         return labels
     predicted = (documents[:, 1:] >= 0) & (documents[:, 1:] == documents[:, :-1])

@@ -1,5 +1,5 @@
 """Jamba (arXiv 2403.19887, 2408.12570): attention without positions in one layer of a period, Mamba with norms on dt, B
-and C in the others, a gated feed-forward network in each, of experts in one layer of another period."""
+and C in the others. Each layer has a gated feed-forward network, with experts in one layer of another period."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -99,18 +99,18 @@ def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> I
 
 
 def _attends(options: Options) -> list[bool]:
-    """Which layers have attention."""
+    """Whether each layer has attention."""
     return _in_period(options, "attn")
 
 
 def _routes(options: Options) -> list[bool]:
-    """Which layers have experts."""
+    """Whether each layer has experts."""
     several = options.count("num_experts") > 1
     return [several and routes for routes in _in_period(options, "expert")]
 
 
 def _in_period(options: Options, what: str) -> list[bool]:
-    """Layers of a period; one layer more than a spec may have is enough for it to be refused."""
+    """Whether each layer is at the offset of its period. MAX_LAYERS + 1 layers are enough for a refusal."""
     period, offset = options.count(f"{what}_layer_period"), options.count(f"{what}_layer_offset", 0)
     layers = min(options.count("num_hidden_layers"), MAX_LAYERS + 1)
     return [index % period == offset for index in range(layers)]
@@ -121,7 +121,7 @@ def _mlp(options: Options) -> dict[str, Any]:
 
 
 def _moe(options: Options) -> dict[str, Any]:
-    """Shares are those of a softmax over all experts."""
+    """Experts with the scores of a softmax over all experts, not renormalised over the chosen."""
     return {
         "kind": "moe",
         "experts": options["num_experts"],
@@ -160,7 +160,7 @@ def _attention(options: Options) -> dict[str, Any]:
 
 
 def _period_of(what: str, there: list[bool]) -> dict[str, Any]:
-    """Where something stands; the period is longer than the stack where it does so once or never."""
+    """The offset and period of the true entries; the period exceeds the stack if there are fewer than two."""
     places = [index for index, stands in enumerate(there) if stands]
     offset = places[0] if places else len(there)
     period = places[1] - offset if len(places) > 1 else len(there) + 1

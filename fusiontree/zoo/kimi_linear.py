@@ -1,5 +1,5 @@
-"""Kimi Linear (arXiv 2510.26692): delta rules whose channels decay each on its own, in one layer of four latent
-attention, no positions anywhere, and behind the first layer experts as in DeepSeek-V3."""
+"""Kimi Linear (arXiv 2510.26692): delta rules with one decay per channel, and latent attention in one layer of four.
+There are no positions. After the first layer, layers have experts as in DeepSeek-V3."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,11 +14,11 @@ from fusiontree.zoo.options import Options
 from fusiontree.zoo.tensors import Aliased, Concatenated, Part, Renamed, View, below, interleaved, linear, within
 
 LATENT_EPS = 1e-6
-"""Of the norms of latents, whatever the config says of the others."""
+"""Epsilon of the norms of latents; the config's epsilon is for the other norms."""
 NETWORKS = {"dense": "mlp", "sparse": "moe"}
-"""Their words for what stands behind a mixer, and ours."""
+"""Their words for the network after a mixer, and ours."""
 EXPERTS = "block_sparse_moe"
-"""What a network of experts is called in files."""
+"""The name of a network of experts in files."""
 ALIASES = {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "num_experts_per_token",
@@ -26,13 +26,13 @@ ALIASES = {
     "n_group": "num_expert_group",
     "norm_topk_prob": "moe_renormalize",
 }
-"""What transformers calls some fields, and what configs call them."""
+"""The names of fields in transformers, and their names in published configs."""
 OF_DELTA = {
     "num_heads": "linear_num_heads",
     "head_dim": "linear_head_dim",
     "short_conv_kernel_size": "linear_conv_kernel_dim",
 }
-"""What stands in `linear_attn_config` in the first configs, and where it stands in later ones."""
+"""The fields of `linear_attn_config` in the first configs, and their names in later configs."""
 PLACES = {"kda_layers": delta.LINEAR, "full_attn_layers": delta.FULL}
 DEFAULTS = {
     "hidden_size": 2304,
@@ -91,7 +91,7 @@ class KimiLinear(Family):
             "mlp_layer_types": kinds,
             "hidden_act": "silu",
             "tie_word_embeddings": False,
-            "pad_token_id": None,  # their class has one that a small vocabulary has not
+            "pad_token_id": None,  # their class has a default that a small vocabulary lacks
             **({"intermediate_size": mlp.hidden} if mlp else {}),
             **_mixer_of(reader.find("gated_delta")),
             **_attention_of(reader.find("mla")),
@@ -99,7 +99,7 @@ class KimiLinear(Family):
         }
 
     def newest(self, config: Config) -> Data:
-        """Without `linear_attn_config`, which transformers takes apart too."""
+        """The config with `ALIASES` applied and `linear_attn_config` split into fields, as transformers does."""
         found = {ALIASES.get(key, key): value for key, value in config.items()}
         first = found.pop("linear_attn_config", None) or {}
         if not isinstance(first, Mapping):
@@ -139,7 +139,7 @@ def _node_tensors(node: NodeSpec) -> Iterator[Part]:
 
 
 def _file_tensors(node: NodeSpec) -> Iterator[Part]:
-    """Published ones; transformers, when it saves, renames the dense networks as if they were experts too."""
+    """The names in published files. When transformers saves, it gives dense networks the name of experts too."""
     match node:
         case GatedDelta():
             yield from within("self_attn", _delta_tensors(""))
@@ -160,7 +160,7 @@ def _convolution(node: GatedDelta) -> Iterator[Renamed]:
 
 
 def _delta_tensors(decays: str) -> Iterator[Renamed]:
-    """All but the convolution; what decides the decays stands below a name."""
+    """All tensors but the convolution; `decays` is put in front of the names that belong to decays."""
     maps = {"q": "q", "k": "k", "v": "v", "b": "beta", "g_a": "z_down", "g_b": "z", "o": "out"}
     for theirs, ours in maps.items():
         yield from linear(f"{theirs}_proj", ours)
@@ -173,7 +173,7 @@ def _delta_tensors(decays: str) -> Iterator[Renamed]:
 
 
 def _attention_tensors(node: Mla) -> Iterator[Renamed]:
-    """Each head of theirs has its own channels, then those for the shared keys, or its key, then its value."""
+    """Rows are grouped by head. Queries: own channels, then those for the shared key. `kv_b_proj`: key, then value."""
     heads, own, shared, value = node.heads, node.head_dim, node.shared_dim, node.value_dim or node.head_dim
     asked = "q_proj" if node.query_rank is None else "q_b_proj"
     queries, keys_values = (heads * own, heads * shared), (heads * own, heads * value)
@@ -196,7 +196,7 @@ def _moe_tensors(experts: Iterator[Part]) -> Iterator[Part]:
 
 
 def _types(first: Mapping[str, Any]) -> list[str]:
-    """The type of each layer, where those of a type are counted from 1."""
+    """The type of each layer, from lists of layers per type, counted from 1."""
     pairs = [(place, kind) for name, kind in PLACES.items() for place in _list(name, first.get(name))]
     kinds = dict(pairs)
     if len(kinds) < len(pairs) or set(kinds) != set(range(1, len(kinds) + 1)):
@@ -213,7 +213,7 @@ def _list(name: str, found: object) -> list[Any]:
 
 
 def _read_idle(options: Options) -> None:
-    """What there is in one way only, and what means nothing where nothing rotates."""
+    """Refuse unsupported values, and pass over keys that have no effect because nothing rotates."""
     options.only("hidden_act", "silu")
     options.only("tie_word_embeddings", False)
     options.only("mla_use_nope", True)

@@ -98,7 +98,7 @@ def _conv_tensors(node: ShortConv) -> Iterator[Renamed]:
 
 
 def _said_twice(options: Options) -> None:
-    """Keys of published configs that transformers does not read: they have to agree with those that it reads."""
+    """Check keys of published configs that transformers does not read: they must agree with keys that it reads."""
     width = options["hidden_size"]
     same = {"block_dim": width, "conv_dim": width, "conv_dim_out": width, "block_norm_eps": options["norm_eps"]}
     same |= {"num_heads": options.count("num_attention_heads"), "block_use_swiglu": True, "use_pos_enc": True}
@@ -107,7 +107,7 @@ def _said_twice(options: Options) -> None:
 
 
 def _layer_types(options: Options) -> list[str]:
-    """Attention where the config lists the layer, or everywhere if it lists none."""
+    """The type of each layer. `full_attn_idxs` lists layers with attention; without it, all have attention."""
     listed = options.get("full_attn_idxs", range(options["num_hidden_layers"]))
     return parts.layer_types(options, TYPES, lambda index: ATTENTION if index in listed else CONV)
 
@@ -130,7 +130,7 @@ def _attention(options: Options) -> dict[str, Any]:
 
 
 def _hidden(options: Options) -> int:
-    """Two thirds of the size that is given, times a factor, up to a multiple, if the config asks for that."""
+    """The given size or, if the config asks for it, 2/3 of it, times a factor, rounded up to a multiple."""
     hidden, factor = options.get("block_ff_dim", options["intermediate_size"]), options["block_ffn_dim_multiplier"]
     multiple = options["block_multiple_of"]
     if not options["block_auto_adjust_ff_dim"]:

@@ -68,7 +68,7 @@ class Llama(Family):
 
 @register
 class Mistral(Llama):
-    """With a window."""
+    """Llama with a window."""
 
     name = "mistral"
     architecture = "MistralForCausalLM"
@@ -79,7 +79,7 @@ NORMS = {"mixer": "input_layernorm", "ffn": "post_attention_layernorm"}
 
 
 def node_tensors(node: NodeSpec) -> Iterator[Renamed]:
-    """What stands in a layer."""
+    """The tensors of one node in a layer."""
     match node:
         case Attention():
             yield from within("self_attn", parts.attention(node))

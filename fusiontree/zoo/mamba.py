@@ -28,7 +28,7 @@ DEFAULTS = {
 
 @register
 class Mamba(Family):
-    """Nothing but mixers."""
+    """One mixer in each layer."""
 
     name = "mamba"
     architecture = "MambaForCausalLM"
@@ -74,7 +74,7 @@ class Mamba(Family):
 
 @register
 class FalconMamba(Mamba):
-    """With norms on dt, B and C."""
+    """Mamba with norms on dt, B and C."""
 
     name = FALCON
     architecture = "FalconMambaForCausalLM"
@@ -101,5 +101,5 @@ def _mixer(options: Options) -> dict[str, Any]:
 
 
 def _inner(options: Options) -> int:
-    """Said itself or as a multiple of the width; transformers takes the former where there are both."""
+    """`intermediate_size` or, if it is absent, `expand` times the width, as in transformers."""
     return options.get("intermediate_size", options.count("expand") * options.count("hidden_size"))

@@ -14,14 +14,14 @@ from fusiontree.zoo.tensors import Renamed, within
 _IDLE = (
     *("expand", "chunk_size", "residual_in_fp32", "time_step_rank"),  # said by other fields, or of no consequence
     *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme"),
-    "norm_before_gate",  # transformers' norm is behind the gate whatever a config says
+    "norm_before_gate",  # in transformers, the norm is always after the gate
 )
 DEFAULTS = {"use_bias": False, "tie_word_embeddings": False, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
 
 
 @register
 class Mamba2Family(Family):
-    """Nothing but mixers."""
+    """One mixer in each layer."""
 
     name = "mamba2"
     architecture = "Mamba2ForCausalLM"
@@ -33,7 +33,7 @@ class Mamba2Family(Family):
         for key in _IDLE:
             options.get(key, None)
         inner = options.count("num_heads") * options.count("head_dim")
-        options.only("intermediate_size", inner)  # which transformers takes from the others
+        options.only("intermediate_size", inner)  # transformers computes it from the other keys
         norm = parts.rms(options, "layer_norm_epsilon")
         mixer = {
             "kind": "mamba2",
@@ -81,7 +81,7 @@ NORMS = {"mixer": "norm"}
 
 
 def backbone(spec: ModelSpec) -> Iterator[Renamed]:
-    """Embedding, last norm and head of the families without anything else around their layers."""
+    """Embedding, last norm and head, with the names of the Mamba families."""
     yield from parts.whole(spec, "norm_f", "backbone", "embeddings")
 
 

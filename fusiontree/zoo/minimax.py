@@ -1,7 +1,7 @@
 """MiniMax-01 (arXiv 2501.08313): lightning attention in most layers, softmax attention in the others, experts in each.
 
-What goes on is not the stream but its norm, alpha * norm + beta * sub-layer, with factors of their own for each kind
-of sub-layer; so each is a layer of ours.
+The residual carries the norm of the stream, not the stream: alpha * norm + beta * sub-layer. Each kind of sub-layer has
+its own factors, so each sub-layer is one of our layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +22,9 @@ from fusiontree.zoo.tensors import Part, Renamed, below, interleaved, linear
 
 THETA = 1_000_000.0
 IDLE = ("block_size", "router_jitter_noise", "router_aux_loss_coef", "shared_moe_mode")
-"""How lightning attention is cut, what is only of training, and of a shared expert that there is not."""
+"""Options that do not change the function: block size, training, and the mode of an absent shared expert."""
 FACTORS = {"linear_attn": "lightning", "full_attn": "attention", "mlp": "moe"}
-"""Their prefixes, and our kinds."""
+"""How the names of their factors begin, and our kinds."""
 DEFAULTS = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -39,7 +39,7 @@ DEFAULTS = {
 
 @register
 class MiniMax(Family):
-    """A mixer and experts; two layers of ours are one of theirs."""
+    """A mixer and experts in each layer, which is two layers of ours."""
 
     name = "minimax"
     architecture = "MiniMaxForCausalLM"
@@ -91,7 +91,7 @@ class MiniMax(Family):
         }
 
     def computed(self, options: Options) -> dict[str, Callable[[], Tensor]]:
-        """What transformers saves of lightning attention beside its weights: decays, which follow from the config."""
+        """Decays of lightning attention, which transformers saves although they follow from the config."""
         layers = [index for index, full in enumerate(_attends(options)) if not full]
         return {
             f"model.layers.{index}.self_attn.{name}": partial(decays, options, index)
@@ -124,7 +124,7 @@ def _tensors(spec: ModelSpec, moe: str, experts: Callable[[Moe], Iterator[Part]]
 
 
 def _lightning_tensors(node: Lightning) -> Iterator[Renamed]:
-    """Each head of theirs has its query, its key and its value."""
+    """The rows of `qkv_proj` are grouped by head: query, key, value."""
     names, view = ("q.weight", "k.weight", "v.weight"), interleaved(node.heads, *(node.head_dim,) * 3)
     yield Renamed("qkv_proj.weight", names, (node.heads * node.head_dim,) * 3, view)
     yield Renamed("norm.weight", ("norm.weight",))
@@ -133,7 +133,7 @@ def _lightning_tensors(node: Lightning) -> Iterator[Renamed]:
 
 
 def _attends(options: Options) -> list[bool]:
-    """Every second layer, from the first on, where the config does not say."""
+    """Whether each layer has softmax attention; by default every second layer, from the first on."""
     return delta.attends(options, lambda index: index % 2 == 0)
 
 
@@ -146,7 +146,7 @@ def _residuals(options: Options) -> dict[str, dict[str, Any]]:
 
 def _attention(options: Options) -> dict[str, Any]:
     heads, head_dim = options.count("num_attention_heads"), parts.head_dim(options)
-    options.only("rotary_dim", head_dim)  # the authors' code turns so many channels, transformers' all of them
+    options.only("rotary_dim", head_dim)  # the authors' code rotates so many channels, transformers rotates all
     return {
         "kind": "attention",
         "heads": heads,
@@ -168,8 +168,8 @@ def _lightning(options: Options, index: int) -> dict[str, Any]:
 
 
 def slopes(heads: int, layer: int, layers: int) -> list[float]:
-    """How fast the heads of a layer forget: half as fast from one to the next where there are eight, slower in later
-    layers (section 2.2 of the paper), and never quite not."""
+    """The decay rates of the heads in a layer. With 8 heads, each rate is half of the previous one. Rates are lower in
+    later layers (section 2.2 of the paper), but always above 0."""
     depth = 1 - layer / (layers - 1 + 1e-5) + 1e-5
     return [2 ** (-8 * (head + 1) / heads) * depth for head in range(heads)]
 
@@ -184,7 +184,7 @@ def _moe(options: Options) -> dict[str, Any]:
 
 
 def _factors(layers: Sequence[LayerSpec]) -> dict[str, Any]:
-    """As the first sub-layer of each kind has them."""
+    """The alpha and beta factors of each kind, from its first sub-layer."""
     first: dict[str, Residual] = {}
     for layer in layers:
         node: Any = layer.mixer or layer.ffn
@@ -210,7 +210,7 @@ def _slope_rate(options: Options, layer: int) -> Tensor:
 
 
 def _block(options: Options) -> Tensor:
-    """How far each position of a block is into it, [block, 1]."""
+    """The positions in a block, counted from 1: [block, 1]."""
     return torch.arange(1, options.count("block_size") + 1, dtype=torch.float64)[:, None]
 
 

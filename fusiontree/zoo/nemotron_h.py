@@ -1,5 +1,5 @@
-"""Nemotron-H (arXiv 2504.03624, 2508.14444): every layer is one sub-layer, Mamba-2, attention without positions, or a
-feed-forward network with relu2, in later models one of experts."""
+"""Nemotron-H (arXiv 2504.03624, 2508.14444): each layer is one sub-layer: Mamba-2, attention without positions, a
+feed-forward network with relu2 or, in later models, experts."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -122,7 +122,7 @@ def _network(bias: bool = False) -> Iterator[Renamed]:
 
 
 def _read_idle(options: Options) -> None:
-    """What transformers does not look at, or in one way only."""
+    """Refuse unsupported values, check keys that repeat others, and pass over keys that transformers ignores."""
     options.only("tie_word_embeddings", False)
     options.only("attention_bias", False)
     options.only("mamba_proj_bias", False)
@@ -137,7 +137,7 @@ _IDLE = (
     *("expand", "chunk_size", "residual_in_fp32", "mamba_ssm_cache_dtype", "mtp_layers_block_type"),
     *("time_step_limit", "time_step_max", "time_step_floor"),  # dt is cut to `time_step_min` alone
     *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob"),
-    *("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),  # read where experts are
+    *("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),  # `_moe` reads them
     *("moe_shared_expert_overlap", "n_group", "topk_group"),
     *("partial_rotary_factor", "rope_theta", "rope_scaling", "rope_parameters"),  # nothing rotates
 )
@@ -146,11 +146,11 @@ _SAID_TWICE = {
     "rms_norm_eps": "layer_norm_epsilon",
     "attention_head_dim": "head_dim",
 }
-"""Keys of published configs that transformers does not read, and those that they have to agree with."""
+"""Keys of published configs that transformers does not read, and the keys that they must agree with."""
 
 
 def _kinds(options: Options) -> list[str]:
-    """The kind of each layer, said in words or, in first conversions, in letters."""
+    """The kind of each layer, from words or, in first conversions, from letters."""
     if options.get("layers_block_type", None) is not None:
         options.get("hybrid_override_pattern", None)  # passed over by transformers too
         kinds = options.words("layers_block_type", KINDS)
@@ -199,7 +199,7 @@ def _mlp(options: Options) -> dict[str, Any]:
 
 
 def _moe(options: Options) -> dict[str, Any]:
-    """Shares are sigmoids, the choice is balanced by a correction, and one more network is visited by all tokens."""
+    """Experts with sigmoid scores, a correction that balances the choice, and a shared network for all tokens."""
     options.only("mlp_bias", False)
     options.only("moe_latent_size", None)
     return {

@@ -1,5 +1,5 @@
-"""OLMo-Hybrid: Gated DeltaNet with negative eigenvalues behind norms, and in one layer of four attention in front of
-them, with norms over all queries and all keys, with or without positions."""
+"""OLMo-Hybrid: Gated DeltaNet with negative eigenvalues and norms before it. One layer of four has attention with norms
+after it, norms over all queries and over all keys, with or without positions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Concatenated, Part, Renamed, below, linear, within
 
 EPS = 1e-5
-"""Of the norm behind the delta rule, whatever the config says of the others."""
+"""Epsilon of the norm after the delta rule; the config's epsilon is for the other norms."""
 
 
 _OF_INITIALISATION = (*(f"linear_{what}" for what in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor")),)
@@ -32,7 +32,7 @@ PERIOD = 4
 
 @register
 class OlmoHybrid(Family):
-    """A delta rule behind norms, or attention before them, and a gated network, in each layer."""
+    """A delta rule with norms before it or attention with norms after it, and a gated network, in each layer."""
 
     name = "olmo_hybrid"
     architecture = "OlmoHybridForCausalLM"
@@ -58,7 +58,7 @@ class OlmoHybrid(Family):
 
     def config(self, reader: Reader) -> dict[str, Any]:
         ffn, rope = reader.first("swiglu"), reader.encoding("rope")
-        attention, mixer = reader.first("attention"), reader.first("gated_delta")  # transformers has no model without
+        attention, mixer = reader.first("attention"), reader.first("gated_delta")  # transformers needs both
         return {
             **parts.sizes(reader),
             "intermediate_size": ffn.hidden,
@@ -66,7 +66,7 @@ class OlmoHybrid(Family):
             "layer_types": delta.layer_types(reader),
             "rope_parameters": rope_parameters(rope) if rope else {"rope_type": "default", "rope_theta": None},
             "linear_allow_neg_eigval": mixer.negative_eigenvalues,
-            "pad_token_id": None,  # their class has one that a small vocabulary has not
+            "pad_token_id": None,  # their class has a default that a small vocabulary lacks
             **delta.attention_of(attention),
             **delta.mixer_of(mixer),
         }
@@ -82,8 +82,8 @@ class OlmoHybrid(Family):
             yield from below(f"{theirs}.mlp", f"{ours}.ffn", parts.gated_mlp())
 
     def files(self, spec: ModelSpec) -> Iterator[Part]:
-        """Norms have other names in files, those of both kinds of layers, and convolutions stand alone. (transformers
-        cuts what it writes into three equal parts, whatever its channels are for.)"""
+        """In files, norms of both kinds of layers have other names, and q, k and v have separate convolutions.
+        (transformers writes three equal parts, even if q, k and v have different numbers of channels.)"""
         for part in self.tensors(spec):
             if part.theirs.endswith("conv1d.weight"):
                 yield Concatenated(tuple(part.theirs.replace("conv1d", f"{name}_conv1d") for name in "qkv"), part)
@@ -111,7 +111,7 @@ def _delta_tensors(node: GatedDelta) -> Iterator[Renamed]:
 
 
 def _encodings(options: Options) -> dict[str, Any]:
-    """A theta of null is no rotation; one that is not said is transformers' default."""
+    """The rotation. A theta of null means no rotation; an absent theta has transformers' default."""
     found = options.get("rope_parameters", {})
     return {} if found.get("rope_theta", 1) is None else {"rope": rope_theta(options)}
 

@@ -1,4 +1,4 @@
-"""A model's config.json, read so that nothing in it is overlooked."""
+"""Reads the config.json of a model and refuses keys that nothing has read."""
 
 import math
 import sys
@@ -25,14 +25,14 @@ ABOUT_OTHER_THINGS = frozenset(
 )
 """Keys that do not change the function in evaluation."""
 HINTS = {"quantization_config": "; quantised weights are not read, dequantise them first; if none are"}
-"""What to say of an unknown key instead of which one may have been meant."""
+"""The hint for an unknown key, in place of a suggestion of a similar key."""
 
 
 class Options:
-    """The fields of a config, with what the family's class has for those that are left out.
+    """The fields of a config, with the defaults of the family's class for absent fields.
 
-    What a family reads is remembered; `finish` refuses a config that says something more, but for the keys that are
-    to be ignored. `last` is what was read last: the likely cause where reading fails.
+    The keys that a family reads are recorded. `finish` refuses keys that were not read, except keys to ignore. `last`
+    is the key that was read last: the likely cause if reading fails.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Options:
         self.last = key
 
     def count(self, key: str, least: int = 1) -> int:
-        """A field to compute with.
+        """A field that is a count.
 
         Raises:
-            FusionTreeError: it is no whole number of at least `least`.
+            FusionTreeError: it is not a whole number of at least `least`.
         """
         found = self[key]
         if type(found) is not int or found < least:
@@ -73,10 +73,10 @@ class Options:
         return found
 
     def number(self, key: str) -> float:
-        """A field to divide by.
+        """A field that is a positive number.
 
         Raises:
-            FusionTreeError: it is no finite number above 0.
+            FusionTreeError: it is not a finite number above 0.
         """
         found = self[key]
         if type(found) not in (int, float) or not 0 < found <= sys.float_info.max:
@@ -84,10 +84,10 @@ class Options:
         return float(found)
 
     def places(self, key: str) -> frozenset[int]:
-        """A list of layers, by their indices; null is none.
+        """A set of layer indices; empty for null.
 
         Raises:
-            FusionTreeError: it is no list of whole numbers.
+            FusionTreeError: the field is not a list of whole numbers.
         """
         found = self.get(key, ())
         if not isinstance(found, list | tuple) or any(type(index) is not int for index in found):
@@ -95,10 +95,10 @@ class Options:
         return frozenset(found)
 
     def words(self, key: str, meanings: Mapping[str, str]) -> list[str]:
-        """A list of words, one a layer, as what they mean; where all are letters, a text.
+        """The meaning of each word in a list with one word per layer; if all words are letters, the field is a text.
 
         Raises:
-            FusionTreeError: it is no list or no text, or has a word without a meaning.
+            FusionTreeError: the field is not a list or text, or has a word without a meaning.
         """
         found, letters = self[key], all(len(word) == 1 for word in meanings)
         if not isinstance(found, str if letters else list | tuple):
@@ -111,21 +111,21 @@ class Options:
         return [meanings[word] for word in found]
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Refuse all other values of a field; one that is absent is the first."""
+        """Refuse a field with a value that is not in `allowed`; an absent or null field has the first value."""
         found = self.get(key, allowed[0])
         if found not in allowed:
             known = " or ".join(repr(value) for value in allowed)
             raise FusionTreeError(f"config.json: {key}: found {found!r}, {self.family} is known with {known}")
 
     def unknown(self, key: str, value: Any, known: Iterable[str], when: str = "") -> None:
-        """Refuse a key that nobody reads, unless it is one to be ignored.
+        """Refuse a key that nothing has read, unless it is a key to ignore.
 
         Args:
-            known: keys of which one may have been meant.
-            when: what has to be so for the key to be unknown.
+            known: the keys to suggest from.
+            when: the condition under which the key is unknown, for the message.
 
         Raises:
-            FusionTreeError: it is not; says how to pass over it.
+            FusionTreeError: the key is not to be ignored; says how to pass over it.
         """
         if key in self._ignore:
             self._passed.add(key)
@@ -135,7 +135,7 @@ class Options:
         raise FusionTreeError(f"{text}{near}, pass over it with --ignore {key} (ignore=[{key!r}] in Python)")
 
     def finish(self) -> None:
-        """Refuse what was not read and is not off, and to ignore what is read or is not there."""
+        """Refuse keys that were not read, unless null, false or empty, and keys to ignore that are known or absent."""
         for key, value in self._data.items():
             silent = value is None or value is False or value == [] or value == {}
             if key not in self._read | ABOUT_OTHER_THINGS and not silent:
@@ -154,7 +154,7 @@ def rope_theta(options: Options, default: float = 10000.0) -> dict[str, Any]:
 
 
 def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[str, Any]:
-    """The rotary encoding that one `rope_parameters` describes; `theta` where it says none."""
+    """The rotary encoding that one `rope_parameters` describes; `theta` is its default theta."""
     given = {key: value for key, value in parameters.items() if value is not None}
     names = given.pop("rope_type", None), given.pop("type", None)  # the older name; some configs have both
     kind = names[0] or names[1] or "default"
@@ -169,7 +169,7 @@ def rope(options: Options, parameters: Mapping[str, Any], theta: float) -> dict[
 
 
 def partial_rope(options: Options, head_dim: int, part: float) -> dict[str, Any]:
-    """`rope_theta` where the first channels of a head turn; `part` of them where a config does not say how many."""
+    """As `rope_theta`, with `dim`: how many first channels of a head rotate. `part` is their default share."""
     found = options.get("rope_parameters", None) or options.get("rope_scaling", None) or {}
     part = found.get(PART, part)
     if type(part) not in (int, float) or not 0 < part <= 1:
@@ -185,7 +185,7 @@ ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
 def _scaling(options: Options, kind: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a scaling. An original length that a config leaves out is the model's longest."""
+    """The fields of a scaling. The default of the original length is `max_position_embeddings`."""
     if kind not in scalings.names():
         known = " or ".join(repr(name) for name in ("default", *scalings.names()))
         text = f"found {kind!r}, {options.family} is known with {known}"
@@ -202,7 +202,7 @@ def _scaling(options: Options, kind: str, given: dict[str, Any]) -> dict[str, An
 
 
 def _without_mscale(given: dict[str, Any]) -> dict[str, Any]:
-    """YaRN's attention factor, where a config says it by two others (DeepSeek-V2, arXiv 2405.04434)."""
+    """YaRN's fields, with `mscale` and `mscale_all_dim` as one attention factor (DeepSeek-V2, arXiv 2405.04434)."""
     rest = {key: value for key, value in given.items() if key not in ("mscale", "mscale_all_dim")}
     if given.get("mscale") and given.get("mscale_all_dim") and "factor" in given:
         above, below = (yarn_magnitude(given["factor"], given[key]) for key in ("mscale", "mscale_all_dim"))
@@ -219,7 +219,7 @@ def partial_parameters(found: Rope | None, head_dim: int) -> dict[str, Any]:
 
 
 def rope_parameters(found: Rope | None, theta: float = 10000.0) -> dict[str, Any]:
-    """The reverse, in the form of transformers 5; `theta` where a spec has no rotation."""
+    """The reverse of `rope`, in the form of transformers 5; `theta` is used if the spec has no rotation."""
     if found is None or found.scaling is None:
         return {"rope_type": "default", "rope_theta": found.theta if found else theta}
     given = {key: value for key, value in found.scaling.data().items() if value is not None}

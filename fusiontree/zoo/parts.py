@@ -1,4 +1,4 @@
-"""What many families have in common: names of tensors, and what a few options mean."""
+"""What many families share: names of tensors, and the meaning of a few options."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from fusiontree.zoo.tensors import TAPS, PartT, Renamed, Stacked, below, linear
 
 
 def rms(options: Options, key: str = "rms_norm_eps", gain: str = "weight") -> dict[str, Any]:
-    """The norm of all places."""
+    """An RMS norm; `key` is the option of its epsilon."""
     return {"kind": "rms", "gain": gain, "eps": options[key]}
 
 
 def layer_types(options: Options, known: Sequence[str], default: Callable[[int], str]) -> list[str]:
-    """The type of each layer, from its index where the config says none."""
+    """The type of each layer; `default` gives it from the index if the config has no `layer_types`."""
     found = options.get("layer_types", None) or [default(index) for index in range(options["num_hidden_layers"])]
     if len(found) != options["num_hidden_layers"]:
         text = f"found {len(found)} layers, num_hidden_layers says {options['num_hidden_layers']}"
@@ -32,7 +32,7 @@ def layer_types(options: Options, known: Sequence[str], default: Callable[[int],
 
 
 def sizes(reader: Reader, eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """What every config says; `eps` is the name of the norms'."""
+    """The options that every config has; `eps` is the name of the norms' epsilon."""
     spec = reader.spec
     return {
         "vocab_size": spec.vocab_size,
@@ -44,7 +44,7 @@ def sizes(reader: Reader, eps: str = "rms_norm_eps") -> dict[str, Any]:
 
 
 def whole(spec: ModelSpec, final_norm: str, root: str = "model", embedding: str = "embed_tokens") -> Iterator[Renamed]:
-    """Embedding, last norm and head."""
+    """Embedding, last norm and, unless tied, head."""
     yield Renamed(f"{root}.{embedding}.weight", ("embedding.weight",))
     yield Renamed(f"{root}.{final_norm}.weight", ("norm.weight",))
     if not spec.head.tied:
@@ -54,11 +54,11 @@ def whole(spec: ModelSpec, final_norm: str, root: str = "model", embedding: str 
 def layers(
     spec: ModelSpec, norms: Mapping[str, str], inside: Callable[[NodeSpec], Iterator[PartT]], root: str = "model.layers"
 ) -> Iterator[Renamed | PartT]:
-    """The norms before sub-layers, by the names that their modules have in a layer, and what stands inside.
+    """The norms before sub-layers and the tensors of all nodes in layers.
 
     Args:
-        norms: the name of the norm of each slot, "mixer" and "ffn".
-        inside: the tensors of a node, theirs named from the layer and ours from the node.
+        norms: for each slot, "mixer" or "ffn", the name of its norm in a layer of theirs.
+        inside: the tensors of a node: their names start at the layer, our names start at the node.
     """
     for path, node in spec.nodes():
         top, index, *below_layer = path.split(".")
@@ -77,7 +77,7 @@ def attention(node: Attention) -> Iterator[Renamed]:
 
 
 GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-"""The maps of a gated network, by their names."""
+"""The maps of a gated network: their names, and ours."""
 
 
 def gated_mlp(bias: bool = False) -> Iterator[Renamed]:
@@ -87,26 +87,26 @@ def gated_mlp(bias: bool = False) -> Iterator[Renamed]:
 
 
 def experts(node: Moe, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Iterator[Renamed]:
-    """Stacked experts, gate and up in one."""
+    """Stacked experts, with gate and up in one tensor."""
     yield Renamed(gate_up, ("gate", "up"), (node.hidden, node.hidden), dim=1)
     yield Renamed(down, ("down",))
 
 
 def experts_apart(node: Moe, maps: Mapping[str, str]) -> Iterator[Stacked]:
-    """Experts as modules of their own, whose maps are ours by these names."""
+    """Experts that are separate modules; `maps` has their names of the maps, and ours."""
     for theirs, ours in maps.items():
         yield Stacked(tuple(f"{index}.{theirs}.weight" for index in range(node.experts)), ours)
 
 
 def convolutions(theirs: str, rows: dict[str, int], bias: bool, ours: str = "conv") -> Iterator[Renamed]:
-    """A depthwise convolution over channels that have one each with us."""
+    """One depthwise convolution of theirs that holds several of ours; `rows` has the channels of each."""
     yield Renamed(f"{theirs}.weight", tuple(f"{ours}.{name}.weight" for name in rows), tuple(rows.values()), TAPS)
     if bias:
         yield Renamed(f"{theirs}.bias", tuple(f"{ours}.{name}.bias" for name in rows), tuple(rows.values()))
 
 
 def mamba2(node: Mamba2) -> Iterator[Renamed]:
-    """Mamba-2 with one map in for z, x, B, C and dt."""
+    """Mamba-2 whose input map holds z, x, B, C and dt."""
     rows = {"z": node.inner, "x": node.inner, "B": node.bc_width, "C": node.bc_width, "dt": node.heads}
     for kind in ("weight", "bias") if node.bias else ("weight",):
         yield Renamed(f"in_proj.{kind}", tuple(f"{name}.{kind}" for name in rows), tuple(rows.values()))
@@ -118,7 +118,7 @@ def mamba2(node: Mamba2) -> Iterator[Renamed]:
 
 
 def mamba1(node: Mamba1) -> Iterator[Renamed]:
-    """Mamba with one map in for x and z, and one for dt, B and C."""
+    """Mamba with one map for x and z, and one map for dt, B and C."""
     for kind in ("weight", "bias") if node.bias else ("weight",):
         yield Renamed(f"in_proj.{kind}", (f"x.{kind}", f"z.{kind}"), (node.inner, node.inner))
     yield Renamed("conv1d.weight", ("conv.weight",), view=TAPS)
@@ -132,29 +132,29 @@ def mamba1(node: Mamba1) -> Iterator[Renamed]:
 
 
 def head_dim(options: Options) -> int:
-    """Channels of an attention head: the width's share, unless the config says it."""
+    """Channels of an attention head: `head_dim`, else the width divided by the number of heads."""
     if options.get("head_dim", None) is not None:
         return options.count("head_dim")
     return options.count("hidden_size") // options.count("num_attention_heads")
 
 
 def attention_sizes(found: Attention | None) -> dict[str, int]:
-    """What configs say of an attention branch; nothing of None."""
+    """The options for the sizes of an attention branch; {} for None."""
     if found is None:
         return {}
     return {"num_attention_heads": found.heads, "num_key_value_heads": found.kv_heads, "head_dim": found.head_dim}
 
 
 def dt_rank(options: Options, key: str) -> int:
-    """The rank of dt; "auto" is a sixteenth of the width."""
+    """The rank of dt; "auto" is a sixteenth of the width, rounded up."""
     return math.ceil(options.count("hidden_size") / 16) if options[key] == "auto" else options.count(key)
 
 
 def expand(reader: Reader, inner: int) -> int:
-    """How many times the width a state-space model is wide.
+    """The inner width of a state-space model divided by the width.
 
     Raises:
-        FusionTreeError: no whole number of times.
+        FusionTreeError: the quotient is not a whole number.
     """
     width = reader.spec.width
     if inner % width:
@@ -164,7 +164,7 @@ def expand(reader: Reader, inner: int) -> int:
 
 
 def dt_limit(options: Options, key: str = "time_step_limit") -> list[float | None]:
-    """What dt is cut to; infinity is no limit."""
+    """The bounds [low, high] of dt; a high bound of infinity becomes None, which is no limit."""
     low, high = options.get(key, (0.0, float("inf")))
     return [low, None if high == float("inf") else high]
 

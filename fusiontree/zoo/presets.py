@@ -19,7 +19,7 @@ def presets() -> list[str]:
 
 
 def named(what: str, name_or_path: str | Path) -> Path:
-    """The path that a name may be.
+    """A name as a path.
 
     Raises:
         SpecError: the name is empty, which as a path would be the working directory.

@@ -1,6 +1,6 @@
-"""Qwen3-Next (Qwen, 2025): Gated DeltaNet, and in one layer of four attention with an output gate; norms have a gain of
-1 + weight, a quarter of each attention head turns with the position; feed-forward networks are of experts, beside a
-gated one that all tokens visit, or plain."""
+"""Qwen3-Next (Qwen, 2025): Gated DeltaNet, and in one layer of four attention with an output gate. Norms have a gain of
+1 + weight. A quarter of the channels of an attention head rotates. A feed-forward network is plain, or has experts and
+a gated network for all tokens."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -105,7 +105,7 @@ def _node_tensors(experts: Callable[[Moe], Iterator[Part]], node: NodeSpec) -> I
 
 
 def _attention_tensors(node: Attention) -> Iterator[Renamed]:
-    """Each head of theirs has its query, then its gate."""
+    """The rows of `q_proj` are grouped by head: query, then gate."""
     view = interleaved(node.heads, node.head_dim, node.head_dim)
     for kind in ("weight", "bias") if node.bias else ("weight",):
         yield Renamed(f"q_proj.{kind}", (f"q.{kind}", f"gate.{kind}"), (node.heads * node.head_dim,) * 2, view)
@@ -115,7 +115,7 @@ def _attention_tensors(node: Attention) -> Iterator[Renamed]:
 
 
 def _delta_tensors(node: GatedDelta) -> Iterator[Renamed]:
-    """Each key head of theirs has its query, its key, and the values and gates that fall to it."""
+    """Rows are grouped by key head: query, key, values and gates in `in_proj_qkvz`, beta and dt in `in_proj_ba`."""
     rows = delta.rows(node)
     for theirs, names in (("in_proj_qkvz", ("q", "k", "v", "z")), ("in_proj_ba", ("beta", "dt"))):
         own = tuple(rows[name] for name in names)
@@ -131,7 +131,7 @@ def _attends(options: Options) -> list[bool]:
 
 
 def _routes(options: Options) -> list[bool]:
-    """Which layers have experts."""
+    """Whether each layer has experts."""
     experts, period = options.count("num_experts", 0), options.count("decoder_sparse_step")
     dense = options.places("mlp_only_layers")
     layers = range(len(_attends(options)))
@@ -139,7 +139,7 @@ def _routes(options: Options) -> list[bool]:
 
 
 def _moe(options: Options) -> dict[str, Any]:
-    """Shares of a softmax, and one more network that every token visits behind a gate of its own."""
+    """Experts with softmax scores, and a network for all tokens with its own gate."""
     return {
         "kind": "moe",
         "experts": options.count("num_experts", 0),
@@ -171,7 +171,7 @@ def _rope(options: Options) -> dict[str, Any]:
 
 
 def _ffn_config(reader: Reader) -> dict[str, Any]:
-    """Of plain networks and of experts, those that there are."""
+    """The options of plain networks and of experts, if the spec has them."""
     plain, moe = reader.find("swiglu"), reader.find("moe")
     sizes = {"intermediate_size": plain.hidden} if plain else {}
     if moe is None:

@@ -43,7 +43,7 @@ class RecurrentGemma(Family):
         options.only("hidden_activation", "gelu_pytorch_tanh")
         options.only("embeddings_scale_by_sqrt_dim", True)
         for key in ("w_init_variance_scale", "final_w_init_variance_scale", "head_dim"):
-            options.get(key, None)  # of initialisation; the last one follows from others whatever it says
+            options.get(key, None)  # initialisation; head_dim always follows from other keys
         norm, rope = parts.rms(options, gain="one_plus"), _rope(options)
         ffn = {"kind": "mlp", "hidden": options.count("intermediate_size", 2) // 2, "activation": "geglu_tanh"}
         mixers = {RECURRENT: _unit(options), ATTENTION: _attention(options)}
@@ -89,7 +89,7 @@ def _node_tensors(node: NodeSpec) -> Iterator[Renamed]:
 
 
 def _kinds(options: Options) -> list[str]:
-    """The pattern, again and again; one layer more than a spec may have is enough for it to be refused."""
+    """The kind of each layer, by repeating the pattern. MAX_LAYERS + 1 layers are enough for a refusal."""
     pattern = options.words("block_types", {kind: kind for kind in TYPES})
     options.only("_block_types", options["block_types"])  # in first conversions; transformers 5 passes over it
     if not pattern:
@@ -98,7 +98,7 @@ def _kinds(options: Options) -> list[str]:
 
 
 def _multiplier(width: int) -> float:
-    """The square root of the width as bfloat16 has it: whatever a model computes in, this number is part of it."""
+    """The square root of the width, rounded to bfloat16. A model uses this value in every dtype."""
     return float(torch.tensor(width**0.5, dtype=torch.bfloat16))
 
 
@@ -107,7 +107,7 @@ def _head_dim(options: Options) -> int:
 
 
 def _rope(options: Options) -> dict[str, Any]:
-    """Without scaling, which transformers refuses too."""
+    """The rotation. A scaling is refused, as in transformers."""
     found = options.get("rope_parameters", None) or {}
     if found.get("rope_type", "default") != "default":
         text = f"found {found['rope_type']!r}, recurrent_gemma is known with 'default'"

@@ -1,5 +1,5 @@
-"""The tensors of one checkpoint under the names of another: a family says once how they correspond, and both
-directions follow."""
+"""Correspondences between the tensors of a public family (theirs) and those of FusionTree (ours): a family declares
+each one once, for both directions."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol, Self, TypeVar
@@ -11,7 +11,7 @@ from fusiontree.errors import WeightsError, suggest
 
 
 class View(NamedTuple):
-    """A tensor of theirs in the shape in which ours are cut from it, and back; values are only moved."""
+    """Rearranges a tensor of theirs so that ours can be cut from it, and back; values are only moved."""
 
     read: Callable[[Tensor], Tensor]
     write: Callable[[Tensor], Tensor]
@@ -23,8 +23,8 @@ TAPS = View(lambda tensor: tensor.squeeze(1), lambda tensor: tensor.unsqueeze(1)
 
 
 def interleaved(groups: int, *sizes: int) -> View:
-    """A map whose rows stand group by group, so many rows of each part in a group; ours are whole, one part behind
-    the other.
+    """A view of a map whose rows are grouped: each of `groups` groups has `sizes[i]` rows of part i. `read` moves the
+    rows of each part together, one part behind the other.
 
     >>> interleaved(2, 1, 2).read(torch.tensor([0, 10, 11, 1, 12, 13]))
     tensor([ 0,  1, 10, 11, 12, 13])
@@ -32,7 +32,7 @@ def interleaved(groups: int, *sizes: int) -> View:
 
     def read(tensor: Tensor) -> Tensor:
         if tensor.shape[0] != groups * sum(sizes):
-            return tensor  # which then has not the rows that the config says
+            return tensor  # `Renamed.read` reports the number of rows
         parts = tensor.unflatten(0, (groups, sum(sizes))).split(sizes, 1)
         return torch.cat([part.flatten(0, 1) for part in parts])
 
@@ -44,26 +44,26 @@ def interleaved(groups: int, *sizes: int) -> View:
 
 
 class Part(Protocol):
-    """Some of their tensors and some of ours that hold the same numbers."""
+    """A correspondence: tensors of theirs and tensors of ours that hold the same values."""
 
     def names(self) -> tuple[str, ...]:
-        """Those of theirs."""
+        """The names of their tensors."""
         ...
 
     def places(self) -> tuple[str, ...]:
-        """The names of ours."""
+        """The names of our tensors."""
         ...
 
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Ours."""
+        """Yields our tensors with their names."""
         ...
 
     def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Theirs."""
+        """Yields their tensors with their names."""
         ...
 
     def within(self, theirs: str, ours: str) -> Self:
-        """The same below a prefix on either side."""
+        """This correspondence with `theirs` and `ours` put in front of the names."""
         ...
 
 
@@ -71,9 +71,9 @@ PartT = TypeVar("PartT", bound=Part)
 
 
 class Renamed(NamedTuple):
-    """One of their tensors, and ours that stand in it one behind the other.
+    """A tensor of theirs that holds one or more tensors of ours, concatenated along the dimension `dim`.
 
-    `rows`: the size of each of ours along the dimension `dim`; may be left out for a single one.
+    `rows`: the size of each of our tensors along `dim`; may be left out for a single tensor.
     """
 
     theirs: str
@@ -83,15 +83,15 @@ class Renamed(NamedTuple):
     dim: int = 0
 
     def names(self) -> tuple[str, ...]:
-        """The one."""
+        """The name of their tensor."""
         return (self.theirs,)
 
     def places(self) -> tuple[str, ...]:
-        """Ours that stand in it."""
+        """The names of our tensors that it holds."""
         return self.ours
 
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Ours."""
+        """Yields our tensors with their names."""
         whole = self.view.read(theirs[self.theirs])
         if len(self.ours) == 1:
             yield self.ours[0], whole
@@ -102,31 +102,31 @@ class Renamed(NamedTuple):
         yield from zip(self.ours, whole.split(self.rows, self.dim), strict=True)
 
     def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Theirs."""
+        """Yields their tensors with their names."""
         parts = [ours[name] for name in self.ours]
         yield self.theirs, self.view.write(parts[0] if len(parts) == 1 else torch.cat(parts, self.dim))
 
     def within(self, theirs: str, ours: str) -> Self:
-        """The same below a prefix on either side."""
+        """This correspondence with `theirs` and `ours` put in front of the names."""
         return self._replace(theirs=f"{theirs}{self.theirs}", ours=tuple(f"{ours}{name}" for name in self.ours))
 
 
 class Stacked(NamedTuple):
-    """One of our tensors, whose parts along the first dimension are tensors of theirs."""
+    """A tensor of ours that stacks tensors of theirs along a new first dimension."""
 
     theirs: tuple[str, ...]
     ours: str
 
     def names(self) -> tuple[str, ...]:
-        """All of them."""
+        """The names of all their tensors."""
         return self.theirs
 
     def places(self) -> tuple[str, ...]:
-        """The one."""
+        """The name of our tensor."""
         return (self.ours,)
 
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Ours."""
+        """Yields our tensors with their names."""
         parts = [theirs[name] for name in self.theirs]
         for name, part in zip(self.theirs, parts, strict=True):
             if part.shape != parts[0].shape:
@@ -135,84 +135,84 @@ class Stacked(NamedTuple):
         yield self.ours, torch.stack(parts)
 
     def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Theirs."""
+        """Yields their tensors with their names."""
         yield from zip(self.theirs, ours[self.ours].unbind(), strict=True)
 
     def within(self, theirs: str, ours: str) -> Self:
-        """The same below a prefix on either side."""
+        """This correspondence with `theirs` and `ours` put in front of the names."""
         return self._replace(theirs=tuple(f"{theirs}{name}" for name in self.theirs), ours=f"{ours}{self.ours}")
 
 
 class Concatenated(NamedTuple):
-    """Tensors of theirs that are one in `whole`, each of them one of ours there."""
+    """Tensors of theirs that `whole` describes as one concatenated tensor; each is written from one tensor of ours."""
 
     theirs: tuple[str, ...]
     whole: Renamed
 
     def names(self) -> tuple[str, ...]:
-        """All of them."""
+        """The names of all their tensors."""
         return self.theirs
 
     def places(self) -> tuple[str, ...]:
-        """Ours that stand in the whole."""
+        """The names of our tensors in the whole."""
         return self.whole.places()
 
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Ours, wherever theirs are cut."""
+        """Yields our tensors with their names; their tensors may be cut at other rows than ours."""
         yield from self.whole.read({self.whole.theirs: torch.cat([theirs[name] for name in self.theirs])})
 
     def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Theirs."""
+        """Yields their tensors with their names."""
         ((_, tensor),) = self.whole.write(ours)
         yield from zip(self.theirs, tensor.split(self.whole.rows or len(tensor)), strict=True)
 
     def within(self, theirs: str, ours: str) -> Self:
-        """The same below a prefix on either side."""
+        """This correspondence with `theirs` and `ours` put in front of the names."""
         names = tuple(f"{theirs}{name}" for name in self.theirs)
         return self._replace(theirs=names, whole=self.whole.within(theirs, ours))
 
 
 class Aliased(NamedTuple):
-    """A tensor of theirs that some files call by another name; written under the first."""
+    """A tensor of theirs that has another name in some files; it is written under the first name."""
 
     first: Renamed
     other: str
 
     def names(self) -> tuple[str, ...]:
-        """The first one."""
+        """The first name."""
         return self.first.names()
 
     def places(self) -> tuple[str, ...]:
-        """Ours that stand in it."""
+        """The names of our tensors that it holds."""
         return self.first.places()
 
     def read(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Ours."""
+        """Yields our tensors with their names."""
         yield from self.in_names(theirs).read(theirs)
 
     def write(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Theirs."""
+        """Yields their tensors with their names."""
         yield from self.first.write(ours)
 
     def within(self, theirs: str, ours: str) -> Self:
-        """The same below a prefix on either side."""
+        """This correspondence with `theirs` and `ours` put in front of the names."""
         return self._replace(first=self.first.within(theirs, ours), other=f"{theirs}{self.other}")
 
     def in_names(self, theirs: Container[str]) -> Renamed:
-        """With the name that is there."""
+        """The correspondence under the name that is in `theirs`."""
         here = self.first.theirs not in theirs and self.other in theirs
         return self.first._replace(theirs=self.other) if here else self.first
 
 
 class Deduplicated(Mapping[str, Tensor]):
-    """Tensors of which some may stand there under several names; here each has its first name alone.
+    """Tensors of which some may have several names; here each has only its first name.
 
     Args:
-        whole: all of them. Those with several names are read, to be compared; the others when they are asked for.
-        copies: the first name of a tensor by each further one. Any of the names may be absent.
+        whole: all tensors. Tensors with several names are read at once, to compare them; others are read on access.
+        copies: maps each further name of a tensor to its first name. Any of the names may be absent.
 
     Raises:
-        WeightsError: two that should be one are not equal.
+        WeightsError: one tensor has other values under another of its names.
     """
 
     def __init__(self, whole: Mapping[str, Tensor], copies: Mapping[str, str]) -> None:
@@ -241,12 +241,12 @@ def linear(theirs: str, ours: str, bias: bool = False) -> Iterator[Renamed]:
 
 
 def below(theirs: str, ours: str, parts: Iterable[PartT]) -> Iterator[PartT]:
-    """Correspondences inside a module."""
+    """Moves correspondences into a module: `theirs.` and `ours.` are put in front of the names."""
     yield from (part.within(f"{theirs}.", f"{ours}.") for part in parts)
 
 
 def within(theirs: str, parts: Iterable[PartT]) -> Iterator[PartT]:
-    """Correspondences inside a module of theirs."""
+    """Moves correspondences into a module of theirs; our names stay."""
     yield from (part.within(f"{theirs}.", "") for part in parts)
 
 
@@ -254,7 +254,7 @@ def to_ours(parts: Iterable[Part], theirs: Mapping[str, Tensor], *, ignored: Ite
     """Their tensors under our names.
 
     Raises:
-        WeightsError: one is missing, or there is one that the config does not ask for.
+        WeightsError: a tensor is missing, or the config does not ask for a tensor that is there.
     """
     parts = [part.in_names(theirs) if isinstance(part, Aliased) else part for part in parts]
     known = [name for part in parts for name in part.names()]

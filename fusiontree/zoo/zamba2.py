@@ -1,6 +1,6 @@
-"""Zamba2 (arXiv 2411.15242; the idea is Zamba's, arXiv 2405.16712): a stack of Mamba-2, before some of whose layers a
-block of attention and a feed-forward network runs. There are few such blocks, which take turns; what one returns joins
-the input of the Mamba-2 alone, and each of its uses has low-rank maps of its own."""
+"""Zamba2 (arXiv 2411.15242; the idea is Zamba's, arXiv 2405.16712): Mamba-2 layers. Before some of them runs a block of
+attention and a feed-forward network. A few such blocks take turns. The output of a block is added only to the input of
+the Mamba-2, not to the stream. Each use of a block has its own low-rank maps."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from fusiontree.zoo.options import Options, rope_parameters, rope_theta
 from fusiontree.zoo.tensors import Part, Renamed, below, linear
 
 GATED_EPS = 1e-5
-"""Of Mamba-2's gated norm, whatever the config says of the others."""
+"""Epsilon of Mamba-2's gated norm; the config's epsilon is for the other norms."""
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "hybrid": "hybrid"}
 """Their words for layers, now and in first conversions, and ours."""
 DEFAULTS = {
@@ -40,7 +40,7 @@ DEFAULTS = {
 
 @register
 class Zamba2(Family):
-    """Mixers, and blocks that some of them share."""
+    """Mamba-2 layers, and blocks that some layers share."""
 
     name = "zamba2"
     architecture = "Zamba2ForCausalLM"
@@ -79,7 +79,7 @@ class Zamba2(Family):
             "use_mem_rope": rope is not None,
             "rope_parameters": rope_parameters(rope),
             "num_mem_blocks": max(1, len(spec.shared)),
-            "pad_token_id": None,  # their class has one, whose embedding it would not train
+            "pad_token_id": None,  # their class has a default, and would not train its embedding
             **_mamba_config(reader),
             **(_block_config(reader) if "hybrid" in words else {}),
         }
@@ -95,7 +95,7 @@ class Zamba2(Family):
                 yield from below(_place(use.first), f"shared.{_name(use.block)}", _block_tensors(block))
 
     def copies(self, spec: ModelSpec) -> Mapping[str, str]:
-        """A block stands once more in every layer that uses it, with all of its adapters; a tied head is the
+        """A block also has names in each further layer that uses it, with all of its adapters. A tied head is the
         embedding."""
         names = [name for part in self.tensors(spec) for name in part.names()]
         found = {"lm_head.weight": "model.embed_tokens.weight"} if spec.head.tied else {}
@@ -133,7 +133,7 @@ def _block_tensors(block: Any) -> Iterator[Renamed]:
 
 
 def _adapter_tensors(use: Any, block: Any, index: int) -> Iterator[Renamed]:
-    """Those of one use; a block keeps them in lists as long as there are uses of any block."""
+    """The adapters of one use. The list of adapters in each block has an entry for every use of any block."""
     for name, adapter in use.adapters.items():
         inside = "feed_forward.gate_up_proj" if name == "gate_up" else f"self_attn.linear_{name}"
         place, count = f"{inside}_adapter_list.{index}", len(adapter.maps)
@@ -143,7 +143,7 @@ def _adapter_tensors(use: Any, block: Any, index: int) -> Iterator[Renamed]:
 
 
 def _read_idle(options: Options) -> None:
-    """What transformers does not look at, and sizes that follow from others, which old configs repeat."""
+    """Pass over keys that transformers ignores; check sizes that follow from other keys and that old configs repeat."""
     for key in ("chunk_size", "use_mem_eff_path", "use_conv_bias", "time_step_max", "time_step_floor"):
         options.get(key, None)
     options.only("time_step_limit", None)  # dt is cut to `time_step_min` alone
@@ -154,17 +154,17 @@ def _read_idle(options: Options) -> None:
     uses = _uses(options)
     options.only("hybrid_layer_ids", [use.layer for use in uses])
     if any(use.layer != use.first for use in uses):
-        options.only("tie_word_embeddings", True)  # else transformers 5 shares no block either, as it did before
+        options.only("tie_word_embeddings", True)  # else transformers 5 shares no block, unlike older versions
 
 
 def _name(block: int) -> str:
-    """What a block is called in `shared`."""
+    """The name of a block in `shared`."""
     return f"block{block}"
 
 
 class BlockUse(NamedTuple):
-    """A place where a block runs: its layer, how many uses of any block come before, the block, and the layer of the
-    block's first use, under whose name transformers keeps it."""
+    """One use of a block: its layer, the number of earlier uses of any block, the number of the block, and the layer of
+    the block's first use, which names the block in transformers."""
 
     layer: int
     index: int
@@ -173,7 +173,7 @@ class BlockUse(NamedTuple):
 
 
 def _uses(options: Options) -> list[BlockUse]:
-    """Blocks take turns."""
+    """The uses of blocks, which take turns."""
     return _in_turns([kind == "hybrid" for kind in _kinds(options)], options.count("num_mem_blocks"))
 
 
@@ -193,8 +193,8 @@ def _kinds(options: Options) -> list[str]:
 
 
 def _rope(options: Options) -> dict[str, Any]:
-    """Rotations of the blocks' attention, if there are any. `use_long_context` makes theta more than 8 times as large
-    in transformers 4, and nothing but a length in 5: a config that has it does not say which it was trained with."""
+    """The rotation of the blocks' attention, if any. `use_long_context` is refused then. transformers 4 makes theta
+    over 8 times as large, 5 changes only a length. The config does not say which version the model was trained with."""
     options.only("use_mem_rope", False, True)
     if not options["use_mem_rope"]:
         for key in ("rope_parameters", "rope_scaling", "rope_theta", "use_long_context"):
@@ -205,7 +205,7 @@ def _rope(options: Options) -> dict[str, Any]:
 
 
 def _mamba(options: Options) -> dict[str, Any]:
-    """The head's width follows from the others'."""
+    """Mamba-2; the size of a head follows from the inner width and the number of heads."""
     inner, heads = _inner(options), options.count("n_mamba_heads")
     if inner % heads:
         raise FusionTreeError(f"config.json: n_mamba_heads: {heads} heads do not divide {inner} features")
@@ -230,7 +230,7 @@ def _inner(options: Options) -> int:
 
 
 def _hidden(options: Options) -> int:
-    """Of the blocks' feed-forward networks."""
+    """The hidden size of the blocks' feed-forward networks."""
     return options.get("intermediate_size", 4 * options.count("hidden_size"))
 
 
@@ -311,5 +311,5 @@ def _block_config(reader: Reader) -> dict[str, Any]:
 
 
 def _place(layer: int) -> str:
-    """Where a block stands."""
+    """The name of the block in a layer of transformers."""
     return f"model.layers.{layer}.shared_transformer"
