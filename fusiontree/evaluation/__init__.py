@@ -1,1 +1,1 @@
-"""What a model is worth, and what costs nothing to beat."""
+"""Evaluation: scores of a model, and baselines."""

@@ -128,7 +128,8 @@ class _Row:
 
 
 def _rows(maps: Sequence[GateMap]) -> list[_Row]:
-    """One for a gate of two branches, else one for each; branches are named where they differ from gate to gate."""
+    """The rows of the figure: one for a gate of two branches, else one a branch. Labels name the branches where gates
+    differ."""
     alike = len({gate.branches for gate in maps}) == 1 and len(maps[0].branches) == 2
     rows = []
     for gate in maps:
@@ -145,7 +146,7 @@ def _scaled(share: Tensor, branches: int) -> Tensor:
 
 
 def _scale(bar: Any, maps: Sequence[GateMap]) -> None:
-    """Say what colours mean: by name where all gates have the same two branches."""
+    """Label the colour bar, with branch names if all gates have the same two branches."""
     names = maps[0].branches if len({gate.branches for gate in maps}) == 1 else ()
     bar.ax.set_yticklabels([names[1], "both alike", names[0]] if len(names) == 2 else ["nothing", "equal share", "all"])
     bar.outline.set_visible(False)

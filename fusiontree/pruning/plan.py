@@ -13,7 +13,7 @@ from fusiontree.pruning.surgery import carry, drop_from_spec, tensors, with_weig
 
 
 class Plan(Spec):
-    """What to drop from the model with the digest `spec`; `decisions` say how a policy came to it."""
+    """The paths to drop from the model with the digest `spec`; `decisions` record a policy's reasons."""
 
     format: Literal[1] = 1
     spec: str

@@ -1,5 +1,5 @@
 """How gate statistics become decisions. A mean gate is not an importance by itself: a branch whose output is scaled
-up can have any gate value (see the documentation of pruning); these policies read it all the same, and say so."""
+up can have any gate value (see the documentation of pruning); these policies use it nevertheless, and state it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from fusiontree.pruning.evidence import Evidence, PruneError
 
 
 class Decision(Spec):
-    """What becomes of one branch, and why."""
+    """The decision about one branch, with the reason."""
 
     path: str
     mean: float

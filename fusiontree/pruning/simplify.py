@@ -1,5 +1,5 @@
-"""A second, separate edit after pruning: fusions that only pass their one branch on and empty layers go, and what
-is left is renumbered. Paths change; the map from old to new says how."""
+"""A separate edit after pruning: removes empty layers and fusions that only pass on one branch, then renumbers layers.
+It returns a map from old to new paths."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fusiontree.core.model.spec import Lineage, ModelSpec
 from fusiontree.pruning.surgery import tensors, with_weights
 
 PathMap = dict[str, str]
-"""Old path to new path, for everything whose path has changed; what lies below moves along."""
+"""Old path to new path of every moved part; paths below a moved part move with it."""
 
 
 def simplify_spec(spec: ModelSpec) -> tuple[ModelSpec, PathMap]:

@@ -91,7 +91,7 @@ def droppable(spec: ModelSpec) -> list[str]:
 
 
 def _drop_unnamed(data: dict[str, Any]) -> None:
-    """Shared nodes that nobody uses any more go, then encodings that nobody names."""
+    """Removes shared nodes without a use, then encodings that no branch names."""
     used = {node.uses for _, node, _ in ModelSpec.parse(data).layer_nodes()}
     data["shared"] = {name: node for name, node in data["shared"].items() if name in used}
     branches = (node for _, node in ModelSpec.parse(data).nodes() if isinstance(node, BranchSpec))
@@ -128,7 +128,7 @@ def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor], *, training: bo
 
 
 def narrow(model: LanguageModel, path: str, axis: str, keep: Sequence[int]) -> LanguageModel:
-    """A new model without those parts of a node along an axis whose indices are not kept; see `narrow_spec`.
+    """A new model in which a node keeps only the given indices of an axis; see `narrow_spec`.
 
     Raises:
         SpecError: no such path, axis or index, or no narrower model computes the same as this one does while the

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors as safetensors, the rest as JSON, no pickle; each is there as a whole or not at all.
+"""Checkpoints: tensors as safetensors, the rest as JSON, no pickle. A checkpoint is complete or absent.
 
 `checkpoints/step-00000200/` holds `shard-*.safetensors`, one a process, written by torch's distributed
 checkpoint so that any number of processes can read them, and `state.json`. Until it is complete it is called
@@ -25,7 +25,7 @@ from fusiontree.files import read_json, write_json
 from fusiontree.training.errors import RunError, TrainingFailed
 
 FORMAT = 2
-"""That of the state and of the names of tensors: until 1, windowed and global heads of attention had one map."""
+"""Format of the state and of tensor names. In format 1 windowed and global heads of attention shared one map."""
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
@@ -122,7 +122,8 @@ def _cause(error: BaseException) -> str:
 
 
 def _alone() -> bool:
-    """One process has nobody to plan with; gloo's threads would join OpenMP and slow every later step by 40 %."""
+    """A single process needs no coordination, and gloo's threads would join OpenMP and slow every later step by 40
+    %."""
     return dist.get_world_size() == 1
 
 

@@ -54,7 +54,7 @@ class Console:
 
 
 class Silent:
-    """Listens and says nothing: what processes other than the first have."""
+    """A listener that prints nothing, for all processes but the first."""
 
     def record(self, record: Record, steps: int) -> None:
         """Nothing."""

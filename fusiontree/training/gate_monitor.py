@@ -46,7 +46,7 @@ class GateMonitor:
         return gates
 
     def document(self, step: int, digest: str) -> dict[str, Any]:
-        """What `gates.json` says after a step of a model with this digest."""
+        """The contents of `gates.json` after a step of the model with this digest."""
         return {"format": FORMAT, "steps_seen": step, "spec": digest, "gates": plain(pooled(self.recent))}
 
     def write(self, path: Path, step: int, digest: str) -> None:

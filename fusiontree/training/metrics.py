@@ -1,6 +1,6 @@
-"""Where the figures of a run go: `metrics.jsonl`, TensorBoard, and whoever listens.
+"""Writes the records of a run to `metrics.jsonl`, TensorBoard and a listener.
 
-A record is one JSON object a line, of one step; keys are there where the step has something to say:
+A record is one JSON object a line, of one step. Keys without a value in that step are left out:
 
     step               optimiser steps made
     loss               cross entropy of the step's rows, nats per label

@@ -1,11 +1,11 @@
 """The directory of a run's results, which belongs to one run.
 
-run.yaml         the resolved run; running it again here goes on, or says that the run is finished
+run.yaml         the resolved run; running it here continues the run, or reports that it is finished
 metrics.jsonl    see `fusiontree.training.metrics`
 gates.json       see `fusiontree.training.gate_monitor`
 checkpoints/     see `fusiontree.training.checkpoint`
 tensorboard/     if asked for
-train.log        what libraries had to say
+train.log        messages of libraries
 model/           spec.yaml and model.safetensors, once the run is finished
 """
 
@@ -48,7 +48,7 @@ class Output:
         """Refuse a directory that belongs to another run.
 
         Raises:
-            RunError: there are results of another run, or of nobody knows which.
+            RunError: the directory holds results of another run, or of an unknown one.
         """
         if self.run.exists():
             self._check_owner()
@@ -85,8 +85,8 @@ class Output:
 
     @contextmanager
     def claimed(self) -> Generator[None]:
-        """Own the directory while a block runs; one process of the run does. Where the run never began (see
-        `begin`), nothing of it stays.
+        """Lock the directory while a block runs, in one process of the run. If the run never began (see `begin`),
+        everything it wrote is removed.
 
         Raises:
             RunError: a run is going on there, or it cannot be written.

@@ -17,7 +17,7 @@ from fusiontree.training.errors import RunError
 
 M = TypeVar("M", bound=nn.Module)
 TIMEOUT = timedelta(minutes=30)
-"""How long processes wait for one another; a long validation of one is no failure of the others."""
+"""How long processes wait for each other: longer than a validation in one process takes."""
 
 
 def shard(module: M, mesh: DeviceMesh, *, precision: Literal["float32", "bfloat16"]) -> M:

@@ -42,8 +42,8 @@ class RunSpec(Spec):
             which it always is once read. Not a saved model: weights are new.
         text: called `data` in files; relative paths there are taken from the file's folder.
         training, optimizer, parallelism, checkpoint: see the sections.
-        objectives: what is minimised, the sum of all. A name is the kind unless one is given, a number is the weight,
-            and cross entropy has the weight 1 unless it is given another.
+        objectives: the terms of the loss, by name. The name is the kind unless `kind` is given, a number is the weight;
+            cross entropy is always included, with the weight 1 by default.
         validation: null: never measure.
         monitor: how often to take gate statistics.
         log: how often to write metrics.
@@ -194,7 +194,7 @@ class RunSpec(Spec):
 
 
 def _trained(directory: Path) -> str:
-    """Why the directory of a saved model is no model of a run, and what there is."""
+    """The message for a saved model's directory given as `model`, with the alternatives."""
     found = f"{directory} is a saved model, and a run starts from new weights, never from those there"
     again = directory.parent / "run.yaml"
     resume = f"; to go on with the run that made it, train {again}" if again.is_file() else ""

@@ -48,7 +48,7 @@ class TrainingSpec(Spec):
 
 
 class ResolvedSpec(Spec):
-    """What `auto` came to when the run began, which it keeps on any machine that goes on with it.
+    """The values chosen for `auto` when the run began; a resumed run keeps them on any machine.
 
     Attributes:
         precision: what layers compute in.
@@ -112,7 +112,7 @@ class ParallelismSpec(Spec):
 
 
 class CheckpointSpec(Spec):
-    """When to save all that a run needs to go on.
+    """When to write checkpoints.
 
     Attributes:
         every: steps from one checkpoint to the next; the last step always has one.

@@ -15,7 +15,7 @@ from fusiontree.data import IGNORED, EvaluationBatch, HeldOut
 
 @dataclass(frozen=True)
 class Score:
-    """How well held-out text is predicted, as `fusiontree.data.HeldOut` defines it.
+    """The score of the model on held-out text, as `fusiontree.data.HeldOut` defines it.
 
     Attributes:
         nats: the sum of -log p over all targets.

@@ -23,7 +23,7 @@ def axis_tables(spec: ModelSpec) -> dict[str, Table]:
 
 
 def narrow_spec(spec: ModelSpec, path: str, axis: str, keep: Sequence[int]) -> ModelSpec:
-    """The spec without those parts of a node (or an encoding) along an axis whose indices are not kept.
+    """The spec in which a node (or an encoding) keeps only the given indices of an axis.
 
     Args:
         path: of the node in the expanded form, or `encodings.NAME`.

@@ -1,4 +1,4 @@
-"""What is minimised: objectives, one file each, weighted and summed."""
+"""Objectives: the terms of the loss, one file each."""
 
 from fusiontree.training.objectives.balance import Balance
 from fusiontree.training.objectives.base import AnyObjective, GateValues, ObjectiveSpec, StepPart, objectives

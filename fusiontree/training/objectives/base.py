@@ -26,11 +26,11 @@ Scalar = Float[Tensor, ""]
 
 @dataclass(frozen=True)
 class GateValues:
-    """What a gate gave in one forward pass.
+    """The values of a gate in one forward pass.
 
     Attributes:
         values: by branch, [rows, time, units] or [units].
-        real: which positions are tokens, and neither padding nor a prefix; None: all of them.
+        real: mask of real tokens (neither padding nor prefix); None: all positions are real.
     """
 
     values: Weights
@@ -42,8 +42,8 @@ class GateValues:
         return stacked.to(accumulation_dtype(stacked.dtype))
 
     def row_means(self, x: Float[Tensor, "*places units some"]) -> Float[Tensor, "*rows units some"]:
-        """Means over the real positions of each row; of a gate that reads no tokens, whose values are those of all
-        rows, x itself."""
+        """Means over the real positions of each row. A gate that reads no tokens has the same values for all rows: x is
+        returned."""
         if x.ndim == 2:
             return x
         if self.real is None:
@@ -60,7 +60,7 @@ class StepPart:
         nats: the cross entropy of their labels, summed.
         labels: -100 where there is none.
         count: labels of the whole step.
-        gates: what gates gave, where an objective reads them.
+        gates: the values of all gates, if an objective reads them.
     """
 
     nats: Scalar
@@ -75,7 +75,7 @@ class StepPart:
 
 
 class ObjectiveSpec(Spec, ABC):
-    """One term of what is minimised, times `weight` (0: it is measured only)."""
+    """One term of the loss, times `weight` (0: the term is only measured)."""
 
     reads_gates: ClassVar[bool] = False
     """Whether it needs `StepPart.gates`."""

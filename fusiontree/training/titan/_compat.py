@@ -1,4 +1,4 @@
-"""What torchtitan 0.3 takes for granted and a machine without a GPU, or an older torch, lacks.
+"""Supplies what torchtitan 0.3 assumes but a machine without a GPU, or an older torch, does not have.
 
 torchtitan 0.3.0 was cut for torch 2.14 and CUDA. `install` runs before any other of its modules is imported,
 because they bind names at import. Each part says when it is not needed; with a GPU and torch 2.14 nothing happens.

@@ -45,7 +45,7 @@ class TitanLoader(BaseDataLoader):
                 yield {"input": batch["tokens"], **places}, batch["labels"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The step after the one that is being read, as rows are a function of the seed and the step, and of what."""
+        """The state to resume from: the next step (rows depend only on seed and step) and the data's contents."""
         return {"step": self.step, "contents": self.batches.corpus.contents.data()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

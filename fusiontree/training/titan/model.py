@@ -38,7 +38,7 @@ class TitanModel(LanguageModel, BaseModel):
         self.config = config
 
     def verify_module_protocol(self) -> None:
-        """Our modules are plain ones, which torchtitan allows a model to say."""
+        """Our modules are plain torch modules; torchtitan lets a model declare that."""
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter from (seed, path): the same on any number of processes."""
