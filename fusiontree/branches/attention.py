@@ -42,7 +42,7 @@ Heads = Float[Tensor, "batch time heads channels"]
 
 KEY_AXES = "windowed_kv_heads*head_dim+global_kv_heads*head_dim"
 QUERY_AXES = "windowed_kv_heads*windowed_queries*head_dim+global_kv_heads*global_queries*head_dim"
-"""Queries of a key-value head stand together, windowed heads before global ones."""
+"""The queries of a key-value head are adjacent, windowed heads before global ones."""
 
 
 @dataclass(frozen=True)
@@ -325,8 +325,8 @@ def _maps(spec: Attention, width: int, rows: Mapping[str, int]) -> LinearModule 
 
 
 class AttentionModule(ProjectedModule):
-    """The module of `Attention`: separate q, k, v and out; windowed heads come first, and where there are global ones
-    too, each kind has maps in of its own."""
+    """The module of `Attention`: separate maps q, k, v and out. Windowed heads come first; with both kinds of heads
+    each has its own q, k and v."""
 
     def __init__(self, spec: Attention, scope: Scope) -> None:
         super().__init__()
@@ -409,7 +409,8 @@ class AttentionModule(ProjectedModule):
         return slopes[: group.heads] if group.name == "windowed" else slopes[-group.heads :]
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
-        """A ring of keys and one of values for each group, heads before slots: a step reads a head's in one piece."""
+        """A ring of keys and one of values for each group; heads come before slots, so that a step reads a head's slots
+        contiguously."""
         if self.spec.keys_from is not None:
             return {}
         return {

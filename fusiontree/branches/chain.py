@@ -1,4 +1,4 @@
-"""Nodes one after another, as one branch: a block that does not read and write the stream at every step."""
+"""A sequence of nodes as one branch: a block whose inner nodes do not read or write the stream."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -73,7 +73,8 @@ class Chain(BranchSpec):
         yield from ((f"links.{name}", node) for name, node in self.links.items())
 
     def child_scope(self, child: str, scope: Scope) -> Scope:
-        """What a link reads has a width of its own. Shared nodes have that of the stream, and fit in no other."""
+        """Each link has its own input width. Shared nodes have the stream's width, so links of other widths cannot use
+        them."""
         width = self._widths(scope)[child.removeprefix("links.")]
         return scope if width == scope.width else replace(scope, width=width, shared={})
 
@@ -103,7 +104,7 @@ class Chain(BranchSpec):
         return {"width": scope.width} | {f"{name}_width": width for name, width in self._widths(scope).items()}
 
     def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
-        """What a link reads leaves with what the link before returns."""
+        """Narrows a link's input together with the output of the link before."""
         names, reader = list(self.links), axis.removesuffix("_width")
         if reader == axis or names.index(reader) == 0:
             return super().narrowed(axis, keep, scope)

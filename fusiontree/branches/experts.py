@@ -77,7 +77,7 @@ class Experts(Module):
         return (by_token * shares[..., None]).sum(1)
 
     def _of_one(self, x: Tokens, shares: Shares, choice: Choice) -> Tokens:
-        """One token's, for which nothing has to be sorted: what sorting takes is a tenth of a step."""
+        """The outputs for one token, without sorting tokens by expert, which takes a tenth of a decode step."""
         gates = [None] * len(self.up) if self.gate is None else self.gate
         made = [_expert(x, gates[expert], self.up[expert], self.down[expert]) for expert in choice[0].tolist()]
         return (torch.stack(made, 1).to(x.dtype) * shares[..., None]).sum(1)

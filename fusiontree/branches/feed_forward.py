@@ -1,4 +1,4 @@
-"""What feed-forward branches have in common: W_down act(W_up x), with a gate W_gate x where the kind has one."""
+"""The base of feed-forward branches: W_down act(W_up x), with a gate W_gate x in some kinds."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

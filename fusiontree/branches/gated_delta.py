@@ -1,8 +1,8 @@
-"""Gated DeltaNet: linear attention whose state decays and is told what it got wrong (arXiv 2412.06464); with a decay
-for each channel of the keys, Kimi Delta Attention (arXiv 2510.26692).
+"""Gated DeltaNet: linear attention with a decaying state and the delta rule (arXiv 2412.06464). With a decay for each
+key channel it is Kimi Delta Attention (arXiv 2510.26692).
 
 The state of a head is S_t = A_t S_(t-1) + beta_t k_t (v_t - k_t^T A_t S_(t-1))^T, its output q_t^T S_t, normalised over
-the head and times silu(z). q, k and v stand behind a short causal convolution, and q and k have length 1.
+the head and times silu(z). q, k and v pass a short causal convolution; q and k are normalised to length 1.
 """
 
 from collections.abc import Iterator, Mapping
@@ -165,7 +165,7 @@ class GatedDelta(ProjectedSpec):
         return {"width": scope.width, **own, **shares, **ranks}
 
     def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
-        """The norm stands over a head's values; queries are times what `head_dim` was."""
+        """The norm is over a head's values; queries keep the scale of the original `head_dim`."""
         left = len(keep)
         if axis == "key_heads":
             return {axis: left, "heads": left * self.heads // self.key_heads}

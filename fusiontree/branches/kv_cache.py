@@ -36,7 +36,7 @@ def _with_slots(ring: Ring, tokens: int) -> Ring:
 
 
 def write_token(context: Context, ring: Ring, values: Chunk) -> None:
-    """Bring a ring up to date with a chunk of one token, which touches one slot of each row."""
+    """Write a chunk of one token into a ring; each row writes one slot."""
     fresh, targets = _rows(context).has_tokens, context.once(token_slots, *ring.shape[1:3])
     slots, values = ring.view(-1, *ring.shape[3:]), values.flatten(0, 2).to(ring.dtype)
     if fresh is not None:

@@ -1,7 +1,7 @@
 """Lightning attention: linear attention whose heads forget at constant rates (TransNormerLLM, arXiv 2307.14995;
 MiniMax-01, arXiv 2501.08313).
 
-The state of a head is S_t = exp(-slope) S_(t-1) + v_t k_t^T, its output S_t q_t, with q, k and v behind silu. The
+The state of a head is S_t = exp(-slope) S_(t-1) + v_t k_t^T, its output S_t q_t, where q, k and v pass silu. The
 outputs of all heads are normalised as one vector and multiplied by sigmoid(z).
 """
 
@@ -75,7 +75,7 @@ class Lightning(ProjectedSpec):
 
     @classmethod
     def examples(cls, width: int) -> Iterator[Self]:
-        """Three heads, of which one forgets nothing, values wider than keys, with biases."""
+        """Three heads, one without decay, values wider than keys, with biases."""
         shape = {"heads": 3, "head_dim": 4, "value_dim": width // 2, "slopes": (0.0, 0.1, 0.7)}
         yield cls.model_validate({**shape, "bias": True, "out_bias": True})
 
@@ -156,7 +156,7 @@ class LightningModule(ProjectedModule):
         return self.projected(y)
 
     def _scan(self, qkv: tuple[Heads, Heads, Heads], context: Context, state: State | None) -> Heads:
-        """`ssd` with steps of 1, whose B are the keys and whose C the queries."""
+        """`ssd` with dt = 1, keys as B and queries as C."""
         (q, k, v), precise = qkv, accumulation_dtype(qkv[2].dtype)
         rates = constants(tuple(-slope for slope in self.spec.slopes), precise, v.device)
         steps = context.once(_ones, v.shape[:3], precise, v.device)

@@ -2,8 +2,8 @@
 arXiv 2312.00752).
 
 The state of a channel is h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t, its output y_t = h_t . C_t + D x_t, times silu(z).
-x stands behind a short causal convolution; dt, B and C are linear maps of what comes out of it, all channels sharing
-B and C, and dt going through a low rank.
+x passes a short causal convolution; dt, B and C are linear maps of its output. All channels share B and C; the map of
+dt has a low rank.
 """
 
 from collections.abc import Iterator, Mapping
@@ -150,7 +150,7 @@ class Mamba1Module(ProjectedModule):
         return self.projected(y)
 
     def _selected(self, u: Inner) -> tuple[Inner, Shared, Shared]:
-        """dt, in float32 or better, B and C: what the input says of how it is remembered."""
+        """dt (in float32 or better), B and C from the input."""
         found = {"dt": self.dt_down(u), "B": self.B(u), "C": self.C(u)}
         found |= {name: norm(found[name]) for name, norm in self.norm.items()}
         precise = accumulation_dtype(u.dtype)

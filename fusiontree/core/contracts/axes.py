@@ -1,5 +1,5 @@
-"""Named axes: what each dimension of a parameter runs over, so that parts can be picked, or left out, without knowing
-what the parameter is for."""
+"""Named axes of the dimensions of parameters, by which parts can be selected or removed without knowing the parameter's
+purpose."""
 
 import math
 import operator
@@ -22,10 +22,10 @@ SpecT = TypeVar("SpecT", bound=Spec, covariant=True)
 
 @dataclass(frozen=True)
 class Narrowing(Generic[SpecT]):
-    """A spec without some parts of itself.
+    """A narrowed spec, and which indices of its parameters' axes are kept.
 
     Attributes:
-        spec: what is left.
+        spec: the narrowed spec.
         kept: what stays of the parameters' axes, by the path, from here, of the node (or encoding) that has them;
             "" is the spec itself.
     """

@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has seen: named tensors by node path, and where each row stands."""
+"""The cache of a model: named tensors by node path, and the length, position and open document of each row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fusiontree.errors import FusionTreeError
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a chunk stand, for the nodes that write a cache.
+    """Lengths and slots of the rows of a chunk, for nodes that write a cache.
 
     Attributes:
         past_length: tokens of the row's open document that the cache holds as the chunk starts.
@@ -109,7 +109,7 @@ class Cache:
         return self.all_started
 
     def leave_inference(self) -> None:
-        """Let what inference mode has made be written outside of it: torch allows that of copies alone."""
+        """Copy the states that inference mode made: outside of it torch allows writes to copies only."""
         if not self.of_inference or torch.is_inference_mode_enabled():
             return
         for state in self.states.values():
@@ -121,8 +121,7 @@ class Cache:
 
     @torch.no_grad()
     def select(self, rows: Int[Tensor, "rows"]) -> None:
-        """Let row i go on where row `rows[i]` stands, as a search with beams wants it; there may be more rows then, or
-        fewer."""
+        """Replace row i by row `rows[i]`, as beam search needs it. The number of rows may change."""
         self.leave_inference()
         for state in self.states.values():
             for name, tensor in state.items():

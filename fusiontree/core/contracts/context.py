@@ -1,4 +1,4 @@
-"""The one boundary object: what a forward pass knows about its tokens besides their features."""
+"""The boundary object: positions, documents and cache of the tokens of a forward pass."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,14 +44,14 @@ class SharedValues:
 
 @dataclass(frozen=True)
 class Context:
-    """Where each token stands, and what came before.
+    """Positions, documents and cache of a chunk of tokens.
 
     Attributes:
-        positions: of the tokens; they restart at each document and go on behind what the cache holds.
+        positions: of the tokens; they restart at each document and continue after the cached tokens.
         segments: numbers the documents of each row from 0. Segment 0 continues what the cache holds, any other starts
             from nothing; -1 is padding, which only ever trails. None: one document and no padding.
         tables: the encodings at these positions, by name.
-        rows: where the rows stand; None without a cache.
+        rows: lengths and slots of the rows in the cache; None without a cache.
         states: the current layer's cache, keyed by path within the layer, so that equal layers compile to one graph.
         embedding: what the first layer reads, for nodes that read it again.
         received: values that earlier layers published, by the local path of the node that reads them.
@@ -91,7 +91,7 @@ class Context:
         return found
 
     def is_step(self, x: Float[Tensor, "batch time width"]) -> bool:
-        """Whether a chunk is one token a row and no gradient will ask for what states were before it."""
+        """Whether the chunk is a decode step: one token a row, without gradients, so that states may be overwritten."""
         return x.shape[1] == 1 and not torch.is_grad_enabled()
 
     def encode(self, names: Sequence[str], x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:

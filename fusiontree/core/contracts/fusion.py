@@ -34,19 +34,19 @@ class FusionSpec(NodeSpec, ABC):
         return None
 
     def gate_scope(self, scope: Scope) -> GateScope:
-        """What surrounds the gate, by what surrounds the fusion."""
+        """The gate's scope, from the fusion's scope."""
         return GateScope(tuple(self.branches), scope.width, scope.width)
 
     @abstractmethod
     def without_branch(self, branch: str) -> "FusionSpec":
-        """The spec with one branch less and nothing left that only it used (law 8).
+        """The spec without a branch, and without everything that only this branch used (law 8).
 
         Raises:
             SpecError: the branch is the last one.
         """
 
     def passthrough_branch(self) -> str | None:
-        """The name of the one branch that the fusion passes on as it is; None if it does anything else."""
+        """The name of the only branch, if the fusion returns its output unchanged; else None."""
         return None
 
 

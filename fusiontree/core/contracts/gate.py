@@ -55,7 +55,7 @@ class GateSpec(Spec, ABC):
         return 1
 
     def without_branch(self, branch: str) -> "GateSpec":
-        """The gate of the same fusion less one branch; at least two are left."""
+        """The gate after a branch is dropped from the fusion; at least two branches are left."""
         return self
 
     def flops(self, scope: GateScope) -> float:
@@ -71,7 +71,8 @@ class GateSpec(Spec, ABC):
         return {"features": scope.features, "units": self.units(scope.width)}
 
     def narrow(self, axis: str, keep: tuple[int, ...], scope: GateScope) -> Self:
-        """As of a node, for an axis that there is but `units`, which leave with the width (`narrow_width`).
+        """See `NodeSpec.narrow`; the axis exists and is not `units`, which are narrowed with the width
+        (`narrow_width`).
 
         Raises:
             SpecError: no narrower gate gives the same values.

@@ -89,7 +89,7 @@ class Module(nn.Module):
 
 
 class LinearModule(nn.Linear, Module):
-    """y = x W^T + b. One of torch's, so that tools that look for those (LoRA, quantisation) find it."""
+    """y = x W^T + b. It derives from `nn.Linear`, so that tools for LoRA and quantisation find it."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
         Module.__init__(self)  # torch's would draw values
@@ -104,9 +104,9 @@ class LinearModule(nn.Linear, Module):
 
 class Norm(Spec):
     """How features are normalised over the width: root mean square (arXiv 1910.07467) or layer norm
-    (arXiv 1607.06450, without a bias). `gain` is absent, a weight, or 1 + a weight that starts at 0 (Gemma). `count`
-    is how many features the mean square is of (null: those that there are): where some were narrowed away it still
-    counts them, as zeros."""
+    (arXiv 1607.06450, without a bias). `gain` is absent, a weight, or 1 + a weight that starts at 0 (Gemma). `count` is
+    the number of features in the mean square (null: the width); after narrowing it still counts the removed features,
+    as zeros."""
 
     kind: Literal["rms", "layer"] = "rms"
     gain: Literal["none", "weight", "one_plus"] = "weight"

@@ -1,4 +1,4 @@
-"""What a branch promises, and what branches and fusions have in common.
+"""The contract of branches, and what branches and fusions share.
 
 Shape letters everywhere: batch, time, width (of the residual stream), inner (of a branch), heads, head_dim,
 value_dim, state, groups, branches.
@@ -26,8 +26,8 @@ from fusiontree.errors import SpecError, suggest
 
 @dataclass(frozen=True)
 class Scope:
-    """What surrounds a node: the width of its input and output, the encodings and shared nodes that it may name, and
-    how many learned vectors stand before each document, and the width of the stream, which encodings add to."""
+    """The surroundings of a node: the width of its input and output, the encodings and shared nodes that it may name,
+    the number of prefix vectors before each document, and the width of the stream, to which encodings add."""
 
     width: int
     encodings: Mapping[str, "EncodingSpec"]
@@ -172,7 +172,7 @@ class NodeSpec(Spec, ABC):
         return Narrowing(type(self).parse({**self.data(), **fields}), {"": {axis: keep}})
 
     def narrow_output(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
-        """The node that returns these of its features alone (rising indices), for one that narrows what reads them.
+        """The node that returns only the features `channels` (rising indices), for a parent that narrows their reader.
 
         Raises:
             SpecError: it cannot.
@@ -180,7 +180,7 @@ class NodeSpec(Spec, ABC):
         raise SpecError("the features that it returns cannot be narrowed")
 
     def narrow_input(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
-        """The node that reads these of its features alone, and returns as many as before.
+        """The node that reads only the features `channels`; its output keeps its width.
 
         Raises:
             SpecError: it cannot.
@@ -262,7 +262,7 @@ class Node(Module, ABC):
         return None if context.states is None else context.states[self.local_path]
 
     def stateful_nodes(self) -> Iterator["Node"]:
-        """The nodes that keep a cache here: this one, and where it uses shared nodes, those in its place."""
+        """The nodes with a cache at this place: this node, or the shared nodes that run for it."""
         yield self
 
 

@@ -107,7 +107,7 @@ class Observation(ByGate):
 
     @torch.no_grad()
     def add(self, path: str, weights: Weights, real: Real | None) -> None:
-        """Take note of one evaluation of a gate, where its values are those of tokens."""
+        """Add one evaluation of a gate, at real tokens only."""
         values = {branch: _at_tokens(value, real).double().flatten() for branch, value in weights.items()}
         entropy = _entropy(list(values.values()))
         gate = self.sums.setdefault(path, {})

@@ -30,9 +30,9 @@ from fusiontree.errors import SpecError, suggest
 
 LARGEST = 2**31 - 1
 Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
-"""How many of something there are: at least one."""
+"""A number of parts, at least one."""
 Natural = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
-"""How many of something there are: none is allowed."""
+"""A number of parts, 0 included."""
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number."""
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -68,14 +68,14 @@ class _SchemaGenerator(GenerateJsonSchema):
 
 
 Problems = Iterator[tuple[str, str]]
-"""Pairs of a path inside a part and what is wrong there."""
+"""Pairs (path inside a part, message)."""
 
 
 class Spec(BaseModel):
     """A frozen description of something. Unknown keys are errors, and `kind` is always written, first.
 
     Attributes:
-        elsewhere: keys that belong to another kind of file, and what to say of each.
+        elsewhere: keys that belong to another kind of file, each with the hint for its message.
 
     Raises:
         SpecError: a field that is not valid; the line that `parse` answers with.
@@ -103,7 +103,7 @@ class Spec(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Name them beside what is wrong with the others, so that one look shows all."""
+        """Report unknown keys together with all other problems."""
         plainer = isinstance(value, Spec) and type(value) is not cls and issubclass(cls, type(value))
         value = value.data() if plainer else value  # as a Norm, where one with more fields may stand
         known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -122,7 +122,7 @@ class Spec(BaseModel):
 
     @classmethod
     def _with_meanings(cls, handler: ModelWrapValidatorHandler[Self], value: Any) -> Self:
-        """What is missing is said by what it is, where its field has a description."""
+        """A missing field's message uses the field's description, if it has one."""
         try:
             return handler(value)
         except ValidationError as error:
@@ -237,13 +237,13 @@ def said(error: ValidationError) -> list[str]:
 
 
 def located(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
-    """Every problem as the steps of its path, and what was found and is allowed there."""
+    """Every problem as (steps of its path, message)."""
     every = [details for details in error.errors(include_url=False) if not _is_echo(details)]
     return [(tuple(str(s) for s in details["loc"] if s != "[key]") or ("spec",), _said(details)) for details in every]
 
 
 def _is_echo(details: ErrorDetails) -> bool:
-    """Whether pydantic calls a list too short whose items are there, but wrong themselves."""
+    """Whether pydantic reports a list as too short only because its items are invalid."""
     least = details.get("ctx", {}).get("min_length", 0)
     return details["type"] == "too_short" and len(details["input"]) >= least
 

@@ -1,4 +1,4 @@
-"""What the fields of specs say about a place in plain data."""
+"""Looks up the field types of specs at a path of plain data."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,8 +13,8 @@ from fusiontree.errors import SpecError
 
 
 def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
-    """Whether the place in the data of a spec is a mapping that may hold any names, by the types of the fields on the
-    way there; data that a kind of nobody describes is not."""
+    """Whether a path in a spec's data leads to a mapping with free names, by the types of the fields on the way; below
+    an unknown kind nothing is."""
     kinds: list[Any] = [spec]
     for step in path:
         kinds = [inner for kind in kinds for outer in _plain(kind, data) for inner in _inside(outer, step)]
@@ -38,7 +38,7 @@ def targets(spec: type[Spec], data: Any, pattern: str, *, adding: bool) -> list[
 
 
 def _plain(kind: Any, data: Any) -> Iterator[Any]:
-    """The types that data of a field's type may have: choices one by one, a family as the kind that is named."""
+    """The concrete types of a field: each choice of a union, and for a family the kind that the data names."""
     if isinstance(kind, KindFamily):
         name = data.get("kind") if isinstance(data, Mapping) else None
         try:
@@ -58,7 +58,7 @@ def _plain(kind: Any, data: Any) -> Iterator[Any]:
 
 
 def _inside(kind: Any, step: str) -> Iterator[Any]:
-    """The type of what stands at a step into data of a type."""
+    """The field types one step inside a type."""
     if isinstance(kind, type) and issubclass(kind, Spec):
         for name, field in kind.model_fields.items():
             if step in (name, field.alias):

@@ -19,7 +19,7 @@ def removes(pattern: str, edits: Mapping[str, Any]) -> bool:
 
 
 def explain(error: ValidationError, edits: Mapping[str, Any], data: Any) -> list[str]:
-    """What is wrong with edited data, a line each; in parts with fields that their new kind does not have, one line."""
+    """Problems of edited data, one line each; a part with fields that its new kind lacks gets one line in all."""
     kinds = [pattern.removesuffix(".kind") for pattern in edits if pattern.endswith(".kind")]
     edited = {place: part for part in kinds for place in paths.matches(data, part)}
     found: dict[str | None, list[Problem]] = {}

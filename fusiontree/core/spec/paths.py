@@ -24,7 +24,7 @@ def steps(data: Any) -> Iterator[tuple[str, Any]]:
 
 
 def walk(data: Any, prefix: Steps = ()) -> Iterator[tuple[Steps, Any]]:
-    """Every place inside, with what is there, from the outside in."""
+    """Yields (path, value) of every value inside, outermost first."""
     for step, value in steps(data):
         yield (*prefix, step), value
         yield from walk(value, (*prefix, step))
@@ -36,7 +36,7 @@ def leaves(data: Any) -> dict[str, Any]:
 
 
 def find(data: Any, pattern: str) -> list[Steps]:
-    """The places that a pattern matches.
+    """The paths that match a pattern.
 
     Raises:
         SpecError: there is none; names the nearest path that there is.
@@ -62,7 +62,7 @@ def _followed(data: Any, pattern: Steps, prefix: Steps) -> Iterator[Steps]:
 
 
 def _nearest(data: Any, pattern: str) -> str:
-    """How a pattern could go on: with near names in the place of unknown ones; where none is near, what is known."""
+    """The hint for a pattern without a match: the nearest names, or the known ones."""
     places, done = [data], []
     for step in split(pattern):
         names = list(dict.fromkeys(name for place in places for name, _ in steps(place)))

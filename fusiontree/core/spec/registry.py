@@ -88,7 +88,7 @@ def _with_kinds(schema: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonS
 
 
 class Registry(KindFamily[S]):
-    """One family's own kinds, built in, registered by a decorator, or offered by an installed package.
+    """The kinds of one family: built in, registered by a decorator, or offered by an installed package.
 
     A package offers a kind by an entry point in the group `fusiontree.<family>` whose name is the kind.
     It is imported when the kind is used, so a broken plugin fails only then.
