@@ -1,8 +1,8 @@
-"""Operators on tensors, each with several backends and one meaning, in a package of its own name.
+"""Operators on tensors, one package each, with one meaning and several backends.
 
-Importing nothing of the rest of the library but its machine and its errors, they can be used alone:
-`from fusiontree.kernels.ssd import ssd, ssd_step`. `common.documents` says what boundaries mean, `registry` how a
-backend is chosen.
+They import only `machine` and `errors` of the library, so they can be used alone:
+`from fusiontree.kernels.ssd import ssd, ssd_step`. `common.documents` defines document boundaries, `registry` the
+choice of a backend.
 """
 
 from fusiontree.kernels import attention, causal_conv1d, gated_delta, linear_recurrence, selective_scan, ssd

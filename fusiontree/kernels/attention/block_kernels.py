@@ -1,7 +1,7 @@
 """Attention of one block of queries: forward with the log of the sum of exponentials, and backward from it.
 
-Queries are folded, (batch, kv_heads, queries x share, head_dim): the query heads that share a kv head are
-more rows of one product, and keys are never repeated.
+Queries are folded, (batch, kv_heads, queries x share, head_dim): the query heads of a kv head are further rows of one
+product, so that keys are never repeated.
 """
 
 from collections.abc import Callable

@@ -39,7 +39,7 @@ class BlockedOptions(NamedTuple):
 
     @property
     def reach(self) -> tuple[int | None, int]:
-        """What hides keys, and what does not."""
+        """The window, which hides keys, and the number of prefix keys, which stay visible."""
         return self.window, self.prefix
 
 
@@ -57,7 +57,7 @@ def _leading(heads: Float[Tensor, "b kv_heads t d"]) -> Float[Tensor, "b t kv_he
 
 @lru_cache(maxsize=32)
 def _band(queries: int, keys: int, reach: tuple[int | None, int], layout: BiasLayout, device: torch.device) -> Tensor:
-    """The bias of the last `queries` of `keys` tokens in one document; few differ, and all layers have the same."""
+    """The mask bias of the last `queries` of `keys` tokens in one document. It is cached: layers share it."""
     seen = visibility_of(keys, None, None, reach, device)
     return seen.bias(slice(keys - queries, keys), slice(0, keys), layout)
 
@@ -69,18 +69,18 @@ def _band_size(keys: int, window: int | None) -> int:
 
 
 class Span(NamedTuple):
-    """Keys: some one after another, and before them those of a prefix."""
+    """A range of consecutive keys, with the indices of prefix keys before it."""
 
     keys: slice
     before: Int[Tensor, "#batch prefix"] | None
 
     def of(self, tensor: Float[Tensor, "batch kv_heads all_keys d"]) -> Float[Tensor, "batch kv_heads keys d"]:
-        """Those of a tensor."""
+        """The span's part of a tensor."""
         found = tensor[:, :, self.keys]
         return found if self.before is None else torch.cat([tensor.gather(2, self._index(tensor)), found], 2)
 
     def add(self, total: Float[Tensor, "batch kv_heads all_keys d"], part: Tensor) -> None:
-        """Add what belongs to them to what belongs to all."""
+        """Add the span's gradients to the gradients of all keys."""
         if self.before is not None:
             count = self.before.shape[1]
             total.scatter_add_(2, self._index(total), part[:, :, :count].to(total.dtype))

@@ -100,7 +100,7 @@ def _seen(tokens: int, window: int) -> float:
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """One new token of some rows; `tokens` are those cached of each row."""
+    """One new token in each row; `tokens` is the number of cached tokens of each row."""
 
     op: ClassVar[str] = "attention_step"
     learns: ClassVar[bool] = False

@@ -16,7 +16,7 @@ from fusiontree.kernels.registry import Op
 
 
 class StepRequest(NamedTuple):
-    """What is asked of a backend of `attention_step`."""
+    """The properties of a call of `attention_step` that decide which backends serve it."""
 
     device: str
     dtype: torch.dtype
@@ -103,10 +103,10 @@ def attention_step(
     """One token of `attention`, for decoding without gradients: each row sees its first `filled` slots, in any order.
 
     Args:
-        keys: in another type than q, as a cache under autocast is, they decide what is computed in.
-        filled: at least 1; a ring that has wrapped is filled. Given as `Filled`, no shape is looked at.
+        keys: if their dtype differs from q's, as that of a cache under autocast does, the computation uses theirs.
+        filled: at least 1; a ring that has wrapped is full. With a `Filled` no shape is checked.
         softcap: see `attention`.
-        alibi: the slopes of `attention`, and where the keys stand.
+        alibi: the slopes of `attention`, and the distances of the keys.
         backend: "auto" or one of `ATTENTION_STEP.backends`.
 
     Raises:
@@ -128,8 +128,8 @@ def _seen(
     Float[Tensor, "batch kv_heads seen value_dim"],
     Float[Tensor, "batch #kv_heads #rows seen"] | None,
 ]:
-    """What products are made of: query heads as rows of their kv head, the slots that any row sees, and what joins the
-    scores."""
+    """The operands of the products: query heads as rows of their kv head, the slots that any row sees, and the bias of
+    the scores."""
     q, keys, values, filled, _, _, alibi, seen = inputs
     (batch, heads, width), (_, kv_heads, slots, _) = q.shape, keys.shape
     seen = seen or Filled.of(filled, slots, keys.dtype)

@@ -1,7 +1,7 @@
 """`attention` by FlexAttention (`torch.nn.attention.flex_attention`, Dong et al. 2024, arXiv 2412.05496).
 
-Window and documents are one number a query, the first key that it sees. What is visible in blocks of 128 x 128
-follows from the numbers of a block's first and last query, so that no time x time mask is ever made.
+Window and documents become one number a query: the first key that it sees. The numbers of a block's first and last
+query tell which blocks of 128 x 128 are visible, so no time x time mask is made.
 """
 
 import os

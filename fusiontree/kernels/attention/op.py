@@ -24,7 +24,7 @@ class Past(NamedTuple):
 
 
 class AttentionRequest(NamedTuple):
-    """What is asked of a backend of `attention`."""
+    """The properties of a call of `attention` that decide which backends serve it."""
 
     device: str
     dtype: torch.dtype

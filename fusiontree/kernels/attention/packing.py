@@ -19,9 +19,9 @@ class KernelLimits(NamedTuple):
 
     Attributes:
         generations: the first numbers of the GPU's compute capability.
-        multiple: of which head_dim is one.
-        largest: head_dim.
-        softcap, slopes: whether they are served.
+        multiple: head_dim must be a multiple of it.
+        largest: the largest head_dim.
+        softcap, slopes: whether the kernels support them.
         unequal_widths: whether value_dim may differ from head_dim.
     """
 

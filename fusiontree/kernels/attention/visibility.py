@@ -34,8 +34,8 @@ class Visibility(NamedTuple):
     """Which keys each query sees: keys from `first_visible` to the query's own time, and its document's prefix.
 
     Attributes:
-        key_times: when keys stand, counted from the call's first token; cached keys are before 0, empty slots after
-            every token.
+        key_times: times of the keys, counted from the call's first token; cached keys have negative times, empty slots
+            come after every token.
         first_visible: the earliest time that each query sees. Padding sees padding, which keeps every softmax finite.
         document_starts: the time at which each query's document starts; None where no mask needs it.
         cached: how many keys are cached; cached keys have no order.

@@ -37,7 +37,8 @@ def load() -> XformersLibrary:
 @ATTENTION.backend("xformers", priority=24, supports=_refusal)
 @untraced
 def xformers(inputs: AttentionInputs) -> Tensor:
-    """One call for all documents; a window counts keys. Keys are repeated: shared ones have no gradients there."""
+    """One call for all documents; a window counts keys. Keys are repeated: xformers has no gradients for shared
+    ones."""
     library = load()
 
     def one_call(documents: Packed, q: Tokens, k: Tokens, v: Tokens) -> Tokens:

@@ -54,7 +54,7 @@ def _before(inputs: ConvInputs) -> Float[Tensor, "batch channels taps-1"] | None
 @CONV.backend("causal_conv1d", priority=20, supports=_refusal)
 @untraced
 def causal_conv1d(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
-    """One call for all documents; the kernel leaves no state where there are some."""
+    """One call for all documents; with documents the kernel returns no state."""
     x, weight, bias, _, segments = inputs
     documents = None if segments is None else segments.int()
     bias = None if bias is None else bias.to(weight.dtype)

@@ -32,7 +32,7 @@ def load() -> Callable[..., Any]:
 
 
 def _padded(state: Float[Tensor, "rows taps-1 channels"] | None) -> Float[Tensor, "rows channels taps"] | None:
-    """The library keeps as many inputs as there are taps, the oldest of which nothing reads."""
+    """The library's state has one input a tap; the oldest is never read."""
     return None if state is None else pad(state.transpose(1, 2), (1, 0))
 
 

@@ -12,7 +12,7 @@ from fusiontree.kernels.registry import Op
 
 
 class ConvRequest(NamedTuple):
-    """What is asked of a backend of `causal_conv1d`."""
+    """The properties of a call of `causal_conv1d` that decide which backends serve it."""
 
     device: str
     dtype: torch.dtype

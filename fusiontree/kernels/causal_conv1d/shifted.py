@@ -77,7 +77,7 @@ class _Shifted(torch.autograd.Function):
 
 
 def _fusible(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """The same sum without blocks, for a compiler that makes one loop of it."""
+    """The sum without blocks, which a compiler fuses into one loop."""
     dtype, time = accumulation_dtype(extended.dtype), extended.shape[1] - weight.shape[1] + 1
     parts = [
         _seen(extended[:, tap : tap + time].to(dtype), mask, tap) * factor
@@ -94,7 +94,7 @@ def _convolve(extended: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | Non
 
 @CONV.backend("shifted", priority=10)
 def shifted(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
-    """Sum over taps of the inputs so many tokens back, where those belong to the same document."""
+    """Sums shifted inputs over the taps, masked where a shift crosses a document boundary."""
     x, weight, bias, _, segments = inputs
     time, history = x.shape[1], inputs.history()
     extended = torch.cat([history, x], dim=1)

@@ -66,11 +66,10 @@ class Case(ABC):
 
     @abstractmethod
     def flops(self, tokens: int) -> float:
-        """Of one forward call of one row by the operator's definition, whatever a backend makes of it: its reference's
-        matrix products."""
+        """FLOPs of one forward call of one row, by the reference's matrix products, whatever a backend computes."""
 
     def made(self, tokens: int) -> int:
-        """How many tokens come out of one call of one row."""
+        """The number of output tokens of one row."""
         return tokens
 
     def results(self, inputs: Any) -> list[Tensor]:
@@ -78,7 +77,7 @@ class Case(ABC):
         return inputs.results()
 
     def carry(self, inputs: Any, results: list[Tensor]) -> Any:
-        """What a call that goes on after this one is given as `carried`: the final state. None: no call can."""
+        """The final state, which a continuing call takes as `carried`; None: no call can continue."""
         return results[1]
 
     def step(self, state: Tensor, *arguments: Tensor) -> Tensor:

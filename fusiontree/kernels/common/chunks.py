@@ -1,4 +1,4 @@
-"""Time cut into chunks, and how much of one token is left at another: what the chunked scans have in common.
+"""Chunks of the time and decays between their tokens, shared by the chunked scans.
 
 No exponent is ever positive, and cumulative sums of the log decay restart at each chunk.
 """
@@ -35,7 +35,7 @@ class Documents(NamedTuple):
 
     @classmethod
     def of(cls, segments: Int[Tensor, "batch time"] | None, span: slice, chunk: int) -> "Documents | None":
-        """Those of a step; None where there are no boundaries."""
+        """The segments of a step; None without boundaries."""
         if segments is None:
             return None
         own = rearrange(segments[:, span], "b (c q) -> b c q", q=chunk)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "values"]:
-    """These numbers as a tensor that nobody may write to, made once for each type and device: a device has to be waited
-    for to copy some there. No buffer of a module, which a change of type would round."""
+    """The numbers as a read-only tensor, made once for each dtype and device, because a copy to a device synchronises
+    it. Not a module's buffer: a change of dtype would round it."""
     if torch.compiler.is_compiling():  # a compiler keeps constants by itself
         return torch.tensor(values, dtype=dtype, device=device)
     return kept(tuple(values), dtype, device)  # an operator that is not traced gets a list

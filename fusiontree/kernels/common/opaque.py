@@ -21,7 +21,7 @@ class Opaque:
         self.register_autograd = self.operator.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns, with a gradient if one is wanted."""
+        """The function's result, with a gradient if one is required."""
         if torch.compiler.is_compiling() or not all(map(_is_plain, arguments)):
             return self.operator(*arguments)
         return self.run(*arguments)

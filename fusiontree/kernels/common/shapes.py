@@ -1,5 +1,5 @@
-"""Arguments of operators against the shapes that their annotations give: what does not fit is one line, and not
-memory that belongs to something else."""
+"""Checks arguments of operators against the shapes in their annotations: a mismatch is a one-line error, never a read
+of foreign memory."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -33,8 +33,7 @@ class _Field(NamedTuple):
 
 
 class Shapes:
-    """The shapes of a named tuple's tensors, each with one form or more. `multiples`: pairs of dimensions of which the
-    second divides the first."""
+    """The allowed shapes of a named tuple's tensors. `multiples`: pairs of dimensions; the second divides the first."""
 
     def __init__(self, inputs: type, multiples: tuple[tuple[str, str], ...] = ()) -> None:
         self.multiples = multiples

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class TilingLimits(NamedTuple):
-    """What suits a type of device.
+    """Block sizes for a type of device.
 
     Attributes:
-        entries: how many entries of states are held at once.
-        whole: a block of so many tokens, or of fewer, is one chunk.
+        entries: entries of states in memory at once.
+        whole: a block of at most this many tokens is one chunk.
         chunk: the tokens of a chunk in a longer block.
     """
 

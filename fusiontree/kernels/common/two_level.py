@@ -1,7 +1,7 @@
-"""A linear recurrence, each element by itself, over chunks that lie side by side.
+"""An elementwise linear recurrence over chunks that are processed side by side.
 
-Values come as one tensor for each place in a chunk, [chunks, rows, ...]. Several chunks are gone through twice: from
-nothing, which gives the state that enters each chunk, and from there. Nothing is divided.
+Values are one tensor for each position in a chunk, [chunks, rows, ...]. Several chunks take two passes: the first, from
+zeros, gives the state that enters each chunk; the second starts from it. Nothing is divided.
 """
 
 from collections.abc import Sequence

@@ -51,8 +51,8 @@ def _declared(hint: Any) -> str:
 
 
 class Untraced(Generic[InputsT]):
-    """Decorates backends of one operator, whose arguments are the fields of a named tuple; those to `leave_out`, which
-    are the last ones, no such backend serves."""
+    """Decorates backends of one operator, whose arguments are the fields of a named tuple. The last fields,
+    `leave_out`, are served by no such backend."""
 
     def __init__(self, name: str, make: type[InputsT], *, leave_out: Sequence[str] = ()) -> None:
         fields = _schema(make, leave_out)
@@ -71,7 +71,7 @@ class Untraced(Generic[InputsT]):
         self.backward: Any = getattr(torch.ops.fusiontree, f"{name.partition('::')[2]}_backward")
 
     def __call__(self, run: Callable[[InputsT], Any]) -> Callable[[InputsT], Any]:
-        """The same backend, and inside a compiled model one operator."""
+        """The backend; inside a compiled model it is one opaque operator."""
         self.runs[run.__name__] = run
 
         @wraps(run)

@@ -12,7 +12,7 @@ from fusiontree.kernels.registry import Op
 
 
 class GatedDeltaRequest(NamedTuple):
-    """What is asked of a backend of `gated_delta`."""
+    """The properties of a call of `gated_delta` that decide which backends serve it."""
 
     device: str
     dtype: torch.dtype
@@ -80,8 +80,8 @@ def gated_delta(
     token in float32 (float64 for float64). Differentiable in all floating-point arguments, through both results.
 
     Args:
-        q: what is asked of the state, already scaled.
-        k: of length 1, or at least with beta |k|^2 <= 2: beyond that the state grows without a bound.
+        q: queries of the state, already scaled.
+        k: keys of length 1, or with beta |k|^2 <= 2 at least; beyond that the state grows without bound.
         g: the log of the decay, <= 0: of a head's whole state, or of each channel of its keys.
         beta: how much of the error is written, in [0, 1], or up to 2 for negative eigenvalues (arXiv 2411.12537).
         initial_state: the state before the first token; None is zeros.

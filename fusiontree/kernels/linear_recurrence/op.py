@@ -12,7 +12,7 @@ from fusiontree.kernels.registry import Op
 
 
 class LinearRecurrenceRequest(NamedTuple):
-    """What is asked of a backend of `linear_recurrence`."""
+    """The properties of a call of `linear_recurrence` that decide which backends serve it."""
 
     device: str
     dtype: torch.dtype
@@ -70,8 +70,8 @@ def linear_recurrence(
     Differentiable in all floating-point arguments, through both results.
 
     Args:
-        x: what is added.
-        a: what is kept, in [0, 1], both ends included; in float32, where so much of it is next to 1.
+        x: the inputs that are added.
+        a: the decays, in [0, 1], both ends included; float32, because many are close to 1.
         initial_state: the state before the first token; None is zeros.
         segments: document boundaries, as in `fusiontree.kernels.common.documents`.
         backend: "auto" or one of `LINEAR_RECURRENCE.backends`.

@@ -1,7 +1,7 @@
 """`linear_recurrence` in blocks of chunks, as `selective_scan` has them (`fusiontree.kernels.common.two_level`).
 
-What comes out is the state itself, so that backward needs nothing beside it and the decays: it is the same recurrence
-from the last token to the first. The operator is opaque to `torch.compile`.
+The output is the state itself, so backward needs only the output and the decays: it is the same recurrence in reverse.
+The operator is opaque to `torch.compile`.
 """
 
 from typing import Any

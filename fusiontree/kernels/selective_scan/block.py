@@ -1,8 +1,8 @@
 """Some whole chunks of `selective_scan` at once, forward and backward, in the accumulation dtype.
 
 Positions in the chunk come first: the recurrence takes one position of all chunks at a time, everything else is one
-operation on the block. Channels come last: that is where a machine's vectors lie. Nothing is divided, and no exponent
-is positive.
+operation on the block. Channels come last, where vector instructions work. Nothing is divided, and no exponent is
+positive.
 """
 
 import math

@@ -1,7 +1,7 @@
 """`selective_scan` by the CUDA kernel of mamba-ssm (`selective_scan_fn`, read at 2.3.2.post1).
 
-The kernel starts from zeros, and no gradient comes back through the state that it can return. Tokens do both: each of
-some in front of the sequence writes one entry of the initial state, each of as many behind it reads one of the last.
+The kernel starts from zeros, and the state that it returns has no gradient. Extra tokens replace both: tokens before
+the sequence write one entry each of the initial state, tokens after it read one entry each of the final state.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,8 @@ from fusiontree.kernels.registry import Op
 
 
 class SelectiveScanRequest(NamedTuple):
-    """What is asked of a backend of `selective_scan`; `state` is the number of entries a channel."""
+    """The properties of a call of `selective_scan` that decide which backends serve it; `state` is the number of
+    entries a channel."""
 
     device: str
     dtype: torch.dtype

@@ -1,8 +1,8 @@
-"""`selective_scan` in chunks: many elements an operation, and no more of them than a cache holds.
+"""`selective_scan` in chunks: many elements an operation, but no more than a processor's cache holds.
 
 The time is cut into blocks, one after the other. A block is one chunk, or where channels are few several chunks side by
 side, so that each operation of the recurrence has enough elements to be worth its call (`block`). Backward stores only
-the states between blocks and makes the rest again. The operator is opaque to `torch.compile`.
+the states between blocks and recomputes the rest. The operator is opaque to `torch.compile`.
 """
 
 from typing import Any, NamedTuple
