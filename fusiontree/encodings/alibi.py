@@ -29,7 +29,7 @@ class AlibiModule(Encoding):
     """Holds no parameters."""
 
     def forward(self, positions: Int[Tensor, "batch time"]) -> "Slopes":
-        """The same everywhere: what counts is the distance."""
+        """The same at all positions: only the distance matters."""
         return Slopes()
 
 
@@ -42,8 +42,8 @@ class Slopes(Table):
 
 
 def paper_slopes(heads: int) -> tuple[float, ...]:
-    """Down to 2^-8, each the same part of the one before; where the number of heads is no power of two, those of the
-    power below, then every second one of the power above (section 3 of the paper, and its code).
+    """A geometric series down to 2^-8. For a number of heads that is no power of two: the slopes of the power below,
+    then every second slope of the power above (section 3 of the paper, and its code).
 
     >>> paper_slopes(2), paper_slopes(3)
     ((0.0625, 0.00390625), (0.0625, 0.00390625, 0.25))

@@ -36,8 +36,8 @@ Turns = tuple[Tensor, Tensor]
 class Rope(EncodingSpec):
     """A rotation of queries and keys, or of C and B, by position.
 
-    `dim`: how many channels turn, the first ones; null: all. `scaling` slows rotations down, for sequences longer
-    than those that a model was trained on.
+    `dim`: the number of rotated channels, the first ones; null: all. `scaling` slows rotations down, for sequences
+    longer than those in training.
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"rotate"})

@@ -41,7 +41,7 @@ class Added(Table):
 class SrteLearned(EncodingSpec):
     """A learned vector for each position, added to the input.
 
-    There are `max_length` of them, of low `rank` if one is given.
+    The table has `max_length` vectors, and low rank if `rank` is given.
     """
 
     hooks: ClassVar[frozenset[Hook]] = frozenset({"input"})

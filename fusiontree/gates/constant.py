@@ -63,7 +63,7 @@ class Constant(GateSpec):
 
 
 def renormalised(values: dict[str, float]) -> dict[str, float]:
-    """Shares grown to sum to 1; equal ones where there was none."""
+    """Shares scaled to sum to 1; equal shares if all are 0."""
     total = sum(values.values())
     return {name: value / total if total else 1 / len(values) for name, value in values.items()}
 

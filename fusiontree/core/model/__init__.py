@@ -1,1 +1,1 @@
-"""The spec of a model, the model, and what is done with one."""
+"""The spec of a model, the model, and operations on it."""

@@ -31,8 +31,8 @@ class Layout:
 
 
 def readable(values: Tensor) -> bool:
-    """Whether Python may look at values: those on a CPU, unless a program is exported. Any other device would first
-    have to finish all that it was asked to do, and stand idle meanwhile."""
+    """Whether Python may read values: on a CPU, and not during torch.export. Reading from any other device would
+    synchronise it and leave it idle."""
     return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_exporting()
 
 

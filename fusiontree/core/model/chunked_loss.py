@@ -19,7 +19,7 @@ Head = Callable[..., Float[Tensor, "tokens vocab"]]
 FEATURES = 0
 """The index of the features among the inputs of a head."""
 NO_LABEL = -100
-"""What stands where nothing is to be predicted; torch's own choice."""
+"""The label of positions without a target; torch's default."""
 SMALL = 2**24
 """So many logits at a time, or about as many as there are features."""
 

@@ -15,11 +15,11 @@ class Cost:
     """The cost of one part of a model, everything below it included.
 
     Attributes:
-        path: its place in the expanded spec; "" is the whole model.
+        path: its path in the expanded spec; "" is the whole model.
         kind: the kind of a node, else the part's name.
-        parameters: how many numbers are learned.
+        parameters: the number of learned values.
         flops: forward FLOPs a token, the mean over a sequence: matrix products only, 2 per multiply-add.
-        cache_bytes: what one sequence's cache takes.
+        cache_bytes: bytes of one sequence's cache.
     """
 
     path: str

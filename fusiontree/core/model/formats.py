@@ -1,7 +1,7 @@
-"""Formats of files of weights, and reading older ones.
+"""Formats of weight files, and the migration of older ones.
 
-2: as the model names its parameters.
-1: attention with windowed and global heads had one map for both; it had no number.
+2: names are those of the model's parameters.
+1: attention had one map for windowed and global heads; the file holds no number.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 def migrated(
     spec: ModelSpec, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], number: str
 ) -> dict[str, Tensor]:
-    """A model's tensors by the names that they have now.
+    """A model's tensors under today's names.
 
     Args:
         tensors: as a file has them.
@@ -55,6 +55,6 @@ def _check_packed(
 
 
 def _packed(spec: ModelSpec) -> Iterator[tuple[str, list[str]]]:
-    """Names that format 1 had, each with those that stand for it now."""
+    """Yields each name of format 1 with the names that replaced it."""
     for path, node in spec.nodes():
         yield from ((f"{path}.{old}", [f"{path}.{name}" for name in names]) for old, names in node.packed().items())

@@ -24,7 +24,7 @@ COMPILED_FROM = 4096
 
 
 class Decoder(probes.HasMode, Protocol):
-    """What is asked of a model that generates: a `LanguageModel` has it."""
+    """The methods that generation needs; `LanguageModel` has them."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -207,7 +207,8 @@ def _entered(prompts: Prompts, model: Decoder) -> tuple[Tensor, Tensor | None]:
 
 
 def pad(prompts: Prompts) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor, padded behind, and the documents that say where; None when all are equally long.
+    """Prompts as one tensor, padded at the end, and the document ids that mark padding; None if all prompts are equally
+    long.
 
     Raises:
         FusionTreeError: not a matrix, or not sequences of at least one integer.

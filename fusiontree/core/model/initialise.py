@@ -54,7 +54,7 @@ def _fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def _fill_shards(parameter: Any, value: Tensor) -> None:
-    """Fill a DTensor. Its module, which takes a second to import, is there already where there is one."""
+    """Fill a DTensor. Its module takes a second to import, so it is imported only if a DTensor exists."""
     from torch.distributed.tensor import distribute_tensor
 
     shards: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -28,7 +28,7 @@ class Residual(Spec):
 class LayerSpec(Spec):
     """Up to two residual sub-layers, `mixer` and `ffn`. `{}` is the identity.
 
-    `placement` says where norms stand: `pre` x + f(norm(x)), `post` x + norm(f(x)), `sandwich` both, `none` x + f(x).
+    `placement` is the position of norms: `pre` x + f(norm(x)), `post` x + norm(f(x)), `sandwich` both, `none` x + f(x).
     """
 
     mixer: AnyNode | None = None
@@ -99,7 +99,7 @@ class Repeat(Spec):
 
 
 def _taken(times: list[list[Any]], pattern: str) -> list[Any] | None:
-    """What a pattern's places hold each time, if that is not always the same; they hold the first value afterwards."""
+    """The values of a pattern in each repetition, if they differ; afterwards all repetitions hold the first value."""
     try:
         places = [paths.find(time, pattern) for time in times]
     except SpecError:
@@ -153,7 +153,7 @@ def fold(layers: Sequence[LayerSpec]) -> tuple[LayerSpec | Repeat, ...]:
 
 
 def refold(layers: Sequence[LayerSpec], entries: Sequence[LayerSpec | Repeat]) -> tuple[LayerSpec | Repeat, ...]:
-    """As many layers as the entries have, written down as those are; what fits no repeat of theirs is folded."""
+    """The layers, written with the repeats of `entries`; layers that fit none of them are folded."""
     folded: list[LayerSpec | Repeat] = []
     loose: list[LayerSpec] = []
     start = 0

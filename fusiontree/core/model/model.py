@@ -70,12 +70,12 @@ class LanguageModel(Stack):
         """Logits of the next token at every position.
 
         Args:
-            tokens: integers in [0, vocab_size); what stands at padding is not looked at. Values are checked on a
-                CPU alone: to look at those of another device is to wait for it.
-            positions: where each token stands; 0, 1, ... after what the cache holds when not given, from 0 in
-                each new document.
-            documents: equal numbers for tokens of one document, -1 for padding, wherever it stands; the
-                outputs there are unspecified. One document when not given.
+            tokens: integers in [0, vocab_size); values at padding are ignored. Values are checked on a CPU only: a
+                check on another device would synchronise it.
+            positions: of each token; by default they continue after the cached tokens and start at 0 in each new
+                document.
+            documents: equal numbers for tokens of one document, -1 for padding at any position, whose outputs are
+                unspecified. By default there is one document.
             cache: from `new_cache`; updated in place.
 
         Raises:
@@ -137,7 +137,8 @@ class LanguageModel(Stack):
         """Prompts with their continuations; see `generation.Sampling` and `generation.generate`.
 
         Args:
-            compile: as `compile()` does it, once and for good, before the first token. "auto": where something can
+            compile: whether to call `compile()` before the first token; the model stays compiled. "auto": where
+                something can
                 be compiled here, and at least `generation.COMPILED_FROM` tokens are wanted.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Narrower models: spec to spec and weights to weights, both pure. The parts of one node along one axis leave."""
+"""Narrowing: removes parts of one node along one axis, from the spec and from the weights; both functions are pure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -47,7 +47,7 @@ def narrow_spec(spec: ModelSpec, path: str, axis: str, keep: Sequence[int]) -> M
 def narrow_weights(
     spec: ModelSpec, weights: Mapping[str, Tensor], path: str, axis: str, keep: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The weights of `narrow_spec`'s model, from those of the spec's: views of those that stay whole, copies else.
+    """The weights of `narrow_spec`'s model. Unchanged tensors are the given ones, narrowed tensors are copies.
 
     Raises:
         SpecError: as `narrow_spec`.
@@ -62,7 +62,7 @@ def narrow_weights(
 
 
 def narrowed_axes(spec: ModelSpec, path: str, axis: str, keep: Sequence[int]) -> dict[str, Kept]:
-    """What stays of which axes, by the path of the node (or encoding) that has them.
+    """The kept indices of each narrowed axis, by the path of its node (or encoding).
 
     Raises:
         SpecError: as `narrow_spec`.
@@ -92,7 +92,7 @@ def _narrowing(spec: ModelSpec, path: str, axis: str, keep: Sequence[int]) -> Na
 
 
 def _check_alone(spec: ModelSpec, path: str) -> None:
-    """Refuse a shared node one of whose uses adds to its maps, by shapes of its own."""
+    """Refuse a shared node if one of its uses adapts its maps: adapters have shapes of their own."""
     for place, node in spec.nodes():
         if node.uses is not None and path.split(".")[:2] == ["shared", node.uses] and node.axes():
             raise SpecError(f"cannot be narrowed, {place} adds maps of its own to it")

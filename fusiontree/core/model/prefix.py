@@ -1,7 +1,7 @@
 """Learned vectors before the tokens of every document (meta tokens; Hymba, arXiv 2411.13676).
 
-They stand in the stream from the first layer to the last, at the first positions, and attention sees them whatever its
-window. To whoever calls the model they are not there.
+They are in the stream of every layer, at the first positions, and attention sees them whatever its window. Callers of
+the model do not see them.
 """
 
 from dataclasses import dataclass, replace
@@ -53,12 +53,12 @@ class Places:
     is_real: Bool[Tensor, "batch longer"]
 
     def text(self, stream: Float[Tensor, "batch longer width"]) -> Stream:
-        """What stands at the tokens."""
+        """The stream at the tokens."""
         return stream.gather(1, self.of_tokens[..., None].expand(-1, -1, stream.shape[-1]))
 
 
 def insert(layout: Layout, count: int, cache: Cache | None) -> tuple[Layout, Places | None]:
-    """The layout of the stream, and where tokens stand in it; None where no document starts.
+    """The layout of the stream, and the indices of tokens in it (None where no document starts).
 
     Args:
         layout: of the tokens, as `boundaries.arrange` has made it.
@@ -80,7 +80,7 @@ def insert(layout: Layout, count: int, cache: Cache | None) -> tuple[Layout, Pla
 
 
 def _begins(layout: Layout, cache: Cache | None) -> Bool[Tensor, "batch time"] | None:
-    """Which tokens start a document of which nothing came before; None where it is known that there is none."""
+    """The mask of tokens that start a new document; None where none is known to exist."""
     fresh = torch.ones_like(layout.positions[:, 0], dtype=torch.bool)
     if layout.rows is not None:
         fresh = layout.rows.past_length == 0

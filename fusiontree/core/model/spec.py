@@ -130,7 +130,7 @@ class ModelSpec(Spec):
         return expand(self.layers)
 
     def nodes_with_scope(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
-        """Every branch and fusion with its path and what surrounds it, parents before children, shared ones first."""
+        """Yields every branch and fusion with its path and scope: shared nodes first, parents before children."""
         scope = self.scope
         for name, node in self.shared.items():
             yield from node.walk(scope.for_shared, f"shared.{name}")
@@ -141,7 +141,7 @@ class ModelSpec(Spec):
                     yield from node.walk(scope, f"layers.{index}.{slot}")
 
     def layer_nodes(self) -> Iterator[tuple[str, NodeSpec, Scope]]:
-        """Those that a forward pass meets on its way through the layers; shared ones run where they are used."""
+        """Yields the nodes inside layers, in the order of a forward pass; shared nodes appear where they are used."""
         yield from (found for found in self.nodes_with_scope() if found[0].startswith("layers."))
 
     def nodes(self) -> Iterator[tuple[str, NodeSpec]]:
@@ -187,7 +187,7 @@ class ModelSpec(Spec):
         return found
 
     def expand(self) -> Self:
-        """The same spec with one entry a layer."""
+        """The spec with one entry a layer."""
         return self.model_copy(update={"layers": self.expanded_layers()})
 
     def fold(self, *, like: "ModelSpec | None" = None) -> Self:
@@ -219,14 +219,14 @@ class ModelSpec(Spec):
         return hash(self.digest())
 
     def replace(self, edits: Mapping[str, Any]) -> Self:
-        """The spec with other values at these paths of the expanded form; `*` stands for any one step.
+        """The spec with other values at paths of the expanded form; `*` matches any one step.
 
-        The last step may be a new name where a mapping holds any (branches, encodings, links, ...), and None there
-        removes one. Where a `kind` alone is edited the other fields stay; None for one of them, in the same call,
-        takes it away. Repeats stay as they are written, with what they vary, as long as the layers are such.
+        The last step may be a new name in a mapping with free names (branches, encodings, links, ...); None removes a
+        name there. If only a `kind` is edited, the other fields are kept; None for one of them, in the same call,
+        removes it. Repeats and their `vary` are kept where the layers still allow it.
 
         Raises:
-            SpecError: a path matches nothing, or the result is not valid; or the edits are no mapping.
+            SpecError: a path matches nothing, the result is not valid, or the edits are no mapping.
         """
         if not isinstance(edits, Mapping):
             raise SpecError(f"replace: expected a mapping from paths to values, found {edits!r:.80}")
@@ -280,7 +280,7 @@ def _expanded_place(place: Place, data: Any) -> Place:
 
 
 def _layers_before(data: Any, index: int) -> int:
-    """How many layers stand before an entry, counting one for an entry that is itself wrong."""
+    """The number of layers before an entry; an invalid entry counts as one."""
     return sum(_length(entry) for entry in paths.get(data, ("layers",))[:index])
 
 
@@ -329,7 +329,7 @@ def _layer(path: str) -> int:
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Outermost places first: a part that is only on one side, or of another kind there, is one difference."""
+    """Outermost paths first: a part that exists on one side only, or has another kind, is one difference."""
     maps, lists = ([isinstance(value, kind) for value in (one, other)] for kind in (Mapping, list))
     if (all(maps) and one.get("kind") == other.get("kind")) or (all(lists) and _holds_maps(one) and _holds_maps(other)):
         here, there = dict(paths.steps(one)), dict(paths.steps(other))

@@ -28,7 +28,7 @@ Features = Float[Tensor, "batch time width"]
 
 
 class Embedding(nn.Embedding, Module):
-    """A vector for each token of the vocabulary. One of torch's, so that tools that look for those find it."""
+    """A vector for each token of the vocabulary. It derives from `nn.Embedding`, so that tools find it."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         Module.__init__(self)  # torch's would draw values
@@ -106,7 +106,8 @@ class Stack(nn.Module):
                 yield from node.stateful_nodes()
 
     def new_states(self, batch_size: int, capacity: int | None, like: Tensor) -> dict[str, State]:
-        """The empty cache of every node that has one, by path; a compiled stack takes any capacity in one form."""
+        """The empty states of every node with a cache, by path; a compiled stack takes any capacity without
+        recompiling."""
         states = {node.path: node.new_state(batch_size, capacity, like) for node in self.stateful_nodes()}
         if self.compiled and capacity is not None:
             self._allow_other_lengths(states, batch_size, capacity)
@@ -150,7 +151,7 @@ class Stack(nn.Module):
 
         Args:
             tokens: as `forward` takes them, like positions, documents and cache.
-            states: a list to which what each layer reads is added, and last what the head reads.
+            states: a list that receives the input of each layer, and last the input of the head.
         """
         self.attach()
         tokens = checked_tokens(self.spec, tokens, documents)
@@ -219,13 +220,13 @@ class Stack(nn.Module):
 
 
 def _is_step(layout: boundaries.Layout) -> bool:
-    """Whether a chunk is the next token of every row, of documents that go on in rings of one size: one form."""
+    """Whether the chunk is a decode step in rings of fixed size, for which one compiled graph is enough."""
     fixed = layout.rows is not None and layout.rows.slots_needed is None
     return fixed and layout.positions.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
 
 
 def _at_tokens(x: Float[Tensor, "batch longer width"], places: Places | None, order: Ids | None) -> Features:
-    """What stands at the tokens, in the order in which they came."""
+    """The features at the tokens, in the callers' order."""
     x = x if places is None else places.text(x)
     return x if order is None else _scatter(x, order)
 

@@ -47,7 +47,7 @@ def save(model: nn.Module, directory: Path | str, *, beside: Iterable[Path | str
 
 
 def _language_model(model: nn.Module) -> LanguageModel:
-    """The model inside what torch wraps around one."""
+    """The model inside torch's wrappers."""
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(inner, nn.Module):
         return _language_model(inner)
@@ -108,10 +108,10 @@ def _read_back(target: Path, new: Path) -> None:
 
 
 def _check_apart(weights: Mapping[str, Tensor]) -> None:
-    """Each contiguous tensor has memory of its own: a file could not say that two are one, and neither does the spec.
+    """Check that tensors share no memory: neither a file nor the spec could say that they do.
 
     Raises:
-        WeightsError: two that share some.
+        WeightsError: two tensors share memory.
     """
     placed = [(str(t.device), t.data_ptr(), t.nbytes, name) for name, t in weights.items()]
     spans = sorted((device, start, start + size, name) for device, start, size, name in placed if start and size)
@@ -169,7 +169,7 @@ def complete_directory(target: Path) -> Generator[Path]:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Move the files of a directory into another; if one cannot be, all that were there before are put back."""
+    """Move the files of a directory into another. If one move fails, all replaced files are restored."""
     with ExitStack() as undo:
         for file in list(new.iterdir()):
             place, aside = target / file.name, new / f"{file.name}.old"
@@ -257,7 +257,7 @@ def check_shapes(source: Path, wanted: Mapping[str, tuple[int, ...]], found: Map
 
 
 def _bytes(file: Any, dtype: torch.dtype | None) -> int:
-    """What the tensors of a file take, in another type if one is given; only the header is read."""
+    """The bytes of a file's tensors, in `dtype` if given; reads only the header."""
     parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
     return sum(
         math.prod(part.get_shape()) * (dtype or DTYPES.get(part.get_dtype(), torch.uint8)).itemsize for part in parts
