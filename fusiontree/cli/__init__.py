@@ -1,6 +1,6 @@
 """The command line: parses, calls the library, prints. Exit codes: 0, 1 (the job failed), 2 (bad input, one line).
 
-Here the commands are put together; their modules are named after what they are about.
+This module assembles the commands; each module of `cli` holds the commands of one subject.
 """
 
 import sys

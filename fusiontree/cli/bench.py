@@ -68,7 +68,7 @@ def _status(progress: Console) -> Status:
 
 
 def _measured(forms: list["Form"], settings: "Settings", progress: Console) -> list["Row"]:
-    """Rows of one case, while standard error says where it is."""
+    """The rows of one case; progress goes to standard error."""
     from fusiontree.bench.kernels import measure_form
 
     rows = []

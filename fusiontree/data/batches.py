@@ -11,7 +11,7 @@ from fusiontree.data.source import DataError
 
 
 class Epoch(NamedTuple):
-    """One reading of a corpus: its documents one after another, cut into rows, and the order of the rows."""
+    """One pass over a corpus: its documents in sequence, cut into rows, and the order of the rows."""
 
     number: int
     stream: Stream

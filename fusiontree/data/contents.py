@@ -13,12 +13,12 @@ from fusiontree.data.source import Document
 
 @dataclass
 class PlaceContents:
-    """The documents of a split that come from one place.
+    """A record of the documents of a split that come from one place.
 
     Attributes:
-        origin: the place as the source names it, a file's path say.
-        documents: how many were read.
-        bytes: how much text they are.
+        origin: the source's name of the place, for example the path of a file.
+        documents: the number of documents read.
+        bytes: the length of their text.
         hash: over each document's length and text.
     """
 

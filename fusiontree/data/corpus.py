@@ -19,8 +19,8 @@ class Corpus:
     Attributes:
         tokens: every document's tokens and its end token, one after another.
         starts: where each document starts in `tokens`, and last the length of `tokens`.
-        tokenizer: what made the tokens.
-        contents: what the documents were when they were read.
+        tokenizer: the tokenizer that made the tokens.
+        contents: a record of the documents as they were read.
     """
 
     tokens: UInt16[np.ndarray, " tokens"]
@@ -33,7 +33,7 @@ class Corpus:
         """Tokenise documents as they come.
 
         Raises:
-            DataError: there is not one byte of text; the message starts with `named`.
+            DataError: the documents hold no text; the message starts with `named`.
         """
         tokenizer, contents, buffer, starts = ByteTokenizer(), Contents(), bytearray(), [0]
         for document in documents:

@@ -86,11 +86,11 @@ class FileTokenizer:
 
 
 def tokenizer_in(directory: Path | str, vocab_size: int) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer of a saved model: that whose files stand beside it, else that of bytes.
+    """The tokenizer of a saved model: from the files beside it, else the byte tokenizer.
 
     Raises:
-        FusionTreeError: there is none and the vocabulary is not that of bytes, it cannot be read, or it has more tokens
-            than the model.
+        FusionTreeError: there are no files and the vocabulary is not that of bytes, the files cannot be read, or the
+            tokenizer has more tokens than the model.
     """
     names = [file.name for file in tokenizer_files(directory) if file.name.startswith(("tokenizer.", "vocab."))]
     if not names and vocab_size == ByteTokenizer.vocab_size:
@@ -122,7 +122,7 @@ def _read(folder: Path) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A file's mapping; an empty one where there is no file."""
+    """The mapping in a JSON file; empty if the file does not exist."""
     if not file.is_file():
         return {}
     try:

@@ -25,8 +25,8 @@ class EvaluationBatch(Batch):
 class HeldOut:
     """The documents in source order, cut into rows, the last one padded.
 
-    Bits per byte is `nats / ln 2 / bytes`, both summed over all rows. What is counted: every token of a
-    document but its first, the end token included. The first byte has nothing before it to be predicted from,
+    Bits per byte is `nats / ln 2 / bytes`, both summed over all rows. Targets are all tokens of a document but the
+    first, the end token included. The first byte has nothing before it to be predicted from,
     and the end must be predicted instead, so a document of n bytes has n targets. Summed over all rows,
     `bytes` is therefore the number of targets; in one row the two may differ by documents that start or end
     there. A row's first positions have little context, so a longer `length` is an easier task: compare at

@@ -21,13 +21,13 @@ Files = File | Annotated[tuple[File, ...], Field(min_length=1)]
 class JsonLines(SourceSpec):
     """Files of lines `{"text": "..."}`; other keys are ignored, and so are blank lines and a byte order mark.
 
-    Files that gzip or zstd compressed are read as what they hold; zstd needs `fusiontree[data]`. A document's
+    Files compressed by gzip or zstd are decompressed; zstd needs `fusiontree[data]`. A document's
     name is `file:line` with the file's last path component, without the ending of a compression, so
     moving the folder and compressing a file move no document to the other split.
 
     Attributes:
-        train: the files to learn from.
-        held_out: the files to measure on; without them, a share of the documents in `train`.
+        train: the files for training.
+        held_out: the files for measurement; without them, a share of the documents in `train`.
         held_out_share: that share; it says nothing where `held_out` names files.
     """
 

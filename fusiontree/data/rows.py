@@ -14,12 +14,12 @@ PADDING = -1
 
 
 class Batch(TypedDict):
-    """Rows of packed documents, what a language model is trained on.
+    """Rows of packed documents, for training a language model.
 
     Keys:
         tokens: the inputs.
         labels: the next token of the same document, else IGNORED.
-        positions: 0, 1, ... within each document of a row; one that the row's edge cut starts again at 0.
+        positions: 0, 1, ... within each document of a row; a document cut by the edge of a row restarts at 0.
         documents: 0, 1, ... within each row, PADDING where there is nothing.
     """
 
@@ -38,7 +38,7 @@ def pack(tokens: Int64[np.ndarray, "rows length+1"], within: Int64[np.ndarray, "
 
     Args:
         tokens: the tokens of each row.
-        within: how far each is into its document.
+        within: the index of each token in its document.
         end: the token that ends a document.
     """
     inputs, column = tokens[:, :-1], np.arange(tokens.shape[1] - 1)

@@ -21,17 +21,17 @@ Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class DataError(FusionTreeError):
-    """Data that cannot be read or is not what was promised: one line that says where, and what is there."""
+    """Data that cannot be read or is malformed: one line with the place and what was found there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, complete: nothing before or after it belongs to it.
+    """One complete text.
 
     Attributes:
-        name: what the split is decided by, the same on every machine.
+        name: decides the split; the same on every machine.
         text: the bytes as they are, UTF-8 or not.
-        origin: what to name when the text has changed, the path of its file say.
+        origin: the name in messages about changed text, for example the path of its file.
     """
 
     name: str

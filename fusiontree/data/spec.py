@@ -1,4 +1,4 @@
-"""What a run file says about its data."""
+"""The section `data` of a run file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

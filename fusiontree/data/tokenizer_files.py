@@ -22,15 +22,15 @@ END = "<|end|>"
 
 
 def tokenizer_files(directory: Path | str) -> list[Path]:
-    """Those of the files that stand in a directory."""
+    """The tokenizer files in a directory."""
     return [Path(directory) / name for name in NAMES if (Path(directory) / name).is_file()]
 
 
 def byte_tokenizer() -> dict[str, dict[str, Any]]:
     """The contents of `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` for bytes.
 
-    The ids are those of `ByteTokenizer`. GPT-2's byte-level scheme without a single merge does it; the whole text is
-    one word, as there is nothing to split it for.
+    The ids are those of `ByteTokenizer`. They use GPT-2's byte-level scheme without merges; the whole text is one word,
+    because splitting it would change nothing.
     """
     end = ByteTokenizer.end
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

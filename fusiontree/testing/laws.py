@@ -1,4 +1,4 @@
-"""The laws of the design as functions of a spec. Each returns None, or what is wrong on the smallest case it found.
+"""The laws of the design as functions of a spec. Each returns None, or the problem of the smallest failing case.
 
 Cases go from small to large, so that the first failure is a small one.
 """
@@ -38,7 +38,7 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Law:
-    """A law by its name, and what it says."""
+    """A law: its name and its check."""
 
     name: str
     broken: Callable[[Subject], str | None]

@@ -31,14 +31,14 @@ def narrowed(subject: Subject) -> str | None:
 
 
 def _cases(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, str, list[int]]]]:
-    """Every axis of every node, of whose parts every other one leaves."""
+    """Yields every axis of every node, with every second part removed."""
     for path, axis, size in axes_of(spec):
         keep = list(range(size % 2, size, 2)) or [0]
         yield f"{path}, {axis} {size} to {len(keep)}", (path, axis, keep)
 
 
 def axes_of(spec: ModelSpec) -> Iterator[tuple[str, str, int]]:
-    """Every path and axis of a model with more than one part, and how many there are."""
+    """Yields (path, axis, size) of every axis with more than one part."""
     for path, (_, sizes) in axis_tables(spec).items():
         yield from ((path, axis, size) for axis, size in sizes.items() if size > 1)
 

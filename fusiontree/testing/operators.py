@@ -131,7 +131,7 @@ def random_segments(time: int, seed: int = 0) -> Segments:
 
 
 def segments_from(starts: tuple[int, ...], time: int) -> Segments:
-    """The same documents in each row, a new one at each of `starts`."""
+    """Segments with a new document at each of `starts`, equal in all rows."""
     begins = torch.zeros(time, dtype=torch.long)
     begins[list(starts)] = 1
     return begins.cumsum(0).expand(ROWS, -1)

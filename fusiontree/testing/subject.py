@@ -1,4 +1,4 @@
-"""What laws are tested on: a small model in float64 whose parameters are all random, and comparisons."""
+"""The subject of laws: a small float64 model with random parameters, and comparisons."""
 
 from dataclasses import dataclass
 from functools import cached_property
