@@ -5,8 +5,8 @@
 >>> model.layers[0].mixer.spec.kind
 'gated'
 
-Names are imported when they are first used (PEP 562), so that whoever imports the package for its version or its
-command line does not wait for torch. Modules of the package are attributes likewise.
+Names are imported at their first use (PEP 562), so that an import of the package for its version or its command line
+does not wait for torch. Modules of the package are also attributes, imported in the same way.
 """
 
 from importlib import import_module

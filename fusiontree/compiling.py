@@ -1,6 +1,6 @@
-"""`torch.compile` for functions of fixed shapes. Whether it works here, `machine.compile_refusal` says.
+"""`torch.compile` for functions of fixed shapes. `machine.compile_refusal` tells whether it works on this machine.
 
-The compiler takes seconds to import, so it is imported when something is compiled.
+The compiler takes seconds to import, so it is imported at the first compilation.
 """
 
 import sys
@@ -15,12 +15,12 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FORMS = 64
-"""How many shapes of one function are compiled before the others run as they are; torch's own limit is 8, and
-the layers of a model share their code."""
+"""How many forms of one function may be compiled. With `fullgraph` torch raises an error at the next form. torch's own
+limit, 8, is too low, because the layers of a model share their code."""
 
 
 def constant(function: Function) -> Function:
-    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes a second."""
+    """`torch.compiler.assume_constant_result`, without the import of the compiler, which takes a second."""
     marked: Any = function
     marked._dynamo_marked_constant = True
     return function
@@ -33,25 +33,25 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def piece(function: Function, compiled: bool) -> Function:
-    """The function, or its compiled form: the same numbers but for rounding. Each new shape is compiled anew."""
+    """The function, or its compiled form, which differs only by rounding. Each new shape compiles a new form."""
     return _compiled(function) if compiled and not _plain.blocks else function
 
 
 def allow_forms() -> None:
-    """Let `torch.compile` make more forms of one function than it would by itself."""
+    """Raise the number of forms of one function that `torch.compile` allows to `FORMS`."""
     config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
     config.recompile_limit = max(config.recompile_limit, FORMS)
 
 
 def any_size(tensor: torch.Tensor, like: torch.Tensor) -> None:
-    """Let one form serve all sizes of the dimensions in which a tensor and one for another call differ."""
+    """Let one compiled form serve all sizes of the dimensions in which `tensor` and `like` differ."""
     sizes = zip(tensor.shape, like.shape, strict=True)
     for dimension in (place for place, (size, other) in enumerate(sizes) if size != other):
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Plain(threading.local):
-    """How many blocks of `eagerly` a thread is in."""
+    """How many nested blocks of `eagerly` the thread is in."""
 
     blocks = 0
 
@@ -61,7 +61,7 @@ _plain = _Plain()
 
 @contextmanager
 def eagerly() -> Generator[None]:
-    """Run what is compiled as plain Python while the block runs."""
+    """Run compiled functions as plain Python while the block runs."""
     imported = "torch._dynamo" in sys.modules  # if not, nothing is compiled yet, and `piece` compiles nothing
     _plain.blocks += 1
     try:

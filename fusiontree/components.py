@@ -1,8 +1,8 @@
-"""What the author of a component imports: contracts, field types, the small modules, errors.
+"""The imports for authors of components: contracts, field types, small modules, errors.
 
-A branch, a fusion, a gate or an encoding is one file, a spec class and its module, that needs this module and the
-operators of `fusiontree.kernels`; `docs/extend.md` writes one. What stands here is public; where `core` keeps it may
-change.
+A branch, fusion, gate or encoding is one file with a spec class and its module. It needs only this module and the
+operators of `fusiontree.kernels`; `docs/extend.md` shows an example. The names here are public; their places in `core`
+may change.
 """
 
 from fusiontree import products

@@ -1,4 +1,4 @@
-"""What is here and what it means: versions, memory, and which kernel backend serves what and why not the others."""
+"""Report of the installation: versions, memory, the kernel backend of each request, and why others are refused."""
 
 import platform
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ PACKAGES = {
 
 
 def report() -> dict[str, Any]:
-    """Everything, as plain data."""
+    """The whole report, as plain data."""
     return {
         "versions": {
             "fusiontree": fusiontree.__version__,
@@ -47,7 +47,7 @@ def report() -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None where it is not installed; it is not imported to find out."""
+    """The version of a package; None if it is not installed. The package is not imported."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -69,7 +69,7 @@ def _device() -> dict[str, Any]:
 
 
 def _plugins() -> Iterator[dict[str, str]]:
-    """Kinds that installed packages offer, with what happens when each is loaded."""
+    """Kinds that installed packages offer, each with the result of loading it."""
     for family, registry in REGISTRIES.items():
         for kind, point in registry.plugins.items():
             try:
@@ -89,7 +89,7 @@ def _kernels() -> Iterator[dict[str, Any]]:
 
 
 def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
-    """What training, packed training, prefill in chunks and decoding ask of each operator."""
+    """The requests of training, packed training, prefill in chunks and decoding to each operator."""
     kind = torch.float32 if device == "cpu" else torch.bfloat16
     for op in OPS.values():
         for name, case in op.cases.items():
@@ -98,7 +98,7 @@ def _requests(device: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _uses(detail: str, case: Case, request: Any) -> Iterator[tuple[str, Any]]:
-    """Who makes such a call; that of documents alone differs in nothing from the plain one with documents."""
+    """Requests with their users. Cases with segments are skipped: they equal the plain case with segments added."""
     if not case.learns:
         yield "decoding", request
     elif not request.segments:

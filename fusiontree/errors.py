@@ -1,10 +1,10 @@
-"""What goes wrong because of somebody's input: one line that names where, what, what is allowed, and the nearest."""
+"""Errors of user input: one line with the place, the value found, the allowed values and the nearest known name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 MANY, FEW = 24, 5
-"""Up to how many names are listed, and how many of those that are more."""
+"""The most names that an error lists in full, and how many it lists of a longer list."""
 
 
 class FusionTreeError(ValueError):
@@ -15,7 +15,7 @@ class FusionTreeError(ValueError):
 
 
 class SpecError(FusionTreeError):
-    """A spec, or a path into one, that does not describe a model. Its text is the first of the problems.
+    """A spec, or a path into a spec, that describes no model. Its text has the first problem and a count of the others.
 
     >>> error = SpecError("width: is needed", "layers: is needed")
     >>> str(error), [*error.within("a.yaml").problems]
@@ -28,7 +28,7 @@ class SpecError(FusionTreeError):
         super().__init__(problems[0] + (f" (and {more} more)" if more else ""))
 
     def within(self, where: object) -> "SpecError":
-        """The same problems, each led by the file, or the part of one, that holds them."""
+        """The same problems, each prefixed with `where`: the file, or part of a file, that contains the problem."""
         return SpecError(*(f"{where}: {problem}" for problem in self.problems))
 
 
@@ -37,7 +37,7 @@ class WeightsError(FusionTreeError):
 
 
 def suggest(found: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known name, and the known ones (of many, the nearest few).
+    """The end of an error message: the nearest known name, and the known names (of many, the nearest few).
 
     >>> suggest("mamba", ["attention", "mamba2"])
     ", did you mean 'mamba2'? (known: attention, mamba2)"

@@ -1,4 +1,4 @@
-"""Small files written all or nothing."""
+"""Small files that are written completely or not at all."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file; whoever reads it finds the old text or the new, never a part.
+    """Replace a file atomically: a reader finds the old text or the new text, never a part.
 
     Raises:
-        OSError: it cannot be written; nothing is left of the new text.
+        OSError: the file cannot be written; the old text stays, and nothing is left of the new text.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Replace a file by plain data; numbers read back as they are."""
+    """Replace a file by plain data as JSON; numbers read back unchanged."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 

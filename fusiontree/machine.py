@@ -1,7 +1,7 @@
-"""What this machine has, and what it multiplies natively: the only place that asks.
+"""Properties of this machine: processor, cores, memory, native products. No other module queries them.
 
-Importing this module takes no time: torch is imported by the functions that need it, so that `prepare` can be
-called before.
+The functions that need torch import it, so that importing this module is fast and `prepare` can be called before
+torch is imported.
 """
 
 import os
@@ -23,22 +23,22 @@ HALF_UNITS = {
     "bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"},
     "float16": {"amx_fp16", "avx512_fp16", "asimdhp"},
 }
-"""The flags of processors (x86, then Arm) with units for products of half precision; any of them is enough."""
+"""Processor flags (x86, then Arm) of units for half-precision products; any of the flags is enough."""
 VECTOR_FUNCTIONS = (
     *("acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor"),
     *("lgamma", "log", "log10", "log1p", "log2", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
 )
-"""What torch takes from the vector library, in some builds of it."""
+"""Functions that some builds of torch take from a vector library."""
 SLOWER = 2.0
-"""A product in half precision that takes so many times that of float32 has no unit: such products take 5 to 15 times
-it, those with units less than once."""
+"""A half-precision product that takes this multiple of the float32 time has no unit. Products without a unit take 5 to
+15 times as long as float32; products with one are faster than float32."""
 SPINS = "5000"
-"""How often a waiting thread of GNU OpenMP looks before it sleeps. On busy cores threads that spin long are ten times
-slower, and its own default is millions."""
+"""How often a waiting thread of GNU OpenMP polls before it sleeps. Its default is millions. On busy cores, threads
+that spin for long are ten times slower."""
 
 
 def prepare() -> None:
-    """Set what has to be set before torch is imported, unless the user has; programs call it, the library does not."""
+    """Set variables that must be set before torch is imported, unless the user has. Only programs call this."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
@@ -48,21 +48,21 @@ def processor() -> str:
 
 
 def matrix_units() -> list[str] | None:
-    """Which of `UNITS` the processor has; None where the system does not tell."""
+    """The units of `UNITS` that the processor has; None where the system does not tell."""
     flags = _flags()
     return None if flags is None else [unit for unit in UNITS if unit in flags]
 
 
 def cores() -> int:
-    """How many cores this process may use: those it is bound to, or the quota of its control group if that is less."""
+    """How many cores this process may use: the lower of its CPU affinity and the quotas of its control groups."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([bound, *(int(quota) for quota in _core_quotas())]))
 
 
 def threads() -> int:
-    """How many threads torch is to use in this process: its own number, but never more than its share of the cores.
+    """How many threads torch should use in this process: its default, but at most this process's share of the cores.
 
-    torch counts the cores of the machine, and does not see the quota of a container. OMP_NUM_THREADS is obeyed.
+    torch counts the cores of the machine and ignores the quota of a container. OMP_NUM_THREADS takes precedence.
     """
     import torch
 
@@ -72,16 +72,16 @@ def threads() -> int:
 
 
 def threads_are_set() -> bool:
-    """Whether the user has said how many threads to use, in a form that OpenMP obeys: numbers from 1 on."""
+    """Whether OMP_NUM_THREADS is set to a value that OpenMP obeys: integers of at least 1."""
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")
     return all(number.strip().isdecimal() and int(number) > 0 for number in said)
 
 
 def launched(name: str, default: int, *, least: int = 0) -> int:
-    """A number that torchrun leaves in the environment.
+    """An integer from an environment variable that torchrun sets, or `default`.
 
     Raises:
-        FusionTreeError: something else stands there.
+        FusionTreeError: the variable is not an integer of at least `least`.
     """
     found = os.environ.get(name, str(default))
     if not found.isdecimal() or int(found) < least:
@@ -90,7 +90,7 @@ def launched(name: str, default: int, *, least: int = 0) -> int:
 
 
 def device_type() -> str:
-    """The device that training uses: `cuda` where there is one, otherwise `cpu`."""
+    """The type of device that training uses: `cuda` if available, otherwise `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,8 +107,8 @@ def device_name(device: "torch.device") -> str:
 def multiplies(dtype: "torch.dtype") -> bool:
     """Whether the processor multiplies matrices of a dtype natively: about as fast as float32, or faster.
 
-    For bfloat16 and float16 the processor and torch have to say so; a timed product of a few milliseconds, made
-    once a process, confirms it.
+    For bfloat16 and float16, the flags of the processor and torch must both allow it. A timed product of a few
+    milliseconds, once per process, confirms it.
     """
     import torch
 
@@ -121,11 +121,11 @@ def multiplies(dtype: "torch.dtype") -> bool:
 
 
 def resolve_vector_math() -> None:
-    """Call each function of the vector library once with one number, before several threads do.
+    """Call each function of the vector library once with one number, before several threads call it.
 
-    MKL looks for the loops that fit the processor when a function is first called. Where the threads of one operation
-    do that together, one of them can use loops of half the digits for its part of that one call: float64 results are
-    then off by 1e-9 (https://github.com/pytorch/pytorch/issues/188792; MKL 2024.2, which torch's packages contain).
+    MKL selects the loops for the processor at the first call of a function. If the threads of one operation do this at
+    the same time, one thread can use loops of half the precision for its part of the call. float64 results are then
+    off by 1e-9 (https://github.com/pytorch/pytorch/issues/188792; MKL 2024.2, which torch's packages contain).
     """
     import torch
     from torch.utils._python_dispatch import _disable_current_modes
@@ -144,7 +144,7 @@ def compiler() -> str | None:
 
 @cache
 def compile_refusal(device: str) -> str | None:
-    """Why nothing can be compiled for a type of device here, or None; it tries, which takes some seconds once."""
+    """Why `torch.compile` fails for a type of device, or None. The trial compilation takes some seconds, once."""
     import torch
 
     if device == "cpu" and compiler() is None:
@@ -159,8 +159,8 @@ def compile_refusal(device: str) -> str | None:
 def free_bytes(device: "torch.device") -> int | None:
     """Memory that this process can still take on a device; None where the system does not tell.
 
-    On the processor it is the least of what the system has, what the process's control groups leave (containers,
-    batch systems), and what `ulimit -v` and `ulimit -d` leave.
+    On the CPU: the minimum of the system's available memory, of the memory left in the process's control groups
+    (containers, batch systems), and of the rest under `ulimit -v` and `ulimit -d`.
     """
     import torch
 
@@ -173,7 +173,7 @@ def free_bytes(device: "torch.device") -> int | None:
 
 
 def about(device: "torch.device") -> dict[str, Any]:
-    """What figures depend on, as plain data."""
+    """The properties of the machine on which measured times depend, as plain data."""
     import torch
 
     return {
@@ -187,7 +187,7 @@ def about(device: "torch.device") -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """How many threads wanted to run in the last minute, on average; None where the system does not tell."""
+    """The load average of the last minute: runnable threads; None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -196,7 +196,7 @@ def _probe(x: "torch.Tensor") -> "torch.Tensor":
 
 
 def _torch_has(name: str) -> bool:
-    """Whether torch's oneDNN would use units for half precision; True where it has no answer."""
+    """Whether torch's oneDNN uses units for half precision; True where unknown. Without oneDNN: False on x86 only."""
     import torch
 
     asked = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[name]
@@ -206,7 +206,7 @@ def _torch_has(name: str) -> bool:
 
 
 def _product_seconds(dtype: "torch.dtype") -> float:
-    """The best time of a product of 256 x 512 with 512 x 512, apart from any tracing or autocast around."""
+    """The best time of a product of 256 x 512 with 512 x 512; an active trace or autocast does not affect it."""
     from timeit import repeat
 
     import torch
@@ -219,7 +219,7 @@ def _product_seconds(dtype: "torch.dtype") -> float:
 
 
 def _lines(path: str) -> list[str]:
-    """The lines of a file of the system; none where it cannot be read."""
+    """The lines of a system file; an empty list if the file cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -228,7 +228,7 @@ def _lines(path: str) -> list[str]:
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """The fields that Linux gives for one core; elsewhere none."""
+    """The fields of /proc/cpuinfo for one core; empty on other systems than Linux."""
     fields = (line.split(":", 1) for line in _lines("/proc/cpuinfo") if ":" in line)
     return {name.strip(): value.strip() for name, value in fields}
 
@@ -239,7 +239,7 @@ def _flags() -> set[str] | None:
 
 
 def _available_bytes() -> list[int]:
-    """What the system can give without swapping, where it tells."""
+    """The bytes that the system can give without swapping; empty where the system does not tell."""
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return [int(line.split()[1]) * 1024]
@@ -249,7 +249,7 @@ def _available_bytes() -> list[int]:
 
 
 def _limit_bytes() -> Iterator[int]:
-    """What is left of the limits on address space and data (`man 2 getrlimit`, `man 5 proc`)."""
+    """The bytes left under the limits on address space and data (`man 2 getrlimit`, `man 5 proc`)."""
     try:
         import resource
     except ImportError:
@@ -273,7 +273,7 @@ def _control_groups(controller: str) -> Iterator[str]:
 
 
 def _control_group_bytes() -> Iterator[int]:
-    """What each control group leaves; pages of files that it can drop do not count as used."""
+    """The bytes that each control group leaves; file pages that it can drop count as free."""
     names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
     for folder in _control_groups("memory"):
         stats = dict(line.split() for line in _lines(f"{folder}/memory.stat"))
@@ -285,7 +285,7 @@ def _control_group_bytes() -> Iterator[int]:
 
 
 def _core_quotas() -> Iterator[float]:
-    """The cores' worth of time that each control group grants."""
+    """The CPU quota of each control group, in cores; control groups without a quota are omitted."""
     for folder in _control_groups("cpu"):
         quota = " ".join(
             _lines(f"{folder}/cpu.max") or _lines(f"{folder}/cpu.cfs_quota_us") + _lines(f"{folder}/cpu.cfs_period_us")

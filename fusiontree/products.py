@@ -1,9 +1,9 @@
 """Matrix products in half precision on processors that have no units for it.
 
-There such a product takes 5 to 15 times the time of one in float32. Products of more than a few rows are therefore
-made in float32, block by block, so that no second copy of the weights or of the activations ever exists; sums over
-blocks are kept in float32 and rounded once. Products of few rows stay in half precision: their time is that of
-reading the weights, of which there are half as many bytes.
+On such processors a half-precision product takes 5 to 15 times as long as in float32. Products of more than a few
+rows are therefore computed in float32, block by block, so that no full copy of weights or activations is made. Sums
+over blocks are kept in float32 and rounded once. Products of few rows stay in half precision: their time is the time
+to read the weights, which have half as many bytes.
 """
 
 from collections.abc import Iterator
@@ -18,20 +18,20 @@ from fusiontree import machine
 from fusiontree.compiling import constant
 
 ROWS = 4
-"""Products of so many rows, or of more, are faster in float32; measured on a processor with AVX2."""
+"""Products of at least this many rows are faster in float32; measured on a processor with AVX2."""
 SIDE, BLOCK = 512, 2**18
-"""The most rows (or columns) and the most elements of an operand that are widened at a time: 1 MB in float32."""
+"""The most rows and the most elements of an operand that are widened at a time: 1 MB in float32."""
 HALF = (torch.bfloat16, torch.float16)
 
 
 @constant
 def widens(device: str, dtype: torch.dtype) -> bool:
-    """Whether products of tensors of a dtype on a type of device are made in float32."""
+    """Whether products of tensors of this dtype, on this type of device, are computed in float32."""
     return device == "cpu" and dtype in HALF and not machine.multiplies(dtype)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that tensors like x are to be multiplied in: their own, or float32 where that is faster."""
+    """The dtype in which to multiply tensors like x: their own, or float32 where float32 is faster."""
     return torch.float32 if widens(x.device.type, x.dtype) else x.dtype
 
 
@@ -40,7 +40,7 @@ def linear(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, "outputs"] | None = None,
 ) -> Float[Tensor, "*batch outputs"]:
-    """x W^T + b, as `torch.nn.functional.linear` gives it, and on every processor about as fast as in float32."""
+    """x W^T + b, like `torch.nn.functional.linear`, but on every processor about as fast as in float32."""
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias)
     if x.numel() >= ROWS * x.shape[-1] and _is_widened(x, weight, bias):
@@ -53,15 +53,15 @@ def batched(
     weight: Float[Tensor, "batch inputs outputs"],
     bias: Float[Tensor, "batch outputs"],
 ) -> Float[Tensor, "batch rows outputs"]:
-    """x W + b for each of a batch of matrices, as `linear` makes each."""
+    """x W + b for each matrix of a batch, computed like `linear`."""
     if x.shape[1] >= ROWS and _is_widened(x, weight, bias):
         return torch.stack([linear(*each) for each in zip(x, weight.mT, bias, strict=True)])
     return torch.baddbmm(bias[:, None], x, weight)
 
 
 def _is_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product is one that torch makes in half precision, and that is faster in float32 here. Operands that
-    torch refuses together, and transformed functions (`torch.func`), are left to torch."""
+    """Whether torch would compute a product in half precision although float32 is faster here. False for operands that
+    torch refuses together, and under `torch.func` transforms: torch handles both."""
     dtype, operands = _result_dtype(x), (x, weight) if bias is None else (x, weight, bias)
     if dtype not in HALF or not widens(x.device.type, dtype) or torch._C._are_functorch_transforms_active():
         return False
@@ -71,7 +71,7 @@ def _is_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product of x with weights like it, under autocast that which autocast makes."""
+    """The dtype of a product of x with weights of the same dtype; under autocast, the dtype of autocast."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -79,7 +79,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 
 def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as a compiler takes it: it widens inside its loops, and keeps no copy. Exports stay as torch's."""
+    """The product in a form for compilers, which widen inside their loops without a copy. Exports keep `F.linear`."""
     plain = torch.compiler.is_exporting() or x.dtype not in HALF or x.dtype != weight.dtype
     if plain or x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -91,14 +91,14 @@ def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _read_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product with one row as a loop over the weights, which a compiler makes twice as fast as torch's product."""
+    """A product with one row as a sum over the weights; compiled, it is twice as fast as torch's product."""
     y = (x.flatten().float() * weight.float()).sum(-1)
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class _Widened(torch.autograd.Function):
-    """`linear` in float32, block by block; keeps nothing but its inputs."""
+    """`linear` in float32, block by block; saves only its inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -110,7 +110,7 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants gradients of gradients
+        if torch.is_grad_enabled():  # gradients of gradients are wanted
             return *_plain_gradients(grad, x, weight, ctx.bias_dtype), None
         grads, rows = grad.flatten(0, -2), x.flatten(0, -2)
         wanted = ctx.needs_input_grad
@@ -124,7 +124,7 @@ class _Widened(torch.autograd.Function):
 def _plain_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x, the weight and the bias by operations that have gradients themselves, in float32."""
+    """The gradients of x, the weight and the bias in float32, by differentiable operations."""
     wide = grad.float()
     grad_x = (wide @ weight.float()).to(x.dtype)
     grad_weight = (wide.flatten(0, -2).mT @ x.flatten(0, -2).float()).to(weight.dtype)
@@ -132,7 +132,7 @@ def _plain_gradients(
 
 
 def _spans(matrix: Float[Tensor, "rows columns"]) -> Iterator[slice]:
-    """The rows of a matrix, some at a time."""
+    """Slices that cover the rows of a matrix in blocks."""
     size = max(1, min(SIDE, BLOCK // max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], size):
         yield slice(start, start + size)

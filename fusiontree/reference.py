@@ -1,5 +1,5 @@
-"""The fields of every spec class, as text: what `fusiontree kinds KIND` prints and the documentation's reference is
-made of. All of it is read off the classes, so that it cannot differ from them."""
+"""The fields of spec classes as text, for `fusiontree kinds KIND` and for the reference in the documentation. The text
+is generated from the classes, so that it cannot differ from them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,8 @@ _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 
 @dataclass(frozen=True)
 class FieldText:
-    """One field: its name in files, what it may hold, its default (None where it has to be given), and what its
-    class says of it."""
+    """One field: its name in files, the values allowed, its default (None if the field is required), and its meaning
+    from the docstring of the class."""
 
     name: str
     allowed: str
@@ -30,7 +30,7 @@ class FieldText:
 
 
 def fields(spec: type[Spec]) -> list[FieldText]:
-    """The fields of a spec class in their order, `kind` left out.
+    """The fields of a spec class in their order, without `kind`.
 
     >>> from fusiontree.branches import Mlp
     >>> fields(Mlp)[1]
@@ -45,12 +45,12 @@ def fields(spec: type[Spec]) -> list[FieldText]:
 
 
 def summary(spec: type[Spec]) -> str:
-    """What a class says of itself, the list of its attributes left out."""
+    """The docstring of a class without its list of attributes."""
     return cleandoc(spec.__doc__ or "").split("\nAttributes:")[0].strip()
 
 
 def _meanings(spec: type[Spec]) -> dict[str, str]:
-    """What the `Attributes:` of a docstring say of each."""
+    """The text of each entry in the `Attributes:` of a docstring, by name."""
     _, _, listed = cleandoc(spec.__doc__ or "").partition("\nAttributes:\n")
     entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", listed, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
@@ -65,7 +65,7 @@ def _default(value: Any) -> str | None:
 
 
 def _flow(value: Any) -> str:
-    """Plain data as YAML has it on one line."""
+    """Plain data as one line of YAML."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -76,7 +76,7 @@ def _flow(value: Any) -> str:
 
 
 def _allowed(annotation: Any) -> str:
-    """What a field of this type may hold, in words."""
+    """The values that a field of this type allows, in words."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _annotated(inside[0], inside[1:])
@@ -113,7 +113,7 @@ def _bounds(marks: tuple[Any, ...]) -> Iterator[str]:
 
 
 def below(spec: type[Spec]) -> list[type[Spec]]:
-    """A spec class and those that its fields hold, each once; kinds of families are left out.
+    """A spec class and the spec classes of its fields, recursively, each once; without kinds of families.
 
     >>> from fusiontree import LayerSpec
     >>> [part.__name__ for part in below(LayerSpec)]
@@ -138,7 +138,7 @@ def _classes(annotation: Any) -> Iterator[type[Spec]]:
 
 
 def markdown(title: str, spec: type[Spec]) -> str:
-    """A section of a page: what a class says of itself, and its fields as a table."""
+    """A section of a page: the docstring of a class, and its fields as a table."""
     columns = [[f"`{f.name}`", f.allowed, "*needed*" if f.default is None else f"`{f.default}`"] for f in fields(spec)]
     head = ["field", "holds", "default"]
     if any(f.meaning for f in fields(spec)):

@@ -1,5 +1,5 @@
-"""Named axes of the dimensions of parameters, by which parts can be selected or removed without knowing the parameter's
-purpose."""
+"""Named axes of the dimensions of parameters. With them, parts can be selected or removed without knowledge of the
+parameter's purpose."""
 
 import math
 import operator
@@ -16,7 +16,7 @@ from fusiontree.errors import SpecError, suggest
 
 Sizes = Mapping[str, int]
 Kept = Mapping[str, tuple[int, ...]]
-"""Which parts of some axes stay, by their indices in rising order."""
+"""The kept indices of each axis, in rising order; an axis that is absent stays whole."""
 SpecT = TypeVar("SpecT", bound=Spec, covariant=True)
 
 
@@ -26,8 +26,8 @@ class Narrowing(Generic[SpecT]):
 
     Attributes:
         spec: the narrowed spec.
-        kept: what stays of the parameters' axes, by the path, from here, of the node (or encoding) that has them;
-            "" is the spec itself.
+        kept: kept indices of the axes, by the path of the node (or encoding) that has the parameters. Paths start
+            at this spec; "" is the spec itself.
     """
 
     spec: SpecT
@@ -44,7 +44,7 @@ class Narrowing(Generic[SpecT]):
 
 
 def size(dimension: str, sizes: Sizes) -> int:
-    """How long a dimension is.
+    """The length of a dimension.
 
     >>> size("heads*head_dim+state", {"heads": 4, "head_dim": 8, "state": 2})
     34
@@ -58,14 +58,14 @@ def names(dimensions: Sequence[str]) -> set[str]:
 
 
 def narrow(tensor: Tensor, dimensions: Sequence[str], sizes: Sizes, keep: Mapping[str, Sequence[int]]) -> Tensor:
-    """The part of a parameter at these indices of some axes, in their order; other axes stay whole."""
+    """Select the indices `keep` along the axes of a parameter, in the given order; other axes stay whole."""
     for place, dimension in enumerate(dimensions):
         tensor = tensor.index_select(place, positions(dimension, sizes, keep).to(tensor.device))
     return tensor
 
 
 def positions(dimension: str, sizes: Sizes, keep: Mapping[str, Sequence[int]]) -> Int[Tensor, "kept"]:
-    """Where along a dimension the combinations of kept indices are.
+    """The positions along a dimension whose index on every axis is kept.
 
     >>> positions("heads*head_dim+state", {"heads": 2, "head_dim": 3, "state": 2}, {"heads": [1]}).tolist()
     [3, 4, 5, 6, 7]
@@ -74,13 +74,13 @@ def positions(dimension: str, sizes: Sizes, keep: Mapping[str, Sequence[int]]) -
 
 
 def kept_along(dimension: str, sizes: Sizes, indices: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Which indices of each axis stay, where these along a dimension do.
+    """The inverse of `positions`: the kept indices of each axis, without the axes that stay whole.
 
     >>> kept_along("heads*head_dim", {"heads": 2, "head_dim": 3}, [3, 5])
     {'heads': (1,), 'head_dim': (0, 2)}
 
     Raises:
-        SpecError: no choice of indices, one of each axis at least, keeps these and no other.
+        SpecError: no choice of at least one index per axis keeps exactly these positions.
     """
     found: dict[str, set[int]] = {axis: set() for axis in _ordered(dimension)}
     for part, start in _parts(dimension, sizes):
@@ -98,10 +98,10 @@ def kept_along(dimension: str, sizes: Sizes, indices: Sequence[int]) -> dict[str
 
 
 def checked(axis: str, keep: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
-    """Indices of an axis that stay.
+    """Check the kept indices of an axis and return them as a tuple.
 
     Raises:
-        SpecError: there is no such axis, or the indices are none of it, are not rising, or are none at all.
+        SpecError: there is no such axis; or the indices are no integers, out of range, not rising, or empty.
     """
     if axis not in sizes:
         raise SpecError(f"{axis}: no such axis{suggest(axis, sizes)}")
@@ -114,7 +114,7 @@ def checked(axis: str, keep: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
 
 
 def _integers(keep: Any) -> list[int]:
-    """Indices as they were given, of any type of integers; none where something else is among them, as in a mask."""
+    """The indices as a list of `int`, from any integer type; an empty list if one is no integer, as in a mask."""
     if not isinstance(keep, Collection) or any(isinstance(i, bool) for i in keep):
         return []
     try:

@@ -15,17 +15,17 @@ class Rows:
     """Lengths and slots of the rows of a chunk, for nodes that write a cache.
 
     Attributes:
-        past_length: tokens of the row's open document that the cache holds as the chunk starts.
-        tail_start: index in the chunk of the first token of the document that is open at its end.
+        past_length: tokens of the row's open document that the cache holds before the chunk.
+        tail_start: index in the chunk of the first token of the document that is open at the chunk's end.
         continued_length: tokens of that document that came before the chunk.
-        new_length: tokens of that document once the chunk is in.
-        positions: the position that the row's next token has.
+        new_length: tokens of that document after the chunk.
+        positions: the position of the row's next token.
         documents: the id of the document that is open at the chunk's end.
-        has_tokens: which rows the chunk brings tokens; None: all of them.
+        has_tokens: whether the chunk has tokens for the row; None: it has tokens for every row.
         max_past_length: an upper bound of `past_length`; a Python int, so that reading it does not wait for the
             device.
-        slots_needed: how many tokens a ring that grows has to hold; None where rings have room for all that may come.
-        prefix: the first tokens of a document that keep their slots; only those behind them go round.
+        slots_needed: how many tokens a growing ring has to hold; None: rings have a fixed capacity.
+        prefix: how many first tokens of a document keep their slots; a ring overwrites only the slots behind them.
     """
 
     past_length: Int[Tensor, "batch"]
@@ -41,7 +41,7 @@ class Rows:
 
 
 def _by_layer(states: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """By the path of a layer, then by the place of a node in it."""
+    """Group states by the path of the layer, then by the path of the node within the layer."""
     layers: dict[str, dict[str, dict[str, Tensor]]] = {}
     for path, state in states.items():
         above, layer, place = path.split(".", 2)
@@ -70,11 +70,11 @@ class Cache:
         self.positions = torch.zeros_like(like)
         self.documents = torch.zeros_like(like)
         self.length_bound = 0
-        """No row has seen more; known without looking at the device."""
+        """Upper bound on `lengths` over all rows; a Python int, so reading it does not synchronise the device."""
         self.all_started = False
-        """Every row has seen a token; False may only mean that nobody looked."""
+        """Whether every row is known to have seen a token; False may also mean that it was not checked."""
         self.of_inference = torch.is_inference_mode_enabled()
-        """Tensors may be among the states that only inference mode may write."""
+        """Whether the states may contain inference tensors, which only inference mode may write."""
 
     @property
     def batch(self) -> int:
@@ -91,10 +91,10 @@ class Cache:
         return self.length_bound + tokens if self.capacity is None else None
 
     def check_room(self, tokens: int) -> None:
-        """Make sure that `tokens` more fit every row; where the bound does not show it, the device is asked.
+        """Check that every row has room for `tokens` more; reads the device only if `length_bound` is too large.
 
         Raises:
-            FusionTreeError: they do not.
+            FusionTreeError: a row has no room for them.
         """
         if self.capacity is None or self.length_bound + tokens <= self.capacity:
             return
@@ -104,12 +104,12 @@ class Cache:
             raise FusionTreeError(f"cache: {found} do not fit, its max_length is {self.capacity}")
 
     def every_row_started(self) -> bool:
-        """Whether every row has seen a token; asks the device until it says yes."""
+        """Whether every row has seen a token; reads from the device until the answer is yes."""
         self.all_started = self.all_started or (self.length_bound > 0 and bool((self.lengths > 0).all()))
         return self.all_started
 
     def leave_inference(self) -> None:
-        """Copy the states that inference mode made: outside of it torch allows writes to copies only."""
+        """Outside inference mode, replace inference tensors by copies: torch forbids writes to the originals."""
         if not self.of_inference or torch.is_inference_mode_enabled():
             return
         for state in self.states.values():
@@ -133,7 +133,7 @@ class Cache:
         self.of_inference = torch.is_inference_mode_enabled()
 
     def advance(self, rows: Rows, tokens: int) -> None:
-        """Take note of a chunk of so many tokens that every node has seen."""
+        """Update the counters of the rows after all nodes have processed a chunk of `tokens` tokens."""
         self.lengths, self.positions, self.documents = rows.new_length, rows.positions, rows.documents
         self.length_bound += tokens
         self.all_started = self.all_started or rows.has_tokens is None

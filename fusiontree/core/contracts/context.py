@@ -13,8 +13,8 @@ from fusiontree.core.contracts.cache import Rows
 
 Made = TypeVar("Made")
 State = dict[str, Tensor]
-"""A branch's memory of the tokens before: named tensors, batch first. A branch writes it in place, detached; what it
-reads for its own computation it clones first where the gradient still needs it."""
+"""A branch's cache of earlier tokens: named tensors, batch first. A branch writes it in place with detached values.
+Before it writes, it clones the values that its own gradient still needs."""
 
 
 class Table:
@@ -29,8 +29,8 @@ class Table:
         return x
 
     def slopes(self, heads: int) -> tuple[float, ...] | None:
-        """How much attention's scores fall with each token from the key to the query, one for each of a branch's
-        heads; None: they do not."""
+        """How much attention scores fall per token of distance between key and query, one value for each head of a
+        branch; None: scores do not depend on distance."""
         return None
 
 
@@ -48,16 +48,16 @@ class Context:
 
     Attributes:
         positions: of the tokens; they restart at each document and continue after the cached tokens.
-        segments: numbers the documents of each row from 0. Segment 0 continues what the cache holds, any other starts
-            from nothing; -1 is padding, which only ever trails. None: one document and no padding.
+        segments: numbers the documents of each row from 0. Segment 0 continues the document in the cache, any other
+            starts anew; -1 is padding, which always comes last. None: one document and no padding.
         tables: the encodings at these positions, by name.
         rows: lengths and slots of the rows in the cache; None without a cache.
         states: the current layer's cache, keyed by path within the layer, so that equal layers compile to one graph.
-        embedding: what the first layer reads, for nodes that read it again.
+        embedding: the input of the first layer, for nodes that read it again.
         received: values that earlier layers published, by the local path of the node that reads them.
         published: where nodes of this layer leave values for later layers, by their local paths.
-        text: where tokens stand and no prefix; None: everywhere.
-        made: what `once` has made.
+        text: False at the vectors of a prefix; None: there is no prefix in the chunk.
+        made: the results of `once`, by function and arguments.
     """
 
     positions: Int[Tensor, "batch time"]
@@ -73,16 +73,16 @@ class Context:
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch time"] | None:
-        """Where tokens stand, and neither padding nor a prefix; None: everywhere."""
+        """Which places are tokens, neither padding nor a prefix; None: all places."""
         if self.segments is None:
             return self.text
         tokens = self.segments >= 0
         return tokens if self.text is None else tokens & self.text
 
     def once(self, make: Callable[..., Made], *arguments: Hashable) -> Made:
-        """`make(self, *arguments)`, made once for all layers of a forward pass: of the context it may read what is the
-        same for all of them, which is `positions`, `segments`, `rows` and `text`."""
-        if torch.compiler.is_compiling():  # which makes it in one loop with what reads it
+        """`make(self, *arguments)`, computed once for all layers of a forward pass. `make` may read only the fields
+        of the context that are equal for all layers: `positions`, `segments`, `rows` and `text`."""
+        if torch.compiler.is_compiling():  # the compiler fuses it with the operations that read it
             return make(self, *arguments)
         key = (make, *arguments)
         found = self.made.get(key)
@@ -95,7 +95,7 @@ class Context:
         return x.shape[1] == 1 and not torch.is_grad_enabled()
 
     def encode(self, names: Sequence[str], x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
-        """A branch's input with the encodings that it names added."""
+        """A branch's input plus the encodings `names`."""
         for name in names:
             x = self.tables[name].input(x)
         return x
@@ -103,7 +103,7 @@ class Context:
     def rotate(
         self, names: Sequence[str], x: Float[Tensor, "batch time heads channels"]
     ) -> Float[Tensor, "batch time heads channels"]:
-        """Queries, keys, B or C, rotated by the encodings that the branch names."""
+        """Queries, keys, B or C, rotated by the encodings `names`."""
         for name in names:
             x = self.tables[name].rotate(x)
         return x

@@ -24,43 +24,43 @@ class EncodingSpec(Spec, ABC):
 
     hooks: ClassVar[frozenset[Hook]]
     plain: ClassVar[frozenset[str]] = frozenset()
-    """As of a node."""
+    """Axes as in `NodeSpec.plain`."""
 
     @classmethod
     def examples(cls, width: int) -> Iterator[Self]:
-        """As of a node."""
+        """See `NodeSpec.examples`."""
         yield from by_older_name(cls, width)
 
     @property
     def limit(self) -> int | None:
-        """How many positions there are; None: any number."""
+        """How many positions the encoding has; None: any number."""
         return None
 
     @abstractmethod
     def build(self, width: int, channels: Sequence[int]) -> "Encoding":
-        """The module; `channels` are the widths that branches let it rotate."""
+        """The module; `channels` are the numbers of channels that it rotates in its branches."""
 
     def problems(self, channels: Iterator[int]) -> Iterator[str]:
         """Why this encoding does not fit a branch that rotates these channels."""
         yield from ()
 
     def flops(self, width: int) -> float:
-        """Forward FLOPs per token of making the table."""
+        """Forward FLOPs per token to compute the table."""
         return 0.0
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """As of a node."""
+        """See `NodeSpec.axes`."""
         return {}
 
     def sizes(self, width: int) -> Mapping[str, int]:
-        """As of a node."""
+        """See `NodeSpec.sizes`."""
         return {"width": width}
 
     def narrow(self, axis: str, keep: Sequence[int], width: int) -> Narrowing[Self]:
-        """As of a node.
+        """See `NodeSpec.narrow`.
 
         Raises:
-            SpecError: no such axis or indices, or no narrower encoding gives the same.
+            SpecError: no such axis or indices, or no narrower encoding computes the same values.
         """
         sizes = self.sizes(width)
         kept = axes.checked(axis, keep, sizes)

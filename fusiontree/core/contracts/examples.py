@@ -1,4 +1,4 @@
-"""Examples of components that were written when a class had one."""
+"""Support for components that define the older `example` in the place of `examples`."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def by_older_name(component: type[Any], *scope: Any) -> Iterator[Any]:
-    """What `example` returns, with a warning.
+    """Yield the result of the class method `example`, with a DeprecationWarning.
 
     Raises:
         NotImplementedError: the class has neither `examples` nor `example`.

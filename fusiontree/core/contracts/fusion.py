@@ -19,18 +19,18 @@ class Fusion(Probed, Node, ABC):
 
 
 def branch_path(fusion: str, branch: str) -> str:
-    """The path of a branch, from where the path of its fusion begins."""
+    """The path of a branch, given the path of its fusion; both start at the same part."""
     return f"{fusion}.branches.{branch}" if fusion else f"branches.{branch}"
 
 
 class FusionSpec(NodeSpec, ABC):
-    """An inner node of the tree: how sibling branches meet. Its module has them in `branches`, a gate in `gate`."""
+    """An inner node of the tree: how sibling branches meet. Its module has attributes `branches` and `gate`."""
 
     branches: "NamedMap[AnyNode]"
 
     @property
     def gate_spec(self) -> GateSpec | None:
-        """The gate, where the rule has one."""
+        """The spec of the gate; None: the fusion has no gate."""
         return None
 
     def gate_scope(self, scope: Scope) -> GateScope:
@@ -55,4 +55,4 @@ nodes: OneOf[NodeSpec] = OneOf("node", NodeSpec, (branches, fusions))
 
 AnyNode = Annotated[NodeSpec, nodes]
 """A field that holds any branch or fusion."""
-FusionSpec.model_rebuild()  # whose branches are such fields
+FusionSpec.model_rebuild()  # its `branches` are such fields

@@ -1,4 +1,4 @@
-"""What a gate promises: how much of each branch."""
+"""The contract of a gate: values for how much of each branch a fusion takes."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -30,11 +30,11 @@ class GateScope:
 
 
 class GateSpec(Spec, ABC):
-    """How much of each branch; the values of all branches sum to 1."""
+    """How much of each branch a fusion takes; the values of all branches sum to 1."""
 
     @classmethod
     def examples(cls, branches: tuple[str, ...], width: int) -> Iterator[Self]:
-        """As of a node."""
+        """See `NodeSpec.examples`."""
         yield from by_older_name(cls, branches, width)
 
     @abstractmethod
@@ -51,7 +51,7 @@ class GateSpec(Spec, ABC):
         """Whether the values depend on the input."""
 
     def units(self, width: int) -> int:
-        """How many groups of the width have a value of their own."""
+        """How many groups of the width have separate values."""
         return 1
 
     def without_branch(self, branch: str) -> "GateSpec":
@@ -63,11 +63,11 @@ class GateSpec(Spec, ABC):
         return 0.0
 
     def axes(self, branches: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-        """As of a node; features, units and rank may be named."""
+        """See `NodeSpec.axes`; the axes may be `features`, `units` and `rank`."""
         return {}
 
     def sizes(self, scope: GateScope) -> Mapping[str, int]:
-        """As of a node."""
+        """See `NodeSpec.sizes`."""
         return {"features": scope.features, "units": self.units(scope.width)}
 
     def narrow(self, axis: str, keep: tuple[int, ...], scope: GateScope) -> Self:
@@ -80,11 +80,11 @@ class GateSpec(Spec, ABC):
         raise SpecError(f"gate_{axis}: cannot be narrowed here, other nodes' parameters run over it")
 
     def narrow_width(self, keep: tuple[int, ...], scope: GateScope) -> tuple[Self, tuple[int, ...]]:
-        """The gate of a fusion that keeps these channels of its width, and which units stay. Units lose equally many
-        channels, or all.
+        """The gate of a fusion that keeps the channels `keep` of its width, and the units that remain. All remaining
+        units have to keep equally many channels.
 
         Raises:
-            SpecError: they do not.
+            SpecError: they keep different numbers of channels.
         """
         units = self.units(scope.width)
         left = Counter(channel * units // scope.width for channel in keep)
@@ -93,7 +93,7 @@ class GateSpec(Spec, ABC):
         return self.with_units(len(left)), tuple(left)
 
     def with_units(self, units: int) -> Self:
-        """The gate of so many groups, each with a value of its own; where it has one for all, itself."""
+        """The gate with `units` groups; the gate itself where one value serves the whole width."""
         return self
 
 
@@ -116,11 +116,11 @@ class Probed(Module):
 
 
 class Gate(Probed, ABC):
-    """The module of a gate. `dropped` branches have the value 0, and the others share theirs."""
+    """The module of a gate. `dropped` branches have the value 0; the other values sum to 1."""
 
     @property
     def forced(self) -> Mapping[str, float] | None:
-        """The values that `LanguageModel.force` puts in the place of what the gate returns."""
+        """The values with which `LanguageModel.force` replaces the output of the gate; None: the gate is not forced."""
         return self.probe_state.get("forced")
 
     @forced.setter

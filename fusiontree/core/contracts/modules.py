@@ -1,4 +1,4 @@
-"""The small modules that components are made of. Each says how its own parameters start.
+"""Small modules that components are built from. Each declares how its own parameters are initialised.
 
 Construction only declares shapes (it runs on the meta device); `initialise` draws the values.
 """
@@ -50,24 +50,24 @@ def _fill(tensor: Tensor, generator: Generator, *, value: float) -> None:
 
 
 LARGEST_PARAMETER = 2**59
-"""Elements; 8 bytes of each still fit a signed 64-bit count."""
+"""The most elements of a parameter: at 8 bytes each, their bytes still fit a signed 64-bit integer."""
 
 
 class Module(nn.Module):
-    """A module whose own parameters are declared together with how they start."""
+    """A module that declares each of its own parameters together with its initialiser."""
 
     def __init__(self) -> None:
         super().__init__()
         self.initial: dict[str, Init] = {}
         self.decayed: set[str] = set()
-        """Which of the own parameters shrink by weight decay; beside them, since a tool may replace each of them."""
+        """Names of own parameters under weight decay. Names, because a tool may replace the parameter objects."""
 
     def declare(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool = False) -> nn.Parameter:
         """Add a parameter of this shape.
 
         Args:
-            decay: whether weight decay shrinks it. That is for maps from features to features; biases, gains,
-                embeddings, starting vectors and what a state decays by are left where the data puts them.
+            decay: whether weight decay shrinks it. Maps from features to features need it; biases, gains, embeddings,
+                initial vectors and decay rates of a state do not.
 
         Raises:
             WeightsError: no memory could hold it.
@@ -82,7 +82,7 @@ class Module(nn.Module):
         return parameter
 
     def declare_unlearned(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
-        """Add numbers that belong to the weights, though no gradient reaches them."""
+        """Add a buffer that belongs to the weights, but that no gradient trains."""
         self.register_buffer(name, torch.empty(shape))
         self.initial[name] = init
         return self.get_buffer(name)
@@ -92,7 +92,7 @@ class LinearModule(nn.Linear, Module):
     """y = x W^T + b. It derives from `nn.Linear`, so that tools for LoRA and quantisation find it."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, init: Init | None = None) -> None:
-        Module.__init__(self)  # torch's would draw values
+        Module.__init__(self)  # nn.Linear's own __init__ would draw values
         self.in_features, self.out_features = inputs, outputs
         self.weight = self.declare("weight", (outputs, inputs), init or fan_in(), decay=True)
         self.bias = self.declare("bias", (outputs,), constant(0.0)) if bias else None
@@ -120,10 +120,10 @@ class Norm(Spec):
         return self
 
     def narrowed(self, width: int, kept: Sequence[int]) -> Self:
-        """The norm over those of `width` features at the indices `kept`, the others being 0.
+        """The norm over the features `kept` of `width`, equal to this norm where the other features are 0.
 
         Raises:
-            SpecError: a layer norm, which moves zeros.
+            SpecError: this is a layer norm, which maps zeros to other values.
         """
         if self.kind == "layer":
             raise SpecError("a layer norm over it would move what is silent")
@@ -147,7 +147,7 @@ class NormModule(Module):
             return self._by_length(x)
         function = F.rms_norm if self.spec.kind == "rms" else F.layer_norm
         precise, gain = x.to(accumulation_dtype(x.dtype)), self._gain(accumulation_dtype(x.dtype))
-        share = self.counted * self.groups / x.shape[-1]  # torch's functions count the features that there are
+        share = self.counted * self.groups / x.shape[-1]  # torch's functions divide by the present number of features
         eps, factor = self.spec.eps * share, share**0.5
         if self.groups == 1:
             return scaled(function(precise, x.shape[-1:], gain, eps=eps), factor).to(x.dtype)
@@ -156,12 +156,12 @@ class NormModule(Module):
         return (normed if gain is None else normed * gain).to(x.dtype)
 
     def _counts_operations(self, x: Tensor) -> bool:
-        """Whether a call costs what its operations cost: on a CPU without a gradient, where none are fused."""
+        """Whether the number of operations decides the time: on a CPU without gradients, where none are fused."""
         plain = x.device.type == "cpu" and not torch.is_grad_enabled()
         return plain and self.spec.kind == "rms" and not torch.compiler.is_compiling()
 
     def _by_length(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        """The root mean square norm in half of the operations that torch's own is made of."""
+        """The root mean square norm, in half as many operations as torch's own."""
         parts, precise = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype)
         length = torch.linalg.vector_norm(parts, dim=-1, keepdim=True, dtype=precise)
         y = parts * torch.addcmul(self.eps, length, length, value=1 / self.counted).rsqrt_()
@@ -178,7 +178,7 @@ class NormModule(Module):
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
-    """x times a constant; x itself where that is 1."""
+    """x times a constant; x itself where the constant is 1."""
     return x if factor == 1.0 else x * factor
 
 

@@ -37,17 +37,17 @@ class Scope:
 
     @property
     def for_shared(self) -> "Scope":
-        """What surrounds a shared node: it uses no other."""
+        """The scope of a shared node, without `shared`, because a shared node uses no other."""
         return replace(self, shared={})
 
 
 class NodeSpec(Spec, ABC):
-    """A branch or a fusion: something that maps [batch, time, width] to [batch, time, width], causally.
+    """A branch or a fusion: maps [batch, time, width] to [batch, time, width], causally.
 
-    `rigid` axes have an order that matters; along any other axis parts may change places. Along `plain` axes a
-    narrower spec differs in the field of the axis's name alone. Parts along `routed` axes are chosen by the scores of
-    the module's `router`, and are silent where they are never chosen. `kv_source_field` is the field that holds the
-    path of a node of an earlier layer, whose published values the module reads.
+    The order of parts matters along `rigid` axes; along any other axis parts may be permuted. Along `plain` axes a
+    narrower spec differs only in the field with the axis's name. Parts along `routed` axes are chosen by the scores of
+    the module's `router`; parts that are never chosen are silent. `kv_source_field` names the field that holds the path
+    of a node of an earlier layer, whose published values the module reads.
     """
 
     rigid: ClassVar[frozenset[str]] = frozenset({"width"})
@@ -57,8 +57,8 @@ class NodeSpec(Spec, ABC):
 
     @classmethod
     def examples(cls, width: int) -> Iterator[Self]:
-        """Small valid instances for a stream of this width (a multiple of 8), the most telling one first; the laws are
-        tested on them, and random specs are made of them."""
+        """Small valid instances for a stream of this width (a multiple of 8), the most informative one first. Tests
+        of the laws run on them, and random specs contain them."""
         yield from by_older_name(cls, width)
 
     @abstractmethod
@@ -70,7 +70,7 @@ class NodeSpec(Spec, ABC):
         yield from ()
 
     def child_scope(self, child: str, scope: Scope) -> Scope:
-        """What surrounds a node inside, by its path from here."""
+        """The scope of a node inside, given its path from here."""
         return scope
 
     def walk(self, scope: Scope, path: str = "") -> Iterator[tuple[str, "NodeSpec", Scope]]:
@@ -80,7 +80,7 @@ class NodeSpec(Spec, ABC):
             yield from child.walk(self.child_scope(step, scope), f"{path}.{step}" if path else step)
 
     def problems(self, scope: Scope) -> Problems:
-        """What only the surroundings can show to be wrong."""
+        """Problems that depend on the scope, as pairs of a path from here and a text."""
         yield from ()
 
     @classmethod
@@ -99,7 +99,7 @@ class NodeSpec(Spec, ABC):
         return None if self.kv_source_field is None else getattr(self, self.kv_source_field)
 
     def sharing_problem(self, source: "NodeSpec") -> str | None:
-        """Why the values of the node at `kv_source` do not fit, or None."""
+        """Why this node cannot read the values of the node at `kv_source`; None: it can."""
         return f"{getattr(source, 'kind', 'it')} shares nothing"
 
     @property
@@ -108,21 +108,21 @@ class NodeSpec(Spec, ABC):
         return None
 
     def output_width(self, scope: Scope) -> int:
-        """The last dimension of what the node returns."""
+        """The size of the last dimension of the node's output."""
         return scope.width
 
     @abstractmethod
     def flops(self, scope: Scope, length: int) -> float:
-        """Forward FLOPs per token, children left out: matrix products only (2 per multiply-add), the mean
-        over the positions of a sequence of `length` tokens; a scan counts the products of its recurrence. A prefix
-        counts among the tokens."""
+        """Forward FLOPs per token without children: the mean over the positions of a sequence of `length` tokens, a
+        prefix included. Counts matrix products only (2 per multiply-add), and in a scan the products of its
+        recurrence."""
 
     def cache_bytes(self, scope: Scope, length: int, dtype: torch.dtype) -> int:
-        """Bytes that one sequence's cache of `length` tokens takes, children left out; a prefix counts among them."""
+        """Bytes of one sequence's cache of `length` tokens (a prefix included), without the caches of children."""
         return 0
 
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """What each dimension of each parameter runs over, by parameter name, children left out.
+        """What each dimension of each parameter runs over, by parameter name; without the parameters of children.
 
         A dimension is a product of named axes, outermost first ("heads*head_dim"), or a sum of such products
         where parts are concatenated ("local_heads*head_dim+global_heads*head_dim").
@@ -145,21 +145,21 @@ class NodeSpec(Spec, ABC):
         0 where the next map or norm reads them.
 
         Raises:
-            SpecError: no such axis or indices, or no narrower spec computes that.
+            SpecError: no such axis or indices, or no narrower spec computes the same output.
         """
         sizes = self.sizes(scope)
         kept = axes.checked(axis, keep, sizes)
         return Narrowing(self) if len(kept) == sizes[axis] else self.narrowed(axis, kept, scope)
 
     def narrowed(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Narrowing[Self]:
-        """`narrow`, for an axis that there is, and fewer indices than it has."""
+        """`narrow` after its checks: the axis exists, and `keep` omits some of its indices."""
         return self.with_fields(self.narrowed_fields(axis, keep, scope), axis, keep)
 
     def narrowed_fields(self, axis: str, keep: tuple[int, ...], scope: Scope) -> Mapping[str, Any]:
-        """The fields that differ where fewer parts of an axis stay.
+        """The fields of the narrower spec that differ from the fields of this spec.
 
         Raises:
-            SpecError: there are none that would be exact.
+            SpecError: no such fields give an exact result.
         """
         if axis in self.plain:
             return {axis: len(keep)}
@@ -168,14 +168,14 @@ class NodeSpec(Spec, ABC):
         raise SpecError(f"{axis}: cannot be narrowed here, {reason}")
 
     def with_fields(self, fields: Mapping[str, Any], axis: str, keep: tuple[int, ...]) -> Narrowing[Self]:
-        """A narrowing along an axis of the node's own parameters, by the fields that differ."""
+        """The narrowing along an axis of the node's own parameters, given the fields that differ."""
         return Narrowing(type(self).parse({**self.data(), **fields}), {"": {axis: keep}})
 
     def narrow_output(self, channels: Sequence[int], scope: Scope) -> Narrowing[Self]:
         """The node that returns only the features `channels` (rising indices), for a parent that narrows their reader.
 
         Raises:
-            SpecError: it cannot.
+            SpecError: the output of this node cannot be narrowed.
         """
         raise SpecError("the features that it returns cannot be narrowed")
 
@@ -183,12 +183,12 @@ class NodeSpec(Spec, ABC):
         """The node that reads only the features `channels`; its output keeps its width.
 
         Raises:
-            SpecError: it cannot.
+            SpecError: the input of this node cannot be narrowed.
         """
         raise SpecError("the features that it reads cannot be narrowed")
 
     def kept_along(self, dimension: str, axis: str, keep: tuple[int, ...], scope: Scope) -> list[int]:
-        """The indices along a dimension that stay."""
+        """The indices that remain along a dimension when `axis` keeps the indices `keep`."""
         return axes.positions(dimension, self.sizes(scope), {axis: keep}).tolist()
 
 
@@ -199,21 +199,21 @@ class BranchSpec(NodeSpec, ABC):
     encodings: tuple[Name, ...] = ()
 
     def channels(self) -> Iterator[int]:
-        """The widths that a rotary encoding would have to rotate here."""
+        """The numbers of channels that a rotary encoding has to rotate in this branch."""
         yield from ()
 
     def refuse_with(self, hook: Hook, axis: str, scope: Scope) -> None:
-        """Refuse to narrow an axis along which an encoding that the branch names tells parts from each other.
+        """Refuse to narrow an axis whose parts the branch's encodings with this hook distinguish.
 
         Raises:
-            SpecError: it names one with this hook.
+            SpecError: the branch names an encoding with this hook.
         """
         for name in self.encodings:
             if _has_hook(scope, name, hook):
                 raise SpecError(f"{axis}: cannot be narrowed exactly, the encoding {name!r} depends on it")
 
     def problems(self, scope: Scope) -> Problems:
-        """Encodings that nobody defined, that have no hook here, or that do not fit."""
+        """Encodings that are undefined, repeated, in conflict with each other, without a hook here, or do not fit."""
         exclusive: dict[Hook, str] = {"rotate": "rotations", "bias": "biases"}
         for hook, what in exclusive.items():
             names = [name for name in self.encodings if _has_hook(scope, name, hook)]
@@ -240,8 +240,8 @@ def _has_hook(scope: Scope, name: str, hook: Hook) -> bool:
 
 
 class Node(Module, ABC):
-    """The module of a branch or a fusion. The model tells it its `path` in the tree, and its `local_path`, which
-    begins in its layer."""
+    """The module of a branch or a fusion. The model sets its `path`, and its `local_path`, which omits the steps that
+    name the layer."""
 
     path: str = ""
     local_path: str = ""
@@ -254,11 +254,11 @@ class Node(Module, ABC):
         raise NotImplementedError
 
     def new_state(self, batch: int, capacity: int | None, like: Tensor) -> State:
-        """An empty cache for `batch` rows: room for `capacity` tokens, a prefix among them (None: as many as come)."""
+        """An empty cache for `batch` rows of `capacity` tokens, a prefix included (None: the cache grows)."""
         return {}
 
     def state(self, context: Context) -> State | None:
-        """The cache of this node, None when there is no cache."""
+        """The cache of this node; None without a cache."""
         return None if context.states is None else context.states[self.local_path]
 
     def stateful_nodes(self) -> Iterator["Node"]:
@@ -267,7 +267,7 @@ class Node(Module, ABC):
 
 
 class SharedNodeUser(Node, ABC):
-    """A node that runs a shared one, to which the model introduces it once both know their paths."""
+    """A node that runs a shared node. The model calls `attach` once both have their paths."""
 
     @abstractmethod
     def attach(self, shared: nn.ModuleDict) -> None:
@@ -276,7 +276,7 @@ class SharedNodeUser(Node, ABC):
 
     @abstractmethod
     def is_attached(self) -> bool:
-        """Whether the shared node is still made of what it was when `attach` found it."""
+        """Whether the modules of the shared node, and their `forward`, are unchanged since `attach`."""
         raise NotImplementedError
 
 

@@ -1,1 +1,1 @@
-"""Looking at a running model, and taking over its gates and branches for a while."""
+"""Observe, force and drop the gates and branches of a running model."""

@@ -1,4 +1,4 @@
-"""Gate statistics: what the values were while somebody watched, by path and branch name."""
+"""Statistics of observed gate values, by gate path and branch name."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,21 +14,21 @@ from fusiontree.core.contracts.gate import Weights
 from fusiontree.core.spec.base import Natural, Spec
 
 Real = Bool[Tensor, "batch time"]
-"""Where tokens stand, and neither padding nor a prefix."""
+"""True at tokens, False at padding and at a prefix."""
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6, allow_inf_nan=False)]
 BINS = 20
 SATURATED = 0.05
 
 
 class GateStatistics(Spec):
-    """One branch's gate values over real tokens and units: what `observe` gives, the monitor pools, `gates.json` holds
-    and pruning reads. Statistics of several observations add up (`pooled`).
+    """Statistics of one branch's gate values, over real tokens and units. `observe` returns them, the monitor pools
+    them, `gates.json` stores them and pruning reads them. `pooled` combines several observations.
 
     Attributes:
         mean: the mean value.
-        std: the standard deviation, 0 for a gate that does not move.
+        std: the standard deviation, 0 for a gate of constant value.
         histogram: the share of values in each of 20 equal bins of [0, 1].
-        entropy: the mean entropy over the gate's branches, in [0, 1] (1: all branches alike).
+        entropy: the mean entropy over the gate's branches, in [0, 1] (1: equal values for all branches).
         saturated: the share of values within 0.05 of 0 or 1.
         count: how many values were seen.
     """
@@ -68,7 +68,7 @@ ByGate = Mapping[str, Mapping[str, GateStatistics]]
 
 
 def pooled(parts: Iterable[ByGate]) -> ByGate:
-    """Several observations as one."""
+    """Combine several observations into one."""
     found: dict[str, dict[str, list[GateStatistics]]] = {}
     for part in parts:
         for path, branches in part.items():
@@ -78,12 +78,12 @@ def pooled(parts: Iterable[ByGate]) -> ByGate:
 
 
 def plain(gates: ByGate) -> dict[str, dict[str, dict[str, Any]]]:
-    """Statistics as plain data, which JSON keeps to the last bit."""
+    """Statistics as plain data; JSON stores them without rounding."""
     return {path: {branch: s.data() for branch, s in branches.items()} for path, branches in gates.items()}
 
 
 def parsed(data: Mapping[str, Mapping[str, Any]]) -> ByGate:
-    """Statistics from what `plain` has made of them."""
+    """Statistics from plain data; the inverse of `plain`."""
     return {
         path: {branch: GateStatistics.parse(s) for branch, s in branches.items()} for path, branches in data.items()
     }
@@ -91,10 +91,10 @@ def parsed(data: Mapping[str, Mapping[str, Any]]) -> ByGate:
 
 @dataclass
 class Observation(ByGate):
-    """The statistics of everything seen so far; running sums on the device, in float64 so that counts stay exact."""
+    """Statistics of all values added so far: running sums on the device, in float64 so that counts are exact."""
 
     sums: dict[str, dict[str, Float[Tensor, "sums"]]] = field(default_factory=dict)
-    """For each branch: count, sum, sum of squares, of entropies, how many are saturated, and how many in each bin."""
+    """For each gate and branch: count, sums of values, squares and entropies, saturated count, and count per bin."""
 
     def __getitem__(self, path: str) -> Mapping[str, GateStatistics]:
         return {branch: _finished(sums) for branch, sums in self.sums[path].items()}
@@ -116,7 +116,7 @@ class Observation(ByGate):
             gate[branch] = gate[branch] + found if branch in gate else found
 
     def tensors(self) -> list[Float[Tensor, "sums"]]:
-        """The running sums, for whoever adds up several processes, in place."""
+        """The running sums, for a reduction over processes in place."""
         return [sums for gate in self.sums.values() for sums in gate.values()]
 
 
@@ -129,7 +129,7 @@ def _sums(values: Float[Tensor, "n"], entropy: Float[Tensor, ""]) -> Float[Tenso
 
 
 def _finished(sums: Float[Tensor, "sums"]) -> GateStatistics:
-    """Not validated: what gates gave may be no numbers."""
+    """Statistics from running sums; not validated, because gate values may be NaN."""
     count, total, squares, entropy, saturated, *bins = sums.tolist()
     n = max(count, 1.0)
     return GateStatistics.model_construct(
@@ -143,7 +143,7 @@ def _finished(sums: Float[Tensor, "sums"]) -> GateStatistics:
 
 
 def _at_tokens(value: Tensor, real: Real | None) -> Tensor:
-    """The values at tokens, not at padding or a prefix; a gate that does not read tokens has one set of them."""
+    """The values at tokens, without padding and prefixes; all values of a gate that reads no tokens."""
     return value if value.ndim == 1 or real is None else value[real]
 
 

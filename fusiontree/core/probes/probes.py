@@ -1,4 +1,4 @@
-"""Looking at and taking over a model's gates and branches, for a while, without editing it."""
+"""Context managers that observe, force or drop a model's gates and branches without editing the model."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,18 +21,18 @@ def gates(model: nn.Module) -> dict[str, Gate]:
 
 
 class HasMode(Protocol):
-    """A module that trains or is evaluated."""
+    """A module with a training mode and an evaluation mode."""
 
     training: bool
 
     def train(self, mode: bool = True) -> object:
-        """Choose the mode."""
+        """Set the mode."""
         ...
 
 
 @contextmanager
 def evaluating(model: HasMode) -> Generator[None]:
-    """Evaluation mode while the block runs: gates make no noise."""
+    """Use evaluation mode while the block runs, so that gates add no noise."""
     was_training = model.training
     if was_training:
         model.train(False)
@@ -93,7 +93,7 @@ def force(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> Genera
 
 
 def _take_over(gate: Gate, shares: dict[str, float], stack: ExitStack) -> None:
-    """Of several takings-over the innermost holds; all hooks go first, so that whoever watches sees what holds."""
+    """Force a gate; the innermost of nested calls wins. The hook runs first, so that `watch` sees the forced values."""
     stack.callback(setattr, gate, "forced", gate.forced)
     gate.forced = shares
     stack.callback(gate.register_forward_hook(_replace, prepend=True).remove)
@@ -105,7 +105,7 @@ def _replace(gate: Gate, inputs: tuple[Any, ...], output: Weights) -> Weights:
 
 
 def complete(path: str, given: Mapping[str, float], branches: list[str]) -> dict[str, float]:
-    """Values for all branches from values for some: the others share what is left to 1."""
+    """Values for all branches, given the values of some; the other branches share the rest of 1 equally."""
     for branch, value in given.items():
         if branch not in branches:
             raise SpecError(f"{path}: no branch is called {branch!r}{suggest(branch, branches)}")
@@ -153,6 +153,6 @@ def _mark_dropped(modules: Mapping[str, nn.Module], place: str, stack: ExitStack
 
 
 def _branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Fusion, str]]:
-    """The fusion of every branch and its name there, by the branch's path."""
+    """For each branch, by its path: its fusion, and its name in the fusion."""
     fusions = [(path, module) for path, module in modules.items() if isinstance(module, Fusion)]
     return {branch_path(path, name): (fusion, name) for path, fusion in fusions for name in fusion.branches}

@@ -1,1 +1,1 @@
-"""Data alone, no tensor: strict fields, errors by path, YAML, registries."""
+"""Specs as data, without tensors: strict fields, errors by path, YAML, registries."""

@@ -1,4 +1,4 @@
-"""What every part of a spec is: a frozen, strict description; equal specs build equal things."""
+"""The base class of every part of a spec: a frozen, strict description. Equal specs build equal modules."""
 
 import re
 from collections.abc import Callable, ItemsView, Iterator, Mapping
@@ -40,7 +40,7 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 """A finite number that is at least 0."""
 Flag = Annotated[bool, Field(strict=True)]
-"""Yes or no, and not 0, 1 or a word."""
+"""True or false; 0, 1 and text are refused."""
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
@@ -53,15 +53,15 @@ def _not_taken(name: str) -> str:
 
 
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$"), AfterValidator(_not_taken)]
-"""A name that can be a step of a path: that of a module inside a `torch.nn.ModuleDict`, too."""
+"""A name that can be a step of a path, and the name of a module in a `torch.nn.ModuleDict`."""
 
 
 Place = tuple[str | int, ...]
-"""Where something is wrong: the steps of a path."""
+"""The place of a problem: the steps of a path."""
 
 
 class _SchemaGenerator(GenerateJsonSchema):
-    """Writes defaults that are ordered mappings."""
+    """Also encodes defaults that are an `OrderedMap`."""
 
     def encode_default(self, dft: Any) -> Any:
         return super().encode_default(dict(dft) if isinstance(dft, OrderedMap) else dft)
@@ -72,13 +72,13 @@ Problems = Iterator[tuple[str, str]]
 
 
 class Spec(BaseModel):
-    """A frozen description of something. Unknown keys are errors, and `kind` is always written, first.
+    """A frozen description of a part. Unknown keys are errors. `kind` is always written, as the first key.
 
     Attributes:
         elsewhere: keys that belong to another kind of file, each with the hint for its message.
 
     Raises:
-        SpecError: a field that is not valid; the line that `parse` answers with.
+        SpecError: a field is not valid; the message is the same as from `parse`.
     """
 
     model_config = ConfigDict(
@@ -97,7 +97,7 @@ class Spec(BaseModel):
         except ValidationError as error:
             raise SpecError(*said(error)) from None
 
-    # pydantic calls no __init__ that bears this mark for what stands inside another spec, whose errors keep their path
+    # for a spec inside another spec, pydantic does not call an __init__ with this mark, so its errors keep their path
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="wrap")
@@ -105,7 +105,7 @@ class Spec(BaseModel):
     def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Report unknown keys together with all other problems."""
         plainer = isinstance(value, Spec) and type(value) is not cls and issubclass(cls, type(value))
-        value = value.data() if plainer else value  # as a Norm, where one with more fields may stand
+        value = value.data() if plainer else value  # such as a Norm where a subclass with more fields is expected
         known = {field.alias or name for name, field in cls.model_fields.items()}
         unknown = (
             [k for k in value if k not in known and k not in cls.model_fields] if isinstance(value, Mapping) else []
@@ -137,11 +137,11 @@ class Spec(BaseModel):
 
     @classmethod
     def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
-        """The JSON Schema (Draft 2020-12); every kind that is registered when it is asked for is in it."""
+        """The JSON Schema (Draft 2020-12), with every kind that is registered at the time of the call."""
         return super().model_json_schema(*args, **{"schema_generator": _SchemaGenerator, **options})
 
     def data(self, *, short: bool = False) -> dict[str, Any]:
-        """Plain data: every field, or (short) those that differ from their defaults."""
+        """Plain data: every field, or (short) only the fields that differ from their defaults."""
         return self.model_dump(mode="json", exclude_defaults=short)
 
     @classmethod
@@ -149,7 +149,7 @@ class Spec(BaseModel):
         """The spec that plain data describes.
 
         Raises:
-            SpecError: one line, with the path of the first thing that is wrong; `problems` are all.
+            SpecError: one line with the path of the first problem; `problems` has all of them.
         """
         try:
             return cls.model_validate(data)
@@ -171,7 +171,7 @@ class Spec(BaseModel):
 
 
 def parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What lies directly inside a spec, a mapping or a list of specs, by the steps of paths."""
+    """The parts directly inside a spec, a mapping or a tuple, each with its step of a path."""
     if isinstance(value, Spec):
         yield from ((field.alias or name, getattr(value, name)) for name, field in type(value).model_fields.items())
     elif isinstance(value, Mapping):
@@ -181,7 +181,7 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def invalid(problems: Mapping[Place, str]) -> ValidationError:
-    """A validation error with a message at each location; raised inside validators, it keeps the path."""
+    """A validation error with a message at each place. Raised inside a validator, it keeps the path to the place."""
     lines = [
         InitErrorDetails(type=PydanticCustomError("invalid", "{text}", {"text": text}), loc=loc, input=None)
         for loc, text in problems.items()
@@ -228,7 +228,7 @@ _WANTED = {
     "bool_type": "expected true or false",
     "missing": "is needed, found nothing",
 }
-"""pydantic's error types, in the words of YAML."""
+"""Messages for pydantic's error types, in the terms of YAML instead of Python."""
 
 
 def said(error: ValidationError) -> list[str]:
@@ -262,7 +262,7 @@ def _expected(message: str) -> str:
 
 
 def _nearest(details: ErrorDetails) -> str:
-    """For a value that is not one of a few words: the nearest of them."""
+    """For a value that is none of the allowed words: the nearest word."""
     allowed = re.findall(r"'([^']*)'", str(details.get("ctx", {}).get("expected", "")))
     near = get_close_matches(str(details["input"]), allowed, n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""
@@ -277,7 +277,7 @@ V = TypeVar("V")
 
 
 class OrderedMap(Mapping[str, V], Generic[V]):
-    """An immutable mapping whose order counts: it enters equality and the hash.
+    """An immutable mapping; equality and the hash depend on its order.
 
     >>> OrderedMap(a=1, b=2) == OrderedMap(b=2, a=1)
     False

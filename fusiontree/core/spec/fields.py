@@ -13,8 +13,8 @@ from fusiontree.errors import SpecError
 
 
 def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
-    """Whether a path in a spec's data leads to a mapping with free names, by the types of the fields on the way; below
-    an unknown kind nothing is."""
+    """Whether a path in a spec's data leads to a mapping with free names, by the types of the fields on the way.
+    False inside data of an unknown kind."""
     kinds: list[Any] = [spec]
     for step in path:
         kinds = [inner for kind in kinds for outer in _plain(kind, data) for inner in _inside(outer, step)]
@@ -23,10 +23,10 @@ def is_open(spec: type[Spec], data: Any, path: Steps) -> bool:
 
 
 def targets(spec: type[Spec], data: Any, pattern: str, *, adding: bool) -> list[Steps]:
-    """Where a pattern points to in the data of a spec; when adding, a new name in an open mapping included.
+    """The places that a pattern matches in the data of a spec; with `adding`, also a new name in an open mapping.
 
     Raises:
-        SpecError: nowhere; names the nearest.
+        SpecError: nothing matches; the text has the nearest path.
     """
     *above, last = paths.split(pattern) or ("",)
     if adding and above and last != "*":
@@ -69,5 +69,5 @@ def _inside(kind: Any, step: str) -> Iterator[Any]:
 
 
 def _is_map(kind: Any) -> bool:
-    """Whether this is the type of a mapping whose names are free."""
+    """Whether `kind` is the type of a mapping with free names."""
     return isinstance(get_origin(kind), type) and issubclass(get_origin(kind), OrderedMap)

@@ -1,4 +1,4 @@
-"""What stays of a part's old kind when an edit changes its kind alone."""
+"""Fields of the old kind that remain when an edit changes only the `kind` of a part."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ Problem = tuple[tuple[str, ...], str]
 
 
 def removes(pattern: str, edits: Mapping[str, Any]) -> bool:
-    """Whether an edit takes a field away: it is null, and the kind beside it changes in the same call."""
+    """Whether an edit removes a field: its value is null, and the same call edits the `kind` of the part."""
     above, _, last = pattern.rpartition(".")
     return edits[pattern] is None and last != "kind" and f"{above}.kind" in edits
 

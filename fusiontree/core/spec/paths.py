@@ -1,4 +1,4 @@
-"""Paths into plain data: `layers.3.mixer.branches.mamba`, with `*` for any one step."""
+"""Paths into plain data, such as `layers.3.mixer.branches.mamba`; in patterns `*` matches any one step."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ def split(path: str) -> Steps:
 
 
 def steps(data: Any) -> Iterator[tuple[str, Any]]:
-    """What lies directly inside: the items of a mapping, or of a list by index."""
+    """The values directly inside: the items of a mapping, or of a list by index."""
     if isinstance(data, Mapping):
         yield from ((str(key), value) for key, value in data.items())
     elif isinstance(data, Sequence) and not isinstance(data, str):
@@ -31,7 +31,7 @@ def walk(data: Any, prefix: Steps = ()) -> Iterator[tuple[Steps, Any]]:
 
 
 def leaves(data: Any) -> dict[str, Any]:
-    """The values that hold nothing further, by path."""
+    """The values with nothing inside (scalars, empty mappings and lists), by path."""
     return {".".join(path): value for path, value in walk(data) if not any(True for _ in steps(value))}
 
 
@@ -39,7 +39,7 @@ def find(data: Any, pattern: str) -> list[Steps]:
     """The paths that match a pattern.
 
     Raises:
-        SpecError: there is none; names the nearest path that there is.
+        SpecError: nothing matches; the text has the nearest path that exists.
     """
     found = matches(data, pattern)
     if not found:
@@ -48,7 +48,7 @@ def find(data: Any, pattern: str) -> list[Steps]:
 
 
 def matches(data: Any, pattern: str) -> list[Steps]:
-    """The places that a pattern matches, if there are any."""
+    """The places that a pattern matches; an empty list if nothing matches."""
     return list(_followed(data, split(pattern), ())) if pattern else []
 
 
@@ -77,7 +77,7 @@ def _nearest(data: Any, pattern: str) -> str:
 
 
 def _allowed(above: str, names: Sequence[str], places: Sequence[Any]) -> str:
-    """What is directly inside the places where a pattern leaves the data; list indices as a range."""
+    """The end of an error: the names at the last place that the pattern reaches; list indices as a range."""
     where = f"in {above!r}" if above else "here"
     if not names:
         return f"; {above or 'it'} is {json.dumps(places[0])}, which holds nothing further; give it as a whole"
@@ -87,13 +87,13 @@ def _allowed(above: str, names: Sequence[str], places: Sequence[Any]) -> str:
 
 
 def get(data: Any, path: Steps) -> Any:
-    """What is at a place that exists."""
+    """The value at a path that exists."""
     for step in path:
         data = data[int(step)] if isinstance(data, Sequence) else data[step]
     return data
 
 
 def put(data: Any, path: Steps, value: Any) -> None:
-    """Change what is at a place, in place; the step before the last must exist."""
+    """Set the value at a path, in place; all steps before the last must exist."""
     inside = get(data, path[:-1])
     inside[int(path[-1]) if isinstance(inside, list) else path[-1]] = value

@@ -1,4 +1,4 @@
-"""Component families: registries that pydantic validates against and that plugins may join at any time."""
+"""Families of components: registries that validate fields and that plugins can extend at any time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -20,10 +20,10 @@ K = TypeVar("K", bound=Spec)
 
 
 class KindFamily(ABC, Generic[S]):
-    """Kinds of one family. As the `Annotated` marker of a field it lets the field hold any of them.
+    """The kinds of one family. As the `Annotated` marker of a field, it lets the field hold any of these kinds.
 
-    The kind is looked up when a value is validated, so kinds registered later are found, families may
-    contain themselves, and the JSON Schema lists what is known when it is asked for.
+    The kind is looked up when a value is validated. Kinds registered later are therefore found, families may
+    contain themselves, and the JSON Schema lists the kinds known at the time of the call.
     """
 
     def __init__(self, name: str, base: type[S]) -> None:
@@ -32,14 +32,14 @@ class KindFamily(ABC, Generic[S]):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Every kind that can be named, sorted."""
+        """The names of all kinds, sorted."""
 
     @abstractmethod
     def get(self, kind: str) -> type[S]:
         """The spec class of a kind.
 
         Raises:
-            SpecError: no such kind, with the nearest and the known ones.
+            SpecError: no such kind; the text has the nearest name and the known names.
         """
 
     def parse(self, value: Any) -> S:
@@ -73,14 +73,14 @@ class KindFamily(ABC, Generic[S]):
             self._writing = False
 
     def usable(self) -> Iterator[tuple[str, type[S]]]:
-        """The kinds and classes that can be loaded; a broken plugin only fails whoever names its kind."""
+        """The kinds and classes that can be loaded; a broken plugin fails only where its kind is named."""
         for kind in self.names():
             with suppress(SpecError):
                 yield kind, self.get(kind)
 
 
 def _with_kinds(schema: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-    """The schema of a family, each kind with a `kind` that has to be there, as `KindFamily.parse` wants it."""
+    """The schema of a family in which every kind requires the key `kind`, as `KindFamily.parse` does."""
     for choice in handler.resolve_ref_schema(schema).get("oneOf", []):
         model = handler.resolve_ref_schema(choice)
         model["required"] = ["kind", *(key for key in model.get("required", []) if key != "kind")]
@@ -95,7 +95,7 @@ class Registry(KindFamily[S]):
     """
 
     def __init__(self, name: str, base: type[S], *, home: str | None = None) -> None:
-        """`home` is the module that registers the library's own kinds: it is imported when somebody first looks."""
+        """`home` is the module that registers the library's own kinds; it is imported at the first lookup."""
         super().__init__(name, base)
         self.home = home
         self._kinds: dict[str, type[Any]] = {}
@@ -103,7 +103,7 @@ class Registry(KindFamily[S]):
 
     @property
     def registered(self) -> dict[str, type[Any]]:
-        """The kinds that are registered, the library's own always among them."""
+        """The registered kinds, always including the library's own."""
         if self.home:
             import_module(self.home)
         return self._kinds
@@ -112,7 +112,7 @@ class Registry(KindFamily[S]):
         """Add a spec class under the default of its `kind` field.
 
         Raises:
-            TypeError: the class is none of this family, or has no `kind` with a default.
+            TypeError: the class does not derive from the family's base, or has no `kind` with a default.
             ValueError: another class has this kind already, here or in a family that may appear in the same field.
         """
         base: type[Any] = self.base
@@ -130,7 +130,7 @@ class Registry(KindFamily[S]):
 
     @cached_property
     def plugins(self) -> dict[str, EntryPoint]:
-        """What installed packages offer, by kind; nothing is imported to find out."""
+        """The entry points of installed packages, by kind; no plugin is imported."""
         return {point.name: point for point in entry_points(group=f"fusiontree.{self.name}")}
 
     def names(self) -> list[str]:
@@ -164,7 +164,7 @@ class Registry(KindFamily[S]):
 
 
 class OneOf(KindFamily[S]):
-    """Several families where any of their kinds may stand."""
+    """Several families as one, for a field that holds a kind of any of them."""
 
     def __init__(self, name: str, base: type[S], families: tuple[Registry[Any], ...]) -> None:
         super().__init__(name, base)

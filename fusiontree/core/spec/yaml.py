@@ -1,6 +1,6 @@
-"""YAML 1.2 in and out (through ruamel.yaml): no duplicate keys, no bombs, nothing that runs code.
+"""Read and write YAML 1.2 (with ruamel.yaml): no duplicate keys, no alias bombs, no tags that run code.
 
-JSON is YAML, so files of either kind are read here.
+JSON is YAML, so JSON files can be read too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ def read(text: str) -> Any:
     """The plain data in a YAML document.
 
     Raises:
-        SpecError: not YAML, a key twice, or larger, deeper or (aliases followed) longer than a spec can be.
+        SpecError: not YAML, a duplicate key, a custom tag, or over a limit on size, depth or nodes (aliases followed).
     """
     if len(text) > MAX_BYTES:
         raise SpecError(f"YAML: {len(text)} characters, at most {MAX_BYTES} are allowed")
@@ -42,7 +42,7 @@ def read(text: str) -> Any:
 
 
 def read_file(path: Path) -> Any:
-    """The plain data in a YAML file; errors begin with its name."""
+    """The plain data in a YAML file; errors begin with the name of the file."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -63,7 +63,7 @@ def _problem(error: MarkedYAMLError) -> str:
 
 
 class _Composer(Composer):
-    """Counts nodes and levels as they come, and reads no further than a spec can go."""
+    """Counts nodes and levels while it composes a document, and stops at the limits."""
 
     def __init__(self, loader: Any = None) -> None:
         super().__init__(loader)
@@ -82,7 +82,7 @@ class _Composer(Composer):
 
 
 class _Constructor(SafeConstructor):
-    """Looks at the whole document before it builds anything, merge keys included; dates stay text, as in YAML 1.2."""
+    """Checks the whole document, merge keys included, before it builds any object. Dates stay text, as in YAML 1.2."""
 
     def construct_document(self, node: Node) -> Any:
         _measure(node, {}, ())
@@ -102,7 +102,7 @@ def _reader() -> YAML:
 
 
 def _measure(node: Node, known: dict[int, tuple[int, int]], above: tuple[int, ...]) -> tuple[int, int]:
-    """The nodes and levels of a document with every alias followed, each shared part counted but once walked."""
+    """The nodes and levels of a document, with aliases followed. A shared part counts every time; it is walked once."""
     if node.tag not in _TAGS:
         found = f"the tag {node.tag.replace(_TAG, '!!')!r}"
         raise SpecError(f"YAML: line {node.start_mark.line + 1}: {found} is not plain data")
@@ -150,7 +150,7 @@ def _styled(data: Any, *, top: bool = False) -> Any:
 
 
 def _is_small(data: Any) -> bool:
-    """Whether there are at most two levels and nothing that is a list of mappings."""
+    """Whether no value directly inside is a mapping."""
     inside = list(data.values()) if isinstance(data, Mapping) else list(data)
     return not any(isinstance(item, Mapping) for item in inside)
 
