@@ -59,7 +59,7 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
         with suppress(OSError):
-            sys.stdout.close()  # or Python tries once more as it ends
+            sys.stdout.close()  # otherwise Python flushes again as it exits
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -27,7 +27,7 @@ def bench_kernels(
     seconds: Annotated[float, typer.Option(min=0.0, help="For how long each figure is measured.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Time every kernel backend that serves here, next to the machine's limit, and check its values."""
+    """Time every kernel backend that runs on this machine, compare with the machine's limits, and check its values."""
     from fusiontree import machine
     from fusiontree.bench import kernels, table
 
@@ -63,7 +63,7 @@ def _print_machine(about: dict[str, Any], settings: "Settings") -> None:
 
 
 def _status(progress: Console) -> Status:
-    """It redraws rarely, as it runs beside what is timed."""
+    """A status line that redraws once a second, to disturb the timing little."""
     return progress.status("", refresh_per_second=1)
 
 

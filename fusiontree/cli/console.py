@@ -1,6 +1,6 @@
-"""What all commands share: the console, common arguments, and ways to print and write.
+"""The parts that all commands share: the console, common arguments, and functions to print and write.
 
-Modules of commands import what needs torch inside functions, so that help, versions and completion do without.
+Command modules import torch only inside functions, so that help, version and completion do not load it.
 """
 
 import json
@@ -19,7 +19,7 @@ from fusiontree.files import write_text
 if TYPE_CHECKING:
     from fusiontree.core.model.spec import ModelSpec
 
-# what goes to a file or a pipe is not wrapped to a screen that is not there
+# output to a file or a pipe is not wrapped, because it has no screen width
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4096)
 
 Model = Annotated[str, typer.Argument(help="A preset's name, a YAML or JSON file, or a saved model's directory.")]
@@ -32,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def spec_of(model: str, overrides: list[str] | None) -> "ModelSpec":
-    """The spec that a command names, edited."""
+    """Load the spec that a command names, and apply its edits."""
     from fusiontree.core.spec import yaml
     from fusiontree.zoo.presets import load_spec
 
@@ -41,12 +41,12 @@ def spec_of(model: str, overrides: list[str] | None) -> "ModelSpec":
 
 
 def print_json(data: Any) -> None:
-    """For programs."""
+    """Print data as JSON, for programs."""
     print(json.dumps(data, indent=1))
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:
-    """A table without headers, where there is something in it."""
+    """Print a table without headers; nothing if there are no rows."""
     if not rows:
         return
     if title:
@@ -70,7 +70,7 @@ def write_file(path: Path, text: str) -> None:
     """Write a file and the directories above it.
 
     Raises:
-        FusionTreeError: it cannot be written.
+        FusionTreeError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ Lines = tuple[tuple[str, str], ...]
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, and which kernel backend serves what here, and why not the others."""
+    """Report what is installed, which kernel backend serves each call here, and why the others do not."""
     from fusiontree.doctor import report
 
     data = report()
@@ -44,7 +44,7 @@ def _package_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _print_kernels(answers: list[dict[str, Any]]) -> None:
-    """A block for each operator and answer, under the calls that it is the answer to."""
+    """Print one block per operator and list of backends, titled with the calls that give this list."""
     blocks: dict[str, list[tuple[str, str]]] = {}
     for (op, rows), calls in _same_answers(answers):
         blocks[f"{op}: {'; '.join(calls)}"] = list(rows)
@@ -59,7 +59,7 @@ def _print_kernels(answers: list[dict[str, Any]]) -> None:
 
 
 def _same_answers(answers: list[dict[str, Any]]) -> Iterable[tuple[tuple[str, Lines], list[str]]]:
-    """An operator and what is said of its backends, with all calls for which just that is said."""
+    """Group the calls of an operator that give the same list of backends and reasons."""
     calls: dict[tuple[str, Lines], list[str]] = {}
     for row in answers:
         calls.setdefault((row["op"], _lines(row)), []).append(row["request"])

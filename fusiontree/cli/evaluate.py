@@ -1,4 +1,4 @@
-"""The command eval."""
+"""The command `eval`."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Commands that read and write the models of others: import, export."""
+"""The commands `import` and `export`, which convert models from and to other formats."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ def import_(
         list[str] | None, typer.Option(help="An unknown key of the config to pass over; may be given again.")
     ] = None,
 ) -> None:
-    """Write a public model as ours."""
+    """Convert a public model to a FusionTree model."""
     from fusiontree.zoo.directory import import_model, left_behind, read_config
 
     spec = import_model(source, out, ignore=ignore or ())
@@ -33,8 +33,8 @@ def export(
     out: Out,
     to: Annotated[str, typer.Option(help="A family, by the model_type that transformers gives it; hf: our own class.")],
 ) -> None:
-    """Write a model of ours for transformers: as one of a public family that can express it, or as our own class
-    (`import fusiontree.zoo.hf` there)."""
+    """Write a saved model for transformers: as a model of a public family that can express it, or as FusionTree's own
+    class (`import fusiontree.zoo.hf` there)."""
     from fusiontree.zoo import family_of
     from fusiontree.zoo.directory import export_model
 

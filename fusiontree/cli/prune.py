@@ -32,7 +32,7 @@ def prune_plan(
         list[str] | None, typer.Option(help="Drop this path; no policy is asked. May be given again.")
     ] = None,
 ) -> None:
-    """Decide which branches go, and write that down."""
+    """Decide which branches to drop, and write the plan."""
     from fusiontree import pruning
     from fusiontree.core.spec import yaml
     from fusiontree.zoo.presets import load_spec
@@ -56,7 +56,7 @@ def prune_plan(
 
 @app.command("diff")
 def prune_diff(model: Saved, plan: PlanFile, as_json: AsJson = False) -> None:
-    """Show what a plan changes in the spec, and what that saves; nothing is written."""
+    """Show the changes of a plan to the spec, and the savings; nothing is written."""
     from fusiontree import pruning
     from fusiontree.zoo.presets import load_spec
 
@@ -76,7 +76,7 @@ def prune_diff(model: Saved, plan: PlanFile, as_json: AsJson = False) -> None:
 
 
 def _brief(value: Any) -> Any:
-    """A part of a spec on one line, without what is switched off."""
+    """A part of a spec on one line, without fields that are null, false or empty."""
     if not isinstance(value, Mapping):
         return value
     said = {name: part for name, part in value.items() if part is not None and part is not False and part != []}
@@ -111,7 +111,7 @@ def prune_apply(model: Saved, plan: PlanFile, out: Out) -> None:
 def prune_verify(
     model: Saved, pruned: Annotated[Path, typer.Argument(help="The pruned model's directory.")], plan: PlanFile
 ) -> None:
-    """Check that a pruned model is the original with the plan's parts silent."""
+    """Check that a pruned model computes the same as the original with the plan's parts silenced."""
     from fusiontree import pruning
     from fusiontree.core.model.weights import load
 
@@ -121,7 +121,7 @@ def prune_verify(
 
 @app.command("simplify")
 def prune_simplify(model: Saved, out: Out) -> None:
-    """Write the model without fusions and layers that do nothing, and the map of the paths that changed."""
+    """Write the model without fusions and layers that do nothing, and a map of the changed paths."""
     from fusiontree import pruning
     from fusiontree.core.model.weights import load, save
     from fusiontree.data.tokenizer_files import tokenizer_files

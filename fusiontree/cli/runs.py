@@ -18,7 +18,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="path=value, any number.")] = None,
     processes: Annotated[int, typer.Option(help="That train together on this machine.", min=1)] = 1,
 ) -> None:
-    """Train what a run file describes; the same command again resumes. Over several machines use torchrun."""
+    """Train the model of a run file. The same command again resumes. Over several machines use torchrun."""
     from fusiontree.recipes.launch import launch
     from fusiontree.recipes.train import check
     from fusiontree.recipes.train import main as train_main
@@ -40,7 +40,7 @@ def generate(
     seed: int = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be given again.")] = None,
 ) -> None:
-    """Continue a text as it is drawn: bytes, or what the tokenizer.json beside the model makes of it."""
+    """Continue a text and print it as it is drawn. Tokens are bytes, or those of the model's tokenizer.json."""
     from fusiontree.core.model.generation import Sampling, stream
     from fusiontree.core.model.weights import load
     from fusiontree.data.file_tokenizer import tokenizer_in
@@ -59,7 +59,7 @@ def generate(
         raise FusionTreeError("--stop: expected a text, found ''")
     sampling = Sampling(temperature, top_k, top_p, seed)
     steps = stream(loaded, [tokens], max_new_tokens=max_new_tokens, sampling=sampling, stop=ends)
-    drawn = chain([next(steps)], steps)  # what cannot be done is said before anything is written
+    drawn = chain([next(steps)], steps)  # errors are raised before anything is written
     new = (token for (token,) in drawn if token is not None)
     out = sys.stdout.buffer
     for piece in chain([given], _until(tokenizer.pieces(tokens, new), endings), [b"\n"]):
@@ -68,7 +68,7 @@ def generate(
 
 
 def _until(pieces: Iterable[bytes], endings: list[bytes]) -> Iterator[bytes]:
-    """Pieces of a text up to the first ending, which is the last that comes."""
+    """The pieces of a text up to and including the first ending in it."""
     kept, behind = max(map(len, endings), default=1) - 1, b""
     for piece in pieces:
         text = behind + piece

@@ -1,4 +1,4 @@
-"""Commands about specs: kinds, validate, schema, show."""
+"""The commands about specs: `kinds`, `validate`, `schema`, `show`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ Length = Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs and
 def kinds(
     kind: Annotated[str | None, typer.Argument(help="Show the fields of this kind.")] = None, as_json: AsJson = False
 ) -> None:
-    """List every branch, fusion, gate, encoding and scaling, plugins included; or the fields of one."""
+    """List every branch, fusion, gate, encoding and scaling, plugins included; or the fields of one kind."""
     if kind is not None:
         return _show_kind(kind, as_json)
     rows = [row for registry in _registries().values() for row in _kind_rows(registry)]
@@ -35,7 +35,7 @@ def kinds(
 
 
 def _registries() -> "dict[str, Registry[Any]]":
-    """What a spec of a model is made of, by family."""
+    """The registries of the kinds in a model spec, by family."""
     from fusiontree.core.contracts.registries import REGISTRIES
     from fusiontree.encodings.rope_scaling import scalings
 
@@ -71,7 +71,7 @@ def _kind_rows(registry: "Registry[Any]") -> list[tuple[str, str, str, str]]:
 
 
 def _summary(docstring: str) -> str:
-    """The first sentence."""
+    """The first sentence of a docstring."""
     return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
@@ -80,7 +80,7 @@ def validate(
     overrides: Overrides = None,
     run: Annotated[bool, typer.Option("--run", help="Check a run file, or a recipe by its name.")] = False,
 ) -> None:
-    """Check a spec and print its digest, or all that is wrong with it, a line each."""
+    """Check a spec. Print its digest, or every problem on a line of its own."""
     try:
         spec = _run_of(model, overrides) if run else spec_of(model, overrides)
     except SpecError as error:
@@ -97,7 +97,7 @@ def _run_of(run: str, overrides: list[str] | None) -> "RunSpec":
 
 
 def schema(run: Annotated[bool, typer.Option("--run", help="That of a run file.")] = False) -> None:
-    """Print the JSON Schema of a model spec, plugins included."""
+    """Print the JSON Schema of a model spec or a run file, plugins included."""
     from fusiontree.core.model.spec import ModelSpec
     from fusiontree.training import RunSpec
 
@@ -124,7 +124,7 @@ def show(model: Model, overrides: Overrides = None, length: Length = 4096, as_js
 
 
 def _tree_rows(spec: "ModelSpec", found: "list[Cost]") -> "list[tuple[str, Cost]]":
-    """Rows with indented labels; of a run of equal layers the first stands for all."""
+    """The rows with indented labels. The first of several equal layers in a row stands for all of them."""
     runs = _runs(spec)
     rows = [(cost.path.split(".") if cost.path else ["model"], cost) for cost in found]
     kept = [(steps, cost) for steps, cost in rows if steps[0] != "layers" or int(steps[1]) in runs]
@@ -132,7 +132,7 @@ def _tree_rows(spec: "ModelSpec", found: "list[Cost]") -> "list[tuple[str, Cost]
 
 
 def _runs(spec: "ModelSpec") -> dict[int, int]:
-    """The first and the last index of every run of equal layers."""
+    """The last index, by first index, of every series of equal adjacent layers."""
     layers = spec.expanded_layers()
     firsts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
     nexts = [*firsts[1:], len(layers)]

@@ -1,4 +1,4 @@
-"""Text as packed rows of tokens. Nothing here knows of a model, of training, or of who asks for the rows."""
+"""Text as packed rows of tokens. This package does not depend on models or on training."""
 
 from fusiontree.data.batches import Batches
 from fusiontree.data.corpus import Corpus

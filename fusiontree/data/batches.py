@@ -1,4 +1,4 @@
-"""Training batches as a pure function of (seed, step): no state to save, no rank to know, any step now."""
+"""Training batches as a pure function of (seed, step): no state, no ranks, and any step at any time."""
 
 from typing import NamedTuple
 
@@ -21,11 +21,11 @@ class Epoch(NamedTuple):
 class Batches:
     """An endless sequence of packed training rows.
 
-    An epoch lays the documents one after another in an order drawn from (seed, epoch), cuts them into rows, and
-    gives the rows in an order drawn likewise, so that the rows of a step, and of the steps around it, are of
-    different documents. It holds every token once, but that its last row is filled from where it began. An order
-    that no world size changes is the promise of MosaicML's streaming (github.com/mosaicml/streaming); here it is
-    kept by arithmetic: ranks and gradient accumulation are but ways to cut a step.
+    An epoch joins the documents in an order drawn from (seed, epoch) and cuts them into rows. The rows are drawn in
+    random order too, so that nearby rows come from different documents. An epoch holds every token once, except
+    that its last row is filled up from the start of the epoch. The order does not depend on the world size, as in
+    MosaicML's streaming (github.com/mosaicml/streaming). Here this follows from arithmetic: ranks and gradient
+    accumulation only cut a step.
 
     Attributes:
         corpus: the documents.
@@ -46,7 +46,7 @@ class Batches:
         self._last = self._shuffle(0)
 
     def batch(self, step: int) -> Batch:
-        """The whole of a step, tensors [rows, length]."""
+        """All rows of a step, tensors [rows, length]."""
         return self.slice(step, 0, self.rows)
 
     def slice(self, step: int, start: int, stop: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Files of lines that may be compressed: what they are is seen by how they begin, not by how they are named."""
+"""Files of lines, compressed or not. The format is detected from the first bytes, not from the name."""
 
 import gzip
 import io
@@ -14,16 +14,16 @@ ENDINGS = (".gz", ".zst")
 
 
 def plain_name(path: Path) -> str:
-    """The name of what a file holds: `a.jsonl` for `folder/a.jsonl.gz`."""
+    """The name of a file without a compression ending: `a.jsonl` for `folder/a.jsonl.gz`."""
     return path.stem if path.suffix in ENDINGS else path.name
 
 
 @contextmanager
 def reading(path: Path) -> Generator[IO[bytes]]:
-    """The bytes of a file, decompressed as they are read.
+    """Open a file for reading; its bytes are decompressed as they are read.
 
     Raises:
-        DataError: it cannot be read, is compressed in another way, or damaged or cut.
+        DataError: the file cannot be read, is damaged or cut, or its compression is not supported.
     """
     try:
         with path.open("rb") as file:
@@ -57,7 +57,7 @@ def _zstd(file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 class _Frames(io.RawIOBase):
-    """The contents of zstd frames in order. (zstandard's own reader takes a truncated file for a complete one.)"""
+    """The contents of zstd frames in order. (zstandard's own reader accepts a truncated file as complete.)"""
 
     def __init__(self, file: IO[bytes], frame: Callable[[], Any]) -> None:
         self.file, self.new, self.frame, self.left = file, frame, None, b""
@@ -87,14 +87,14 @@ class _Frames(io.RawIOBase):
             self.frame = self.new()
         try:
             return self.frame.decompress(data)
-        except Exception as error:  # zstandard.ZstdError, whose module may not be there
+        except Exception as error:  # zstandard.ZstdError; its module may not be installed
             raise EOFError(error) from None
 
 
 _FORMATS: dict[bytes, Callable[[IO[bytes], Path], IO[bytes]]] = {
     b"\x1f\x8b": _gzip,
     b"\x28\xb5\x2f\xfd": _zstd,
-    b"\x50\x2a\x4d\x18": _zstd,  # a frame to skip, with which pzstd begins
+    b"\x50\x2a\x4d\x18": _zstd,  # a skippable frame, which pzstd writes first
     b"BZh": _other,
     b"\xfd7zX": _other,
 }

@@ -1,4 +1,4 @@
-"""What a split was when it was read, by file: sizes and hashes, so that data that changed can be told and named."""
+"""A record of a split as it was read: sizes and hashes by file, to detect and name files that changed."""
 
 import builtins
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class PlaceContents:
         origin: the source's name of the place, for example the path of a file.
         documents: the number of documents read.
         bytes: the length of their text.
-        hash: over each document's length and text.
+        hash: SHA-256 over the length and the text of each document.
     """
 
     origin: str
@@ -34,13 +34,13 @@ class PlaceContents:
         self.hash.update(text)
 
     def data(self) -> dict[str, Any]:
-        """Plain data; of a path only the last component, so that data may be moved."""
+        """Plain data. A path is cut to its last component, so that the data may be moved."""
         name = PurePath(self.origin).name
         return {"name": name, "documents": self.documents, "bytes": self.bytes, "sha256": self.hash.hexdigest()}
 
 
 class Contents:
-    """The places that a split was read from, in order. It costs a hash of the text that is used and no more reading."""
+    """The places that a split was read from, in order. The cost is one hash of the text used; nothing is read twice."""
 
     def __init__(self) -> None:
         self.parts: list[PlaceContents] = []
@@ -52,11 +52,11 @@ class Contents:
         self.parts[-1].add(document.text)
 
     def data(self) -> list[dict[str, Any]]:
-        """Plain data, a mapping a place."""
+        """Plain data, one mapping per place."""
         return [part.data() for part in self.parts]
 
     def difference(self, before: Sequence[Mapping[str, Any]]) -> str | None:
-        """The first difference from the recorded contents, as `place: recorded, found`; None if there is none."""
+        """A message about the first place that differs from the record `before`; None if all are the same."""
         for part, then in zip_longest(self.parts, before):
             now = None if part is None else part.data()
             if now != then:

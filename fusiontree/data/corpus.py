@@ -1,4 +1,4 @@
-"""Documents as one array of tokens, and the stream that an order of the documents makes of it."""
+"""Documents as one array of tokens, and a stream that reads them in any order of documents."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from fusiontree.data.tokenizer import ByteTokenizer
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The documents of a split in source order, each closed by the end token: two bytes of memory a token.
+    """The documents of a split in source order, each followed by the end token. A token takes two bytes of memory.
 
     Attributes:
         tokens: every document's tokens and its end token, one after another.
-        starts: where each document starts in `tokens`, and last the length of `tokens`.
+        starts: the index in `tokens` where each document starts; the last entry is the length of `tokens`.
         tokenizer: the tokenizer that made the tokens.
         contents: a record of the documents as they were read.
     """
@@ -30,7 +30,7 @@ class Corpus:
 
     @classmethod
     def read(cls, documents: Iterable[Document], *, named: str = "the source") -> Self:
-        """Tokenise documents as they come.
+        """Tokenise documents one at a time.
 
         Raises:
             DataError: the documents hold no text; the message starts with `named`.
@@ -58,16 +58,16 @@ class Corpus:
 
     @property
     def bytes(self) -> int:
-        """How many bytes of text there are, end tokens not counted."""
+        """The number of bytes of text, without end tokens."""
         return len(self.tokens) - self.documents
 
 
 class Stream:
-    """The documents of a corpus in some order, read at any index without being written out.
+    """The documents of a corpus in some order. Any index can be read; the reordered tokens are never copied.
 
     Attributes:
         corpus: the documents.
-        order: which of them comes first, second, ...
+        order: the index of the document that comes first, second, ...
     """
 
     def __init__(self, corpus: Corpus, order: Int64[np.ndarray, " documents"]) -> None:
@@ -77,7 +77,7 @@ class Stream:
     def read(
         self, index: Integer[np.ndarray, "*shape"]
     ) -> tuple[Int64[np.ndarray, "*shape"], Int64[np.ndarray, "*shape"]]:
-        """Tokens at indices of the stream, and how far each is into its document."""
+        """The tokens at indices of the stream, and the index of each token in its document."""
         place = np.searchsorted(self._starts, index, side="right") - 1
         within = index - self._starts[place]
         found = self.corpus.tokens[self.corpus.starts[self.order[place]] + within]

@@ -15,9 +15,9 @@ from fusiontree.errors import FusionTreeError
 FILE = "tokenizer.json"
 STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 ENDS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|end|>", "[EOS]")
-"""How special tokens that begin and end a text are written where no file beside the tokenizer says it."""
+"""Common spellings of end tokens; used if no file beside the tokenizer names one, like `STARTS` for start tokens."""
 CONTEXT = 8
-"""How many tokens before a new one decide how it is written."""
+"""The number of preceding tokens with which a new token is decoded."""
 
 
 class FileTokenizer:
@@ -25,9 +25,9 @@ class FileTokenizer:
 
     Attributes:
         tokenizer: the `tokenizers.Tokenizer`.
-        vocab_size: one more than the largest token.
-        start: the token before a text; None if the files name none.
-        ends: the tokens that end a text, the main one first; empty if the files name none.
+        vocab_size: the largest token id plus 1.
+        start: the token before a text: from the files, else a special token in `STARTS`, else None.
+        ends: the tokens that end a text, the main one first: from the files, else one in `ENDS`, else none.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -50,16 +50,16 @@ class FileTokenizer:
         self.start: int | None = next((token for token in [*starts, *self._special(STARTS)] if token is not None), None)
 
     def _special(self, names: Sequence[str]) -> tuple[int, ...]:
-        """The first of these names that is a special token."""
+        """The id of the first name that is a special token, as a tuple; empty if none is."""
         added = self.tokenizer.get_added_tokens_decoder()
         special = {token.content: number for number, token in added.items() if token.special}
         return tuple(special[name] for name in names if name in special)[:1]
 
     def encode(self, text: str | bytes) -> Int64[np.ndarray, " time"]:
-        """The tokens of a text, with those that the tokenizer itself adds to every text.
+        """The tokens of a text, with the special tokens that the tokenizer adds to every text.
 
         Raises:
-            FusionTreeError: bytes that are not UTF-8.
+            FusionTreeError: the text is not UTF-8.
         """
         try:
             whole = text.decode() if isinstance(text, bytes) else text.encode().decode()
@@ -68,11 +68,11 @@ class FileTokenizer:
         return np.array(self.tokenizer.encode(whole).ids, dtype=np.int64)
 
     def decode(self, tokens: Integer[np.ndarray, " time"] | Sequence[int]) -> str:
-        """The text behind tokens, special ones left out."""
+        """The text of tokens, without special tokens."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def pieces(self, before: Sequence[int], tokens: Iterable[int]) -> Iterator[bytes]:
-        """What each new token adds to a text, in UTF-8; the parts of a character come together."""
+        """The UTF-8 bytes that new tokens add to a text. Tokens that are parts of one character give one piece."""
         context = list(before)[-CONTEXT:]
         shown = self.decode(context)
         for token in tokens:
@@ -116,7 +116,7 @@ def _read(folder: Path) -> Any:
         found: Any = Tokenizer.from_file(str(folder / FILE))
     except Exception as error:  # tokenizers raises plain exceptions
         raise FusionTreeError(f"{folder}: its tokenizer cannot be read: {error}") from None
-    found.no_truncation()  # what a training script set would cut a prompt
+    found.no_truncation()  # a truncation set by a training script would cut the prompt
     found.no_padding()
     return found
 
@@ -135,5 +135,5 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    """A special token as its text, which is how it is written or inside what is."""
+    """The text of a special token. The files hold it as a string or as `content` in a mapping."""
     return token.get("content") if isinstance(token, dict) else token

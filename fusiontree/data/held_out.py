@@ -1,4 +1,4 @@
-"""Held-out text as a finite sequence of rows that holds every byte once."""
+"""Held-out text as a finite sequence of rows, with every byte exactly once."""
 
 from collections.abc import Iterator
 
@@ -25,12 +25,11 @@ class EvaluationBatch(Batch):
 class HeldOut:
     """The documents in source order, cut into rows, the last one padded.
 
-    Bits per byte is `nats / ln 2 / bytes`, both summed over all rows. Targets are all tokens of a document but the
-    first, the end token included. The first byte has nothing before it to be predicted from,
-    and the end must be predicted instead, so a document of n bytes has n targets. Summed over all rows,
-    `bytes` is therefore the number of targets; in one row the two may differ by documents that start or end
-    there. A row's first positions have little context, so a longer `length` is an easier task: compare at
-    equal lengths.
+    Bits per byte is `nats / ln 2 / bytes`, both summed over all rows. Targets are all tokens of a document except
+    the first, with the end token. The first byte is no target, because nothing precedes it. The end token is one,
+    so a document of n bytes has n targets. Summed over all rows, `bytes` therefore equals the number of targets.
+    Within a row the two may differ, where documents start or end. The first positions of a row have little
+    context, so a longer `length` is an easier task: compare at equal lengths.
 
     Attributes:
         corpus: the documents.
@@ -64,6 +63,6 @@ class HeldOut:
         return EvaluationBatch(**batch, bytes=(batch["tokens"] != end).sum(dim=1))
 
     def batches(self, rows: int) -> Iterator[EvaluationBatch]:
-        """Every row once, in order, this many at a time (the last batch may have fewer)."""
+        """Every row once, in order, in batches of `rows` (the last batch may have fewer)."""
         for start in range(0, len(self), rows):
             yield self.slice(start, min(start + rows, len(self)))

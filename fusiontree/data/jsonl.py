@@ -1,4 +1,4 @@
-"""Documents from JSON Lines files (jsonlines.org), compressed or not: one object with a "text" a line."""
+"""Documents from JSON Lines files (jsonlines.org), compressed or not: each line is an object with a "text"."""
 
 import json
 from codecs import BOM_UTF8
@@ -19,16 +19,16 @@ Files = File | Annotated[tuple[File, ...], Field(min_length=1)]
 
 @sources.register
 class JsonLines(SourceSpec):
-    """Files of lines `{"text": "..."}`; other keys are ignored, and so are blank lines and a byte order mark.
+    """Files of lines `{"text": "..."}`. Other keys, blank lines and a byte order mark are ignored.
 
-    Files compressed by gzip or zstd are decompressed; zstd needs `fusiontree[data]`. A document's
-    name is `file:line` with the file's last path component, without the ending of a compression, so
-    moving the folder and compressing a file move no document to the other split.
+    Files compressed by gzip or zstd are decompressed; zstd needs `fusiontree[data]`. The name of a document is
+    `file:line`, where `file` is the last path component without `.gz` or `.zst`. Moving the folder or
+    compressing a file therefore leaves every document in its split.
 
     Attributes:
         train: the files for training.
         held_out: the files for measurement; without them, a share of the documents in `train`.
-        held_out_share: that share; it says nothing where `held_out` names files.
+        held_out_share: the share of documents held out of `train`; not used if `held_out` names files.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -96,7 +96,7 @@ def _parse(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: is not JSON: {error.msg}: column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, nesting too deep
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or nesting too deep
         raise DataError(f"{where}: is not JSON: {error}") from None
 
 

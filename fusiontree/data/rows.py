@@ -1,4 +1,4 @@
-"""One packed row: inputs, labels, positions and document ids, all taken from the same document boundaries."""
+"""Packs tokens into rows: inputs, labels, positions and document ids, all from the same document boundaries."""
 
 from typing import TypedDict
 
@@ -20,7 +20,7 @@ class Batch(TypedDict):
         tokens: the inputs.
         labels: the next token of the same document, else IGNORED.
         positions: 0, 1, ... within each document of a row; a document cut by the edge of a row restarts at 0.
-        documents: 0, 1, ... within each row, PADDING where there is nothing.
+        documents: 0, 1, ... within each row; PADDING at positions without a token.
     """
 
     tokens: Int64[Tensor, "rows length"]
@@ -30,11 +30,11 @@ class Batch(TypedDict):
 
 
 def pack(tokens: Int64[np.ndarray, "rows length+1"], within: Int64[np.ndarray, "rows length+1"], *, end: int) -> Batch:
-    """Make rows of consecutive tokens, each with one token more than the row is long, for the last label.
+    """Make rows from consecutive tokens. Each input row has one token more than the result, for the last label.
 
-    An end token is the target of its document's last byte and has no target itself, so no target lies across
-    a boundary. A row is one piece of context: it sees nothing of the row before, so a cut document starts
-    anew.
+    An end token is the target of its document's last byte and has no target itself, so no target crosses a
+    document boundary. A row sees nothing of the row before, so a document that is cut starts anew at
+    position 0.
 
     Args:
         tokens: the tokens of each row.
@@ -42,7 +42,7 @@ def pack(tokens: Int64[np.ndarray, "rows length+1"], within: Int64[np.ndarray, "
         end: the token that ends a document.
     """
     inputs, column = tokens[:, :-1], np.arange(tokens.shape[1] - 1)
-    # the column is the smaller one only where the document began before the row
+    # the column is smaller than `within` only if the document began before the row
     positions = np.minimum(within[:, :-1], column)
     documents = np.cumsum(positions == 0, axis=1) - 1
     labels = np.where(inputs == end, IGNORED, tokens[:, 1:])

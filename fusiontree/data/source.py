@@ -1,4 +1,4 @@
-"""Where documents come from: the contract of a source, its registry, and the split every source shares."""
+"""The contract of a source of documents, the registry of sources, and the split that all sources share."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from fusiontree.core.spec.registry import Registry
 from fusiontree.errors import FusionTreeError
 
 Split = Literal["train", "held_out"]
-"""Documents to learn from, and documents to measure on."""
+"""Documents for training, and documents for measurement."""
 
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
 """A part of the whole, from nothing to almost everything."""
@@ -30,7 +30,7 @@ class Document:
 
     Attributes:
         name: decides the split; the same on every machine.
-        text: the bytes as they are, UTF-8 or not.
+        text: the bytes, unchanged; they need not be UTF-8.
         origin: the name in messages about changed text, for example the path of its file.
     """
 
@@ -40,7 +40,7 @@ class Document:
 
 
 class SourceSpec(Spec):
-    """A place that documents come from, in an order that never changes."""
+    """A source of documents, in an order that never changes."""
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[Document]:
@@ -51,7 +51,7 @@ class SourceSpec(Spec):
         """
 
     def relative_to(self, folder: Path) -> Self:
-        """The same source with its relative paths taken from a folder, that of the file it was read from."""
+        """The same source with relative paths resolved against `folder`, usually that of the run file."""
         return self
 
 
@@ -65,8 +65,8 @@ Source = Annotated[SourceSpec, sources]
 def split_of(name: str, held_out_share: float) -> Split:
     """The split of a document, decided by the SHA-256 of its name alone.
 
-    So it does not depend on the seed, the order, or what other documents there are, and a document that is
-    held out at one share is held out at every larger one.
+    The split does not depend on the seed, on the order, or on the other documents. A document that is held out
+    at one share is held out at every larger share.
     """
     digest = sha256(name.encode(errors="surrogateescape")).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out_share * 2**64 else "train"

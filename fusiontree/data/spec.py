@@ -21,13 +21,13 @@ class Size:
 
 
 class DataSpec(Spec):
-    """The text to learn from and to measure on.
+    """The text for training and for measurement.
 
     Attributes:
-        source: where the documents come from.
+        source: the source of the documents.
         length: tokens in a row.
-        bytes: for quick runs, the most to take of each split: its first documents in source order, the last
-            one cut.
+        bytes: the most bytes to take of each split, for quick runs. The first documents in source order are taken,
+            and the last of them is cut.
     """
 
     source: Source
@@ -35,7 +35,7 @@ class DataSpec(Spec):
     bytes: Count | None = None
 
     def relative_to(self, folder: Path) -> Self:
-        """The same data with the source's relative paths taken from a folder."""
+        """The same data with the source's relative paths resolved against a folder."""
         return self.model_copy(update={"source": self.source.relative_to(folder)})
 
     def documents(self, split: Split) -> Iterator[Document]:
@@ -53,15 +53,15 @@ class DataSpec(Spec):
         return Corpus.read(self.documents(split), named=f"source {kind!r}: the {split} split")
 
     def batches(self, *, rows: int, seed: int = 0) -> Batches:
-        """The training rows of every step, this many a step over all ranks."""
+        """The training batches, with `rows` rows per step over all ranks."""
         return Batches(self.corpus("train"), rows=rows, length=self.length, seed=seed)
 
     def held_out(self, length: int | None = None) -> HeldOut:
-        """The rows to measure on, of another length than the training rows' if one is given."""
+        """The held-out rows to measure on. `length` tokens per row; None: as long as the training rows."""
         return HeldOut(self.corpus("held_out"), self.length if length is None else length)
 
     def sizes(self) -> dict[Split, Size]:
-        """How many documents and bytes each split has, counted without keeping them."""
+        """The number of documents and bytes of each split, counted without keeping the text."""
         return {"train": _size(self.documents("train")), "held_out": _size(self.documents("held_out"))}
 
 

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the sources of Python's own standard library."""
+"""Real text that every machine has: the source code of Python's standard library."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ _SKIPPED = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-p
 class StandardLibrary(SourceSpec):
     """The `*.py` files of the running interpreter's standard library: some 11 MB of source in Python 3.11.
 
-    Left out are installed packages, test folders, and `pydoc_data`, a generated manual in one string that
-    would outweigh everything else held out. A document is a whole file, bytes as they are, and its name is
-    the path below the library. Another Python version is another text, so compare figures within one version
-    only. The files are not independent (`encodings` holds near copies), which helps every model alike.
+    Installed packages and test folders are left out. So is `pydoc_data`, a generated manual in one string that
+    would outweigh all other held-out text. A document is a whole file with unchanged bytes; its name is the path
+    below the library. The text depends on the Python version, so compare figures within one version only. The
+    files are not independent (`encodings` holds near copies), which helps every model alike.
 
     Attributes:
         held_out_share: the part of the files, not of the bytes, that is held out.

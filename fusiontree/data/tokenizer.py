@@ -1,4 +1,4 @@
-"""Bytes as tokens: no vocabulary to train, no text that it cannot write, bits per byte with no conversion."""
+"""Bytes as tokens: no vocabulary to train, every text can be encoded, and bits per byte need no conversion."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
@@ -18,7 +18,7 @@ class ByteTokenizer:
     """
 
     vocab_size: ClassVar[int] = 257
-    """How many tokens there are."""
+    """The size of the vocabulary."""
     end: ClassVar[int] = 256
     """The token after a document's last byte."""
 
@@ -26,19 +26,19 @@ class ByteTokenizer:
     """The tokens that end a text."""
 
     def encode(self, text: str | bytes) -> UInt16[np.ndarray, " time"]:
-        """The bytes of a text (UTF-8 if it is a str), one token each, with no end token. Bytes that Python could
-        not decode, and that a str therefore carries as lone surrogates (PEP 383), come out as they were."""
+        """The bytes of a text (UTF-8 if it is a str), one token each, without an end token. Lone surrogates, in which
+        a str carries bytes that Python could not decode (PEP 383), give the original bytes."""
         data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
     def decode_bytes(self, tokens: Integer[np.ndarray, " time"]) -> bytes:
-        """The bytes behind tokens; end tokens are left out."""
+        """The bytes of tokens, without end tokens."""
         return tokens[tokens != self.end].astype(np.uint8).tobytes()
 
     def pieces(self, before: Sequence[int], tokens: Iterable[int]) -> Iterator[bytes]:
-        """What each new token adds to a text: its byte."""
+        """The byte of each new token; empty for an end token."""
         yield from (b"" if token == self.end else bytes([token]) for token in tokens)
 
     def decode(self, tokens: Integer[np.ndarray, " time"]) -> str:
-        """The text behind tokens; end tokens are left out, and what is not UTF-8 reads U+FFFD."""
+        """The text of tokens, without end tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(tokens).decode(errors="replace")

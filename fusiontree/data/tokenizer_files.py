@@ -1,6 +1,6 @@
-"""Tokenizers on disk, as Hugging Face keeps them beside weights: files of data, carried along and never run.
+"""Tokenizer files as Hugging Face stores them beside weights: data files, copied along and never executed.
 
-A model over bytes has none of its own; `byte_tokenizer` says our tokenizer in their format.
+A model over bytes has no such files; `byte_tokenizer` writes `ByteTokenizer` in their format.
 """
 
 import json
@@ -16,9 +16,9 @@ NAMES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-"""The files that say how text becomes tokens and where generation ends. No code, no pickles."""
+"""The files that define tokenisation and the end of generation. They hold no code and no pickles."""
 END = "<|end|>"
-"""How the end token is written. Text that holds these characters holds no end token."""
+"""The text form of the end token. These characters in a text do not become an end token."""
 
 
 def tokenizer_files(directory: Path | str) -> list[Path]:
@@ -46,13 +46,13 @@ def byte_tokenizer() -> dict[str, dict[str, Any]]:
 
 
 def write_byte_tokenizer(directory: Path) -> None:
-    """Write these files."""
+    """Write the files of `byte_tokenizer` to a directory."""
     for name, data in byte_tokenizer().items():
         (directory / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _letters() -> Iterator[str]:
-    """The letter that GPT-2's scheme writes for each byte: itself where Latin-1 shows one, else the next from 256."""
+    """The letter for each byte in GPT-2's scheme: its Latin-1 letter if printable, else the next code from 256."""
     others = count(256)
     for byte in range(256):
         shown = 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD)

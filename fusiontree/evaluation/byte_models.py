@@ -1,4 +1,4 @@
-"""What a language model must beat: byte models that only count, and gzip, in bits per held-out byte."""
+"""Baselines that a language model must beat: byte models that only count, and gzip, in bits per held-out byte."""
 
 import gzip
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ class ByteModels:
 
     Attributes:
         order_0: a model that knows how often each byte occurs.
-        order_1: one that also sees the byte before.
-        order_2: one that also sees the two bytes before.
-        gzip: `gzip -9` of each document by itself, which has learned nothing from the training text.
+        order_1: a model that also sees the previous byte.
+        order_2: a model that also sees the two previous bytes.
+        gzip: `gzip -9` of each document alone, without any training text.
     """
 
     order_0: float
@@ -30,11 +30,11 @@ class ByteModels:
 def byte_models(train: Corpus, held_out: Corpus) -> ByteModels:
     """Count on the training documents and measure on the held-out ones.
 
-    The three models are measured on the targets of `fusiontree.data.HeldOut`: every token of a document but
-    its first, the end token included. No context reaches back over a document's start; unlike a language
-    model's it does reach over the edges of rows. gzip pays for every byte, and for 18 bytes of frame a
-    document. The counts take 136 MB (257**3 of them), besides some 30 bytes a training token while they are
-    made.
+    The three models are measured on the targets of `fusiontree.data.HeldOut`: every token of a document except
+    its first, with the end token. Contexts stop at the start of a document. Unlike those of a language model,
+    they cross the edges of rows. gzip pays for every byte, and for 18 bytes of header and trailer per
+    document. The counts take 136 MB (257**3 of them). Counting needs about 30 bytes more per training
+    token.
 
     Sources: the orders are blended by Witten and Bell's method C (doi:10.1109/18.87000); gzip is RFC 1952.
     """
@@ -43,11 +43,11 @@ def byte_models(train: Corpus, held_out: Corpus) -> ByteModels:
 
 
 def _probabilities(train: Corpus, held_out: Corpus) -> Iterator[Float64[np.ndarray, " targets"]]:
-    """Of each held-out target by the models of order 0, 1 and 2.
+    """The probability of each held-out target, by the models of order 0, 1 and 2.
 
-    With n(c) tokens of t(c) kinds seen after a context c, p(x | c) = (n(c, x) + t(c) p'(x)) / (n(c) + t(c)),
-    where p' is the model one order lower; below order 0 all tokens are alike. After a context never seen, p =
-    p'.
+    If n(c) tokens of t(c) kinds follow a context c, then p(x | c) = (n(c, x) + t(c) p'(x)) / (n(c) + t(c)).
+    p' is the model one order lower; below order 0 all tokens are equally likely. After a context never seen,
+    p = p'.
     """
     vocab = train.tokenizer.vocab_size
     probability = np.full(held_out.bytes, 1 / vocab)
@@ -61,7 +61,7 @@ def _probabilities(train: Corpus, held_out: Corpus) -> Iterator[Float64[np.ndarr
 
 
 def _grams(corpus: Corpus, order: int) -> Int64[np.ndarray, " tokens"]:
-    """Each token and the `order` before it as one number; before a document's start stand end tokens."""
+    """Each token and the `order` tokens before it as one number; end tokens fill up before a document's start."""
     vocab, end = corpus.tokenizer.vocab_size, corpus.tokenizer.end
     grams = corpus.tokens.astype(np.int64)
     within = _within(corpus)

@@ -1,4 +1,4 @@
-"""How fast a model writes, and what its memory of a sequence takes."""
+"""Measures the speed of decoding and the size of the cache."""
 
 import time
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from fusiontree.core.model.model import LanguageModel
 
 @dataclass(frozen=True)
 class Decode:
-    """Measured step by step, greedily.
+    """The result of greedy decoding, measured step by step.
 
     Attributes:
-        tokens_per_second: new tokens of all rows in a second, the median step.
-        cache_bytes: what the rows' cache takes at the end.
+        tokens_per_second: new tokens of all rows per second, at the median step.
+        cache_bytes: bytes of the cache of all rows, after the last step.
     """
 
     tokens_per_second: float

@@ -1,4 +1,4 @@
-"""Where a model looks: gate values layer by layer, along a text and over the channels, and a figure of both."""
+"""Gate values of every layer, along a text and over the channels, and a figure of both."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class GateMap:
     """Values of one gate along one text.
 
     Attributes:
-        path: of the gate.
-        values: by branch name, each [time, units] in [0, 1]; over the branches they sum to 1. A unit is one of the
-            equal groups of the width that have a value of their own: all of it, a head's channels, or a channel.
+        path: the path of the gate.
+        values: by branch name, each [time, units] in [0, 1]; over the branches they sum to 1. Units are equal
+            groups of channels, each with its own value: the whole width, the channels of a head, or one channel.
     """
 
     path: str
@@ -31,7 +31,7 @@ class GateMap:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of the branches."""
         return tuple(self.values)
 
 
@@ -46,7 +46,7 @@ def gate_maps(model: LanguageModel, tokens: Int[Tensor, "time"]) -> list[GateMap
     ('layers.0.mixer.gate', ('mamba', 'attention'), [2, 128])
 
     Raises:
-        FusionTreeError: the model has no gate, or one that runs at several places.
+        FusionTreeError: the model has no gate, or a gate that runs at several places.
     """
     seen: dict[str, Weights] = {}
 
@@ -73,12 +73,12 @@ def draw(
     """Write a figure: above, each gate's mean over its units at every token; below, where there are gates of several
     units, each unit's mean over the text, sorted. Needs matplotlib (fusiontree[plot]).
 
-    A gate of two branches is a row, which shows the first one's share; one of more has a row for each. The middle of
-    the colours is an equal share.
+    A gate of two branches has one row, with the share of its first branch. A gate of more branches has one row per
+    branch. The middle colour is an equal share.
 
     Args:
-        text: what stands under each token: a text of as many characters, or bytes, as there are tokens, or a list.
-        title: what the text is.
+        text: the labels of the tokens: a text with as many characters or bytes as there are tokens, or a list.
+        title: the title of the figure.
 
     Raises:
         FusionTreeError: no maps, or labels for another number of tokens.
@@ -111,7 +111,7 @@ def draw(
 
 
 def _labels(text: str | Sequence[str], time: int) -> list[str]:
-    """A label for each token; of a character of several bytes the first has it."""
+    """One label per token. A character of several bytes labels its first byte; the others have no label."""
     if isinstance(text, str) and len(text) != time:
         text = [part for character in text for part in [character] + [""] * (len(character.encode()) - 1)]
     if len(text) != time:
@@ -121,7 +121,7 @@ def _labels(text: str | Sequence[str], time: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Row:
-    """A branch's share of a gate [time, units], 0 to 1 with 1/2 at an equal share."""
+    """The share of a branch in a gate [time, units], scaled so that an equal share is 1/2."""
 
     label: str
     values: Tensor
@@ -140,7 +140,7 @@ def _rows(maps: Sequence[GateMap]) -> list[_Row]:
 
 
 def _scaled(share: Tensor, branches: int) -> Tensor:
-    """Shares with 0, an equal one and 1 moved to 0, 1/2 and 1, linearly between them."""
+    """Scale shares piecewise linearly: 0 to 0, an equal share to 1/2, 1 to 1."""
     equal = 1 / max(branches, 2)
     return torch.where(share < equal, share / equal, 1 + (share - equal) / (1 - equal)) / 2
 
@@ -167,7 +167,7 @@ def _along(axes: Any, rows: Sequence[_Row], labels: Sequence[str], title: str) -
     axes.set_title(f"{title}, mean over the units", loc="left", weight="bold")
     families, written = _written(labels)
     turned = 90 if max(map(len, written), default=0) > 1 else 0
-    plain = [label.replace("$", r"\$") for label in written]  # or matplotlib reads formulas
+    plain = [label.replace("$", r"\$") for label in written]  # matplotlib would read `$` as the start of a formula
     axes.set_xticks(range(len(labels)), plain, family=families, size=6.5, rotation=turned)
     axes.tick_params(axis="x", length=0, pad=2)
     _name(axes, [row.label for row in rows])
@@ -175,7 +175,7 @@ def _along(axes: Any, rows: Sequence[_Row], labels: Sequence[str], title: str) -
 
 
 def _across(axes: Any, rows: Sequence[_Row]) -> None:
-    """Rows of fewer units are stretched to the width of the others."""
+    """Draw the mean of each unit, sorted. Rows with fewer units are stretched to the widest row."""
     means = [row.values.mean(0).sort().values for row in rows]
     widest = max(map(len, means))
     _image(axes, torch.stack([mean[torch.arange(widest) * len(mean) // widest] for mean in means]))
@@ -199,8 +199,8 @@ _SHOWN: Mapping[str, str] = {"\n": "\u21b5", "\t": "\u21e5", " ": "\u00b7"}
 
 
 def _written(labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Fonts of this machine that have the labels' characters, and the labels; a character that no font has, or that
-    cannot be seen, is written as its number."""
+    """Font families of this machine that have the characters of the labels, and the labels to draw. A character that no
+    font has, or that is not printable, is written as its number."""
     shown = ["".join(_SHOWN.get(character, character) for character in label) for label in labels]
     needed = {character for label in shown for character in label if character.isprintable()}
     families, known = _fonts(needed)
@@ -209,7 +209,7 @@ def _written(labels: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
-    """Font families, matplotlib's own first, and which of the characters they have."""
+    """Font families, matplotlib's own first, and the characters that they have."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
@@ -217,7 +217,7 @@ def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
     families, known = ["DejaVu Sans Mono"], {c for c in characters if FT2Font(own).get_char_index(ord(c))}
     for entry in font_manager.fontManager.ttflist if known < characters else ():
         new = {c for c in characters - known if FT2Font(entry.fname).get_char_index(ord(c))}
-        if new and "Last" not in entry.name:  # Last Resort has boxes for all that there is
+        if new and "Last" not in entry.name:  # the font Last Resort draws a box for every character
             families.append(entry.name)
             known |= new
     return list(dict.fromkeys(families)), known

@@ -1,6 +1,6 @@
-"""EleutherAI's lm-evaluation-harness (the extra `eval`) on models of ours, straight from their directories.
+"""Runs EleutherAI's lm-evaluation-harness (the extra `eval`) on FusionTree models, from their directories.
 
-Once this is imported lm-eval knows `fusiontree`: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
+Importing this registers `fusiontree` in lm-eval: `simple_evaluate("fusiontree", {"pretrained": DIRECTORY}, tasks)`.
 """
 
 from collections.abc import Generator, Sequence
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Base: Any = HFLM
-"""Its decorator hides from type checkers what it is."""
+"""Typed as Any, because a decorator of HFLM hides its type from type checkers."""
 
 
 class FusionTreeLM(Base):
-    """A directory of ours as a model of lm-eval: its own class for models of transformers, around ours.
+    """A saved FusionTree model as a model of lm-eval: lm-eval's class for transformers models, around the model.
 
     Args:
-        pretrained: the directory.
+        pretrained: the directory of the saved model.
         device: cpu, cuda, cuda:1, ...
-        max_length: tokens of a window; what learned positions or an imported model's config say, else 2048
-            (lm-eval's own default).
-        batch_size: of texts that run at once, or "auto" for what fits.
-        max_batch_size: where "auto" begins.
+        max_length: tokens in a window. Default: the limit of learned positions or of an imported model's config,
+            else 2048 (lm-eval's own default).
+        batch_size: texts that run at once, or "auto" for as many as fit.
+        max_batch_size: the batch size that "auto" tries first.
 
     Raises:
         FusionTreeError: see `fusiontree.load` and `fusiontree.zoo.hf.tokenizer_of`.
@@ -64,14 +64,14 @@ class FusionTreeLM(Base):
         model.register_forward_hook(_check_logits)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval notes beside results. A directory has no commit on the hub; its spec has a digest."""
+        """The facts that lm-eval stores beside results. The spec's digest replaces the commit that a hub model has."""
         ours: LanguageModel = self.model.model
         count = sum(parameter.numel() for parameter in ours.parameters())
         return {"model_num_parameters": count, "model_dtype": str(self.model.dtype), "digest": ours.spec.digest()}
 
 
 def _check_ends(directory: str, tokenizer: Any) -> None:
-    """Refuse a tokenizer that knows no token to begin or end a text with: lm-eval puts one before every first token."""
+    """Refuse a tokenizer with neither start nor end token, because lm-eval puts one before every first token."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         needed = '{"eos_token_id": ...}'
         text = f"no token is known to end a text; name one in generation_config.json, {needed}"
@@ -84,7 +84,7 @@ register_model("fusiontree")(FusionTreeLM)
 
 
 def _check_logits(model: nn.Module, inputs: tuple[Any, ...], output: "CausalLMOutputWithPast") -> None:
-    """Logits that say nothing would be scored as if they did."""
+    """Refuse logits whose largest value is not finite; lm-eval would score them like any others."""
     assert output.logits is not None
     if not bool(output.logits.amax(-1).isfinite().all()):
         kind = str(output.logits.dtype).removeprefix("torch.")
@@ -94,7 +94,7 @@ def _check_logits(model: nn.Module, inputs: tuple[Any, ...], output: "CausalLMOu
 
 
 def _sandboxed(theirs: Environment) -> Environment:
-    """An environment of the same templates that lets none reach into Python, as transformers renders chats."""
+    """A sandboxed copy of a Jinja environment: templates cannot reach into Python. transformers does this for chats."""
     ours = ImmutableSandboxedEnvironment(
         loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline
     )
@@ -111,17 +111,17 @@ def evaluate(
     """Run tasks on a saved model.
 
     Args:
-        directory: of the model.
-        tasks: YAML files in lm-eval's form, folders of them, or names of tasks that lm-eval brings; or one of these.
-            Files are plain data: what would make them run code is refused, and templates are rendered in a sandbox.
-        limit: only the first documents of each task.
-        options: those of `FusionTreeLM`.
+        directory: the directory of the model.
+        tasks: one or several: YAML files in lm-eval's format, folders of them, or names of tasks in lm-eval.
+            Files are plain data: keys that would run code are refused, and templates are rendered in a sandbox.
+        limit: the number of documents of each task to run, from the first on; None: all.
+        options: the options of `FusionTreeLM`.
 
     Returns:
-        lm-eval's `results` by task, `n-samples` by task, and what the `model` is.
+        lm-eval's `results` by task, `n-samples` by task, and `model`: parameter count, dtype and digest.
 
     Raises:
-        FusionTreeError: not a model of ours, or a task that cannot be read, known, or built.
+        FusionTreeError: not a saved FusionTree model, or a task that is unknown or cannot be read or built.
     """
     tasks = [tasks] if isinstance(tasks, str | Path) else tasks
     model: Any = FusionTreeLM(str(directory), **options)
@@ -131,14 +131,14 @@ def evaluate(
     try:
         with _without_git():
             found: Any = simple_evaluate(model, tasks=built, task_manager=manager, limit=limit, log_samples=False)
-    except AssertionError as error:  # so it refuses options that do not go together
+    except AssertionError as error:  # lm-eval refuses incompatible options with assertions
         raise FusionTreeError(f"lm-eval: {' '.join(str(error).split())}") from None
     return {"model": model.get_model_info(), "results": found["results"], "n-samples": found["n-samples"]}
 
 
 @contextmanager
 def _without_git() -> Generator[None]:
-    """Let lm-eval not ask git for the commit of the working directory, which complains where there is none."""
+    """Keep lm-eval from asking git for a commit, because git complains outside a repository."""
     before, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:
         yield
@@ -147,12 +147,12 @@ def _without_git() -> Generator[None]:
 
 
 def _is_path(named: str | Path) -> bool:
-    """Whether a file or a folder is meant, and no task of lm-eval's own, all of which it takes seconds to look up."""
+    """Whether a name is a file or folder, not a task of lm-eval. lm-eval takes seconds to index its own tasks."""
     return Path(named).exists() or Path(named).suffix in (".yaml", ".yml")
 
 
 def _configs(named: str | Path, manager: TaskManager) -> list[tuple[str, Any]]:
-    """The tasks behind a file, a folder or a name, each with the place that errors name."""
+    """The tasks of a file, a folder or a name, each with its place for error messages."""
     path = Path(named)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
@@ -188,7 +188,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_metric(file: Path, metric: Any) -> None:
-    """Refuse metrics that lm-eval does not bring: it would ask the library `evaluate`, which loads code by name."""
+    """Refuse metrics that are not part of lm-eval: it would load them with `evaluate`, which runs code by name."""
     name = metric.get("metric") if isinstance(metric, dict) else metric
     known: Any = metric_registry
     if not isinstance(metric, dict) or name not in known or metric.get("hf_evaluate"):
@@ -196,9 +196,9 @@ def _check_metric(file: Path, metric: Any) -> None:
 
 
 def _built(place: str, config: Any, manager: TaskManager) -> list[Any]:
-    """The task, the group, or what lm-eval keeps under a tag."""
+    """The task, the group, or the tasks under a tag."""
     try:
         found: Any = manager.load(config)
-    except Exception as error:  # lm-eval, Jinja and datasets raise what they like
+    except Exception as error:  # lm-eval, Jinja and datasets raise many types
         raise FusionTreeError(f"{place}: {type(error).__name__}: {error}") from None
     return [found["groups"][place]] if place in found["groups"] else list(found["tasks"].values())

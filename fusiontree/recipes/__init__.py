@@ -1,1 +1,1 @@
-"""Run files, grids, and what torchrun starts."""
+"""Run files, grids, and the module that torchrun starts."""

@@ -1,4 +1,4 @@
-"""Several processes of one machine that train together, as under torchrun, with our own last line and exit code."""
+"""Starts several training processes on one machine, as torchrun does, but with FusionTree's messages and exit codes."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ from fusiontree import machine
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m fusiontree.recipes.train` with the arguments in several processes; returns their exit code.
 
-    Each has its share of the cores. SIGINT and SIGTERM are passed on: the processes finish their step, write a
-    checkpoint and end.
+    Each process has its share of the cores. SIGINT and SIGTERM are passed on to the processes, which finish their
+    step, write a checkpoint and end.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,7 +43,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 @contextmanager
 def _shared_cores(processes: int) -> Generator[None]:
-    """Threads for each process, unless the user has said how many."""
+    """Set the number of threads per process, unless the user has set it."""
     if machine.threads_are_set():
         yield
         return
@@ -59,7 +59,7 @@ def _shared_cores(processes: int) -> Generator[None]:
 
 @contextmanager
 def _silent(*names: str) -> Generator[None]:
-    """Leave what is said of failed processes to the processes themselves."""
+    """Silence loggers while a block runs, because failed processes print their own errors."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

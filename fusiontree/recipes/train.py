@@ -1,7 +1,7 @@
-"""What torchrun starts: `torchrun --nproc-per-node 2 -m fusiontree.recipes.train run.yaml training.steps=20`.
+"""The script for torchrun: `torchrun --nproc-per-node 2 -m fusiontree.recipes.train run.yaml training.steps=20`.
 
-`python -m fusiontree.recipes.train` does the same in one process. The first argument is a run file, or the name
-of one that comes with the library (quickstart, v1, v2, v3); the others are `path=value` edits of it.
+`python -m fusiontree.recipes.train` does the same in one process. The first argument is a run file or the name of
+a recipe in this package (quickstart, v1, v2, v3). The other arguments are `path=value` edits of the run.
 
 Exit codes: 0, finished (or finished before); 1, the job failed; 2, bad input, one line; 130 or 143, stopped by
 SIGINT or SIGTERM after a checkpoint (torchrun itself then exits with 1). torchrun passes signals on to its
@@ -31,15 +31,15 @@ USAGE = "usage: python -m fusiontree.recipes.train RUN.yaml [path=value ...]"
 
 
 def recipes() -> list[str]:
-    """The names of the run files that come with the library, sorted."""
+    """The names of the run files in this package, sorted."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
 def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
-    """A run from a file, or from one that comes with the library, edited.
+    """Read a run from a file or a recipe, and apply edits.
 
     Raises:
-        FusionTreeError: neither a file nor a name, or not a valid run.
+        FusionTreeError: neither a run file nor the name of a recipe, or not a valid run.
     """
     path = named("run file or recipe", name_or_path)
     if path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path):  # Path.is_file raises at long names
@@ -52,7 +52,7 @@ def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunSpec
 
 
 def run(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
-    """Train, unless the run is finished already: that is found out before anything heavy is imported.
+    """Train, unless the run is finished already. That is checked before torchtitan is imported.
 
     Raises:
         FusionTreeError: bad input.
@@ -69,7 +69,7 @@ def run(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Find out what every process of a run would refuse, before any starts.
+    """Check a run file and its output directory before any process starts.
 
     Raises:
         FusionTreeError: bad input.
@@ -110,7 +110,7 @@ def _folder() -> Path:
 
 
 def _exit(code: int) -> None:
-    """End the process at once: gloo's threads can abort one of several that unwinds after all its work is done."""
+    """End the process at once, because gloo's threads can abort a finished process while Python shuts down."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Training: what a run is, what it minimises, what it records. Only `fusiontree.training.titan` needs torchtitan."""
+"""Training: the spec of a run, its objectives and its records. Only `fusiontree.training.titan` needs torchtitan."""
 
 from fusiontree.training.console import Console, Silent
 from fusiontree.training.errors import RunError, TrainingFailed

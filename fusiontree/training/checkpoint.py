@@ -33,27 +33,27 @@ Tensors = Mapping[str, Tensor]
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process calls every method but `steps`, in the same order."""
+    """The checkpoints of one run. Every process calls `save`, `load` and `clean`, in the same order."""
 
     def __init__(self, directory: Path, *, run: str, keep: int) -> None:
-        """Read and write below a directory; `run` is the digest of the run that it belongs to."""
+        """Read and write below `directory`; `run` is the digest of the run that owns the checkpoints."""
         self.directory, self.run, self.keep = directory, run, keep
 
     def steps(self) -> list[int]:
-        """The steps that there are complete checkpoints of, oldest first."""
+        """The steps that have a complete checkpoint, oldest first."""
         names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
         return sorted(int(match[1]) for name in names if (match := _COMPLETE.fullmatch(name)))
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """The directory of the checkpoint of a step."""
         return self.directory / f"step-{step:08}"
 
     def save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
         """Write a checkpoint, then remove the oldest beyond `keep`.
 
         Raises:
-            TrainingFailed: a tensor holds a value that is not finite, or it cannot be written; what was on disk
-                stays.
+            TrainingFailed: a tensor holds a value that is not finite, or the checkpoint cannot be written. Older
+                checkpoints stay on disk.
         """
         _refuse_broken(step, tensors)
         partial = self.directory / f".{self.path(step).name}.partial"
@@ -78,10 +78,10 @@ class Checkpoints:
         dist.barrier()
 
     def load(self, step: int, tensors: Tensors) -> dict[str, Any]:
-        """Fill tensors, in place, from a checkpoint; returns the rest of it.
+        """Fill tensors, in place, from a checkpoint. Returns the `state` that was saved beside them.
 
         Raises:
-            RunError: the checkpoint is broken, of another run, or its tensors are not these.
+            RunError: the checkpoint is broken, belongs to another run, or does not match `tensors`.
         """
         path, advice = self.path(step), "remove that directory to go on from the checkpoint before it"
         try:
@@ -102,7 +102,7 @@ class Checkpoints:
         return state
 
     def clean(self) -> None:
-        """Remove what an interrupted `save` left."""
+        """Remove the partial checkpoints that an interrupted `save` left."""
         if dist.get_rank() == 0 and self.directory.exists():
             for path in self.directory.glob(".step-*.partial"):
                 shutil.rmtree(path)
@@ -114,7 +114,7 @@ class Checkpoints:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong first, in a few words."""
+    """The first failure behind an error, in a few words."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -10,13 +10,13 @@ from fusiontree.training.metrics import Record
 
 @dataclass
 class Console:
-    """Prints one line a record of training, and one a measurement."""
+    """Prints one line per training record, and one line per validation measurement."""
 
     started: float = field(default_factory=time.monotonic)
     first: int | None = None
 
     def record(self, record: Record, steps: int) -> None:
-        """Print what the record says."""
+        """Print the training figures and the validation figure, where the record has them."""
         if "loss" in record:
             self.message(self._training(record, steps))
         if "validation_bits_per_byte" in record:
@@ -24,7 +24,7 @@ class Console:
             self.message(f"{_place(record['step'], steps)}  {held_out}")
 
     def message(self, text: str) -> None:
-        """Print a line; where nobody reads any more, the run goes on without."""
+        """Print a line. If the pipe is closed, this line and all later ones are dropped and the run continues."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -44,7 +44,7 @@ class Console:
         return "  ".join(parts)
 
     def _left(self, step: int, steps: int) -> str:
-        """The time to the end at the pace since the first record seen."""
+        """The estimated time to the end, at the mean pace since the first record; `?` at that record."""
         if self.first is None or step <= self.first:
             self.first, self.started = step, time.monotonic()
             return "?"
@@ -54,7 +54,7 @@ class Console:
 
 
 class Silent:
-    """A listener that prints nothing, for all processes but the first."""
+    """A listener that prints nothing, for all processes but process 0."""
 
     def record(self, record: Record, steps: int) -> None:
         """Nothing."""

@@ -6,7 +6,7 @@ from fusiontree.core.contracts.modules import Module
 
 
 def decayed(model: nn.Module) -> list[str]:
-    """The names of the parameters that were declared with `decay`, and the linear maps that a tool has added (LoRA)."""
+    """The names of the parameters declared with `decay`, and of the weights of linear maps that a tool added (LoRA)."""
     return [name for name, _ in model.named_parameters() if _decays(model, name)]
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in training: bad input, and a job that failed."""
+"""The errors of training: bad input, and a job that failed."""
 
 from fusiontree.errors import FusionTreeError
 

@@ -5,10 +5,10 @@
     {"format": 1, "steps_seen": 1500, "spec": "<digest>",
      "gates": {path: {branch: {"mean", "std", "histogram", "entropy", "saturated", "count"}}}}
 
-`gates` pools the most recent window: the last 10 times that statistics were taken, every `monitor.every` steps
-on all rows of the step, because early gates say little about a trained model. The means and deviations of every
-time since the run began stay in `metrics.jsonl`. `steps_seen` is how many optimiser steps the run has made. The
-values are those of training, with the noise of gates that have some. Fields are those of `GateStatistics`.
+Statistics are taken every `monitor.every` steps, on all rows of the step. `gates` pools the last 10 observations,
+because early gates say little about a trained model. `metrics.jsonl` keeps the mean and deviation of every
+observation. `steps_seen` counts the optimiser steps of the run. Gates are in training mode: those with noise have
+it. The fields are described at `GateStatistics`.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ class GateMonitor:
     """The statistics of the last observations."""
 
     def __init__(self, every: int, steps: int) -> None:
-        """Take statistics every so many of a run's steps, and at its last."""
+        """Take statistics every `every` steps of a run, and at its last step, `steps`."""
         self.every, self.steps = every, steps
         self.recent: deque[ByGate] = deque(maxlen=WINDOW)
 
@@ -39,7 +39,7 @@ class GateMonitor:
         return step % self.every == 0 or step == self.steps
 
     def add(self, observation: Observation) -> ByGate:
-        """Take note of a step's observation, summed over all processes; every process calls this."""
+        """Sum an observation over all processes, keep it and return it; every process calls this."""
         _sum_over_processes(observation.tensors())
         gates = dict(observation)
         self.recent.append(gates)
@@ -54,17 +54,17 @@ class GateMonitor:
         write_json(path, self.document(step, digest))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, which JSON keeps to the last bit."""
+        """The recent statistics as plain data, which JSON stores without loss."""
         return {"recent": [plain(gates) for gates in self.recent]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from plain data."""
+        """Restore the recent statistics from `state_dict`."""
         self.recent.clear()
         self.recent.extend(parsed(gates) for gates in state["recent"])
 
 
 def _sum_over_processes(tensors: list[torch.Tensor]) -> None:
-    """In place, in one message."""
+    """Sum tensors over all processes, in place, with one all-reduce."""
     if not tensors:
         return
     flat = torch.cat(tensors)

@@ -1,14 +1,14 @@
 """Writes the records of a run to `metrics.jsonl`, TensorBoard and a listener.
 
-A record is one JSON object a line, of one step. Keys without a value in that step are left out:
+A record is one JSON object on one line, about one step. Keys without a value in that step are left out:
 
     step               optimiser steps made
     loss               cross entropy of the step's rows, nats per label
-    bits_per_byte      the same over ln 2: every label of a byte model stands for one byte
-    objectives         {name: value}, unweighted, where there is any beside cross entropy
+    bits_per_byte      loss / ln 2, because every label of a byte model stands for one byte
+    objectives         {name: value}, unweighted; left out if cross entropy is the only objective
     tokens             tokens trained on so far, over all processes
-    tokens_per_second  of training steps since the last record, over all processes; validation and checkpoints
-                       take no part
+    tokens_per_second  of the training steps since the last record, over all processes; the time of validation
+                       and checkpoints is not counted
     memory             bytes: the peak of the process (CPU) or of the device's allocator (GPU), process 0
     learning_rate      of this step
     grad_norm          before clipping
@@ -28,17 +28,17 @@ Record = dict[str, Any]
 
 
 class Listener(Protocol):
-    """Whoever wants to know how a run goes; only process 0 has one that is told."""
+    """Receives the progress of a run. The listener of the caller is used in process 0 only."""
 
     def record(self, record: Record, steps: int) -> None:
-        """A new record, of a run of so many steps."""
+        """Receive a new record of a run with `steps` steps in all."""
 
     def message(self, text: str) -> None:
-        """One line about the run as a whole."""
+        """Receive one line about the run as a whole."""
 
 
 class Metrics:
-    """The files of metrics."""
+    """Writes the records of a run to `metrics.jsonl` and, if asked for, TensorBoard."""
 
     def __init__(self, directory: Path, *, tensorboard: bool) -> None:
         """Prepare to write below a directory; `start` opens the files."""
@@ -47,7 +47,7 @@ class Metrics:
         self._writer: Any = None
 
     def start(self, step: int) -> None:
-        """Continue after a step: records of later steps are cut.
+        """Continue after `step`: records of later steps are removed.
 
         Raises:
             RunError: TensorBoard is asked for and not installed.

@@ -26,10 +26,10 @@ RESULTS = ("metrics.jsonl", "gates.json", "checkpoints", "model")
 
 
 class Output:
-    """The places in a run's directory."""
+    """The files and folders in the directory of a run."""
 
     def __init__(self, run: RunSpec) -> None:
-        """Name the places; nothing is written yet."""
+        """Compute the paths; nothing is written yet."""
         self.root = run.directory
         self.spec = run.relative_to(Path.cwd())
         self.run = self.root / "run.yaml"
@@ -80,7 +80,7 @@ class Output:
             raise RunError(f"{found}; add resolved: {{precision: float32}} or {{precision: bfloat16}}")
 
     def began(self) -> ResolvedSpec | None:
-        """What `auto` came to when the run of the directory began; None where none did."""
+        """The values chosen for `auto` when the directory's run began; None if no run began there."""
         return RunSpec.from_file(self.run).resolved if self.run.exists() else None
 
     @contextmanager
@@ -89,7 +89,7 @@ class Output:
         everything it wrote is removed.
 
         Raises:
-            RunError: a run is going on there, or it cannot be written.
+            RunError: another process trains there, or the directory cannot be written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ class Output:
             write_text(self.run, self._with_resolved(self.run.read_text(encoding="utf-8-sig")))
 
     def _with_resolved(self, text: str) -> str:
-        """A run file and its section `resolved`; written anew where the section cannot just follow."""
+        """A run file with its section `resolved` appended; if appending fails, the whole file is written anew."""
         section = {"resolved": self.spec.resolved and self.spec.resolved.data()}
         longer = f"{text.rstrip()}\n{yaml.write(section)}"
         with suppress(SpecError):

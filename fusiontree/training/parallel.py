@@ -23,8 +23,8 @@ TIMEOUT = timedelta(minutes=30)
 def shard(module: M, mesh: DeviceMesh, *, precision: Literal["float32", "bfloat16"]) -> M:
     """Spread a language model's parameters over a mesh, layer by layer, in place (FSDP2, arXiv 2304.11277).
 
-    Layers compute in `precision`; parameters, the sums of gradients and what reads them stay float32. Gradients
-    are summed and not averaged: the loss is divided by the labels of the whole step. A mesh of two dimensions
+    Layers compute in `precision`; parameters, gradient sums and the optimiser stay float32. Gradients are summed,
+    not averaged, because the loss is already divided by the labels of the whole step. A mesh of two dimensions
     replicates over the first.
     """
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, precision), reduce_dtype=torch.float32)
@@ -37,13 +37,13 @@ def shard(module: M, mesh: DeviceMesh, *, precision: Literal["float32", "bfloat1
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            # gloo lacks the scaled sum that FSDP would use, and a factor of 1 makes it a plain one
+            # gloo lacks the scaled sum that FSDP would use; with a factor of 1 a plain sum gives the same result
             part.set_force_sum_reduction_for_comms(True)
     return module
 
 
 def copies(processes: int, sharded: int) -> tuple[int, int]:
-    """Over how many processes weights are replicated, and over how many sharded.
+    """Returns (number of copies of the weights, number of processes that share one copy).
 
     Raises:
         RunError: the number to shard over does not divide the processes.
@@ -75,7 +75,7 @@ def world() -> Generator[tuple[int, int]]:
     """Join the processes that torchrun started, or be the only one; yields (rank, processes).
 
     Raises:
-        FusionTreeError: torchrun's variables in the environment do not say which processes there are.
+        FusionTreeError: torchrun's environment variables are not valid, or the processes cannot join.
     """
     alone, said = "WORLD_SIZE" not in os.environ, "LOCAL_RANK" in os.environ
     rank, processes = (0, 1) if alone else (machine.launched("RANK", 0), machine.launched("WORLD_SIZE", 1, least=1))
@@ -87,7 +87,7 @@ def world() -> Generator[tuple[int, int]]:
         yield rank, processes
     finally:
         dist.destroy_process_group()
-        if not said:  # others take it for a sign of torchrun
+        if not said:  # other libraries take this variable as a sign of torchrun
             del os.environ["LOCAL_RANK"]
 
 

@@ -1,4 +1,4 @@
-"""What `auto` in a run's training section comes to on this machine, and why."""
+"""Chooses the values for `auto` in the training section of a run on this machine, with the reasons."""
 
 from typing import Literal, NamedTuple
 
@@ -11,8 +11,8 @@ from fusiontree.training.run import RunSpec
 from fusiontree.training.sections import ResolvedSpec
 
 LONG = 2000
-"""Steps of a run on a processor that are worth compiling for: compiling takes one to three minutes, and then a step of
-`quickstart` takes four fifths of its time where bfloat16 has units, and no less where it has none."""
+"""Steps from which compiling pays on a CPU. Compiling takes one to three minutes; a step of `quickstart` then takes 4/5
+of its time if the CPU has units for bfloat16, and as long as before if it has none."""
 
 
 class AutoChoice(NamedTuple):
@@ -26,10 +26,10 @@ class AutoChoice(NamedTuple):
 
 
 def resolved(run: RunSpec, began: ResolvedSpec | None) -> tuple[RunSpec, AutoChoice]:
-    """The run with its precision decided, and the reason. Every process of a run calls this.
+    """Returns the run with its precision decided, and the reason. Every process of a run calls this.
 
-    A run that began keeps the precision it began with (`began`), on any machine. A new run takes bfloat16 where the
-    machines of all processes multiply it natively.
+    With `auto`, a run that began keeps its precision (`began`) on any machine. A new run takes bfloat16 if every
+    process is on a GPU or on a CPU that multiplies it natively.
     """
     choice = _precision(run, began)
     native = torch.tensor(int(choice.value == "bfloat16"))
@@ -57,7 +57,7 @@ def compiles(run: RunSpec) -> AutoChoice:
     """Whether layers are to be compiled.
 
     Raises:
-        RunError: they are, and nothing can be compiled here.
+        RunError: `training.compile` is true, and nothing can be compiled on this machine.
     """
     asked, device = run.training.compile, machine.device_type()
     if asked is False:

@@ -31,7 +31,7 @@ class TrainResult:
 
     @classmethod
     def read(cls, status: Status, directory: Path, *, steps: int, exit_code: int = 0) -> Self:
-        """Take the figures from what the run wrote."""
+        """Read the loss and the bits per byte from the `metrics.jsonl` of the run."""
         records = metrics.read(directory / "metrics.jsonl")
         loss, bits = (metrics.latest(records, key) for key in ("loss", "validation_bits_per_byte"))
         return cls(status, steps, directory, loss, bits, exit_code)

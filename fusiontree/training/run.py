@@ -1,4 +1,4 @@
-"""What a run file holds, and how it is read, edited and written."""
+"""The spec of a run: the fields of a run file, and how to read, edit and write it."""
 
 import hashlib
 import json
@@ -38,8 +38,8 @@ class RunSpec(Spec):
     """One training run, complete: the same file gives the same run.
 
     Attributes:
-        model: a preset's name, the path of a spec (in a file: from the file's folder), or the spec itself,
-            which it always is once read. Not a saved model: weights are new.
+        model: a preset's name, the path of a spec (in a run file: from the file's folder), or the spec itself. Once
+            read, it is always the spec. A saved model is refused, because a run starts from new weights.
         text: called `data` in files; relative paths there are taken from the file's folder.
         training, optimizer, parallelism, checkpoint: see the sections.
         objectives: the terms of the loss, by name. The name is the kind unless `kind` is given, a number is the weight;
@@ -49,8 +49,8 @@ class RunSpec(Spec):
         log: how often to write metrics.
         tensorboard: whether to write metrics for TensorBoard too.
         seed: decides the starting weights, the order of the data and the noise of gates.
-        output: the directory for all results, from the working directory; null: that of the run file.
-        resolved: written by a run that began; null in a run that did not.
+        output: the directory for all results, relative to the working directory; null: the folder of the run file.
+        resolved: the values chosen for `auto`, written when a run begins; null before that.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = {"losses": "; it is called objectives"} | dict.fromkeys(
@@ -125,12 +125,12 @@ class RunSpec(Spec):
         return run.override(overrides).relative_to(folder)
 
     def relative_to(self, folder: Path) -> Self:
-        """The same run with relative paths of data taken from a folder, and no output meaning the folder."""
+        """The same run with relative data paths resolved against a folder; a null output becomes the folder."""
         output = str(folder) if self.output is None else self.output
         return self.model_copy(update={"text": self.text.relative_to(folder), "output": output})
 
     def override(self, overrides: Iterable[str] | str) -> Self:
-        """The run with other values: `training.steps=20`, `model.layers.*.mixer.gate.granularity=token`.
+        """The run with edits applied: `training.steps=20`, `model.layers.*.mixer.gate.granularity=token`.
 
         Values are YAML. Paths below `model` address the expanded spec (see `ModelSpec.replace`), all others the
         run file; relative paths of data are taken from the working directory.
@@ -158,18 +158,18 @@ class RunSpec(Spec):
 
     @property
     def directory(self) -> Path:
-        """Where the results go.
+        """The directory of the results.
 
         Raises:
-            RunError: there is no output, which only a run that was not read from a file can lack.
+            RunError: `output` is null, which happens only if the run was not read from a file.
         """
         if self.output is None:
             raise RunError("output: expected a directory for the results, found null")
         return Path(self.output)
 
     def identity(self) -> dict[str, Any]:
-        """Plain data of all that decides the results: not where they go, and not how often a run says and saves
-        something."""
+        """Plain data of the fields that decide the results. `resolved` and the fields about output, logging,
+        checkpoints and validation are left out."""
         data = {key: value for key, value in self.data().items() if key not in _ASIDE}
         return data | {"model": self.model.canonical()}
 
@@ -179,7 +179,7 @@ class RunSpec(Spec):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def difference(self, other: "RunSpec") -> str | None:
-        """The first place where two runs differ, as `path: here, there`; None if they are the same."""
+        """The first field where two identities differ, as `path is A here and B there`; None if there is none."""
         here, there = paths.leaves(self.identity()), paths.leaves(other.identity())
         for path in dict.fromkeys([*here, *there]):
             if here.get(path) != there.get(path):
@@ -202,7 +202,7 @@ def _trained(directory: Path) -> str:
 
 
 def _said(value: Any) -> str:
-    """A value as a run file has it."""
+    """A value as JSON, cut to 60 characters, for messages."""
     return f"{json.dumps(value, ensure_ascii=False):.60}"
 
 
@@ -219,7 +219,7 @@ def _replaced(model: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
 
 
 def _whole_objective(name: str, given: Any) -> Any:
-    """An objective with its kind, which its name says where nothing else does."""
+    """An objective as a mapping with its kind. The kind is the name if `kind` is not given."""
     if isinstance(given, int | float) and not isinstance(given, bool):
         given = {"weight": given}
     given = given.data() if isinstance(given, ObjectiveSpec) else given

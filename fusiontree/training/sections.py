@@ -15,19 +15,19 @@ Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class TrainingSpec(Spec):
-    """How long, and how much at a time.
+    """The length of training, and the size of a step.
 
     Attributes:
         steps: optimiser steps in all.
         rows: rows of tokens in a step, over all processes.
-        microbatch_rows: rows that a process runs at a time; null: all of its share. It changes memory and
-            speed, not the result (but for rounding).
-        precision: what layers compute in; weights, gradients' sums and the optimiser stay float32. auto: bfloat16
-            on GPUs and on processors that multiply it natively, otherwise float32.
-        clip: the largest norm of the gradient; longer ones are shortened to it.
-        threads: of torch in each process; null: torch's choice, and no more than the process's share of the cores.
-        compile: `torch.compile` for the layers: from the second step on they are faster, the first takes a minute.
-            auto: on GPUs, and in long runs on processors with units for bfloat16, where there is a compiler. Losses
+        microbatch_rows: rows that a process runs at a time; null: its whole share. The choice changes memory and
+            speed, but not the result (except for rounding).
+        precision: the dtype that layers compute in; weights, gradient sums and the optimiser stay float32. auto:
+            bfloat16 on GPUs and on processors that multiply it natively, otherwise float32.
+        clip: the largest norm of the gradient; a larger gradient is scaled down to this norm.
+        threads: threads of torch in each process; null: torch's choice, at most the process's share of the cores.
+        compile: whether to `torch.compile` the layers. The first step then takes a minute, later steps are faster.
+            auto: on GPUs, and in long runs on processors with units for bfloat16, if there is a compiler. Losses
             on gates, gate statistics and validation run uncompiled.
     """
 
@@ -51,7 +51,7 @@ class ResolvedSpec(Spec):
     """The values chosen for `auto` when the run began; a resumed run keeps them on any machine.
 
     Attributes:
-        precision: what layers compute in.
+        precision: the dtype that layers compute in.
     """
 
     precision: Literal["float32", "bfloat16"]
@@ -61,14 +61,14 @@ class OptimizerSpec(Spec):
     """AdamW (arXiv 1711.05101) under a schedule of warmup, a flat part and linear decay (arXiv 2405.18392).
 
     Attributes:
-        learning_rate: at the top of the schedule.
-        betas: of the running means of gradients and of their squares.
-        eps: added to the root of the second.
-        weight_decay: of the maps that components declare with `decay`; embeddings, encodings, norms, biases, a
-            prefix and what states decay by have none.
-        warmup: steps from 0 up to the top, cut to the length of the run.
-        decay: the share of the steps at the end in which the rate falls.
-        minimum: the share of the learning rate that it falls to.
+        learning_rate: the rate at the top of the schedule.
+        betas: decay rates of the running means of gradients and of squared gradients.
+        eps: added to the root of the mean of squared gradients.
+        weight_decay: applied to the maps that components declare with `decay`. Embeddings, encodings, norms, biases,
+            a prefix and the decay rates of states have none.
+        warmup: steps in which the rate rises from 0 to the top; at most the length of the run.
+        decay: the share of the steps, at the end of the run, in which the rate falls.
+        minimum: the final rate, as a share of `learning_rate`.
     """
 
     learning_rate: Positive
@@ -86,7 +86,7 @@ class ValidationSpec(Spec):
     Attributes:
         every: steps from one measurement to the next; the last step is always measured.
         rows: rows that a process runs at a time.
-        bytes: the most to measure on, from the first held-out document on; null: all of it.
+        bytes: the most bytes to measure on, from the first held-out document on; null: all of them.
     """
 
     every: Count
@@ -95,7 +95,7 @@ class ValidationSpec(Spec):
 
 
 class EverySpec(Spec):
-    """Something that happens every so many steps."""
+    """An action that happens every `every` steps."""
 
     every: Count = 10
 
@@ -104,8 +104,8 @@ class ParallelismSpec(Spec):
     """How processes share a model.
 
     Attributes:
-        shard: over how many of them each copy of the weights is spread; -1: over all. Where it is fewer, there
-            are several copies.
+        shard: the number of processes that each copy of the weights is spread over; -1: all of them. With fewer
+            than all, there are several copies.
     """
 
     shard: Count | Literal[-1] = -1

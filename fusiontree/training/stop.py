@@ -1,4 +1,4 @@
-"""Stopping a run in good order on Ctrl-C or when the machine is to be given back."""
+"""Stops a run cleanly after a step, on Ctrl-C (SIGINT) or before the machine is taken back (SIGTERM)."""
 
 import signal
 import threading
@@ -16,8 +16,8 @@ class Stop:
     """Remembers the first SIGINT or SIGTERM. A second one ends the process at once.
 
     Attributes:
-        signal: what all processes have agreed to stop for, 0 for nothing. A signal that comes between two agreements
-            changes nothing until the next: a process that stopped by itself would leave the others waiting.
+        signal: the signal that all processes have agreed to stop for, 0 for none. A new signal takes effect at the
+            next agreement, because a process that stopped alone would leave the others waiting.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Generator["Stop"]:
-        """Take signals while a block runs (in the main thread; elsewhere Python delivers none)."""
+        """Handle signals while a block runs. Only in the main thread: Python allows no handlers elsewhere."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
@@ -36,7 +36,7 @@ class Stop:
             self._restore()
 
     def agree(self) -> int:
-        """The signal that any process got, 0 if none did; every process calls this."""
+        """Returns the signal that any process got, 0 for none (the largest of several). Every process calls this."""
         number = torch.tensor(self._noted)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         self.signal = int(number)

@@ -19,7 +19,7 @@ class Score:
 
     Attributes:
         nats: the sum of -log p over all targets.
-        bytes: how many bytes of text there were, which is how many targets there were.
+        bytes: the bytes of text, which equal the number of targets.
     """
 
     nats: float
@@ -38,13 +38,13 @@ class Score:
 
 @torch.no_grad()
 def measure(model: LanguageModel, held_out: HeldOut, *, rows: int, device: torch.device) -> Score:
-    """Score all held-out rows, each process its part; every process calls this and gets the whole score.
+    """Score all held-out rows. Every process calls this, runs its part of the rows, and gets the whole score.
 
     Args:
-        model: put in evaluation mode and back.
-        held_out: what to measure on.
+        model: put in evaluation mode for the measurement, then back.
+        held_out: the rows to measure on.
         rows: rows that a process runs at a time.
-        device: where the model is.
+        device: the device of the model.
     """
     totals = torch.zeros(2, dtype=torch.float64)
     with probes.evaluating(model), eagerly():
@@ -58,7 +58,7 @@ def measure(model: LanguageModel, held_out: HeldOut, *, rows: int, device: torch
 
 
 def _share(held_out: HeldOut, rows: int) -> Iterator[EvaluationBatch]:
-    """This process's rows, in equally many batches for each process: a sharded model runs in all at once."""
+    """The batches of this process. Every process gets as many, because a sharded model runs in all of them at once."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     rounds = math.ceil(len(held_out) / (rows * processes))
     for number in range(rounds):
@@ -68,7 +68,7 @@ def _share(held_out: HeldOut, rows: int) -> Iterator[EvaluationBatch]:
 
 
 def _idle(held_out: HeldOut) -> EvaluationBatch:
-    """A row that counts for nothing."""
+    """A row without labels and bytes, which adds nothing to the score."""
     batch = held_out.slice(0, 1)
     batch["labels"].fill_(IGNORED)
     batch["bytes"].zero_()

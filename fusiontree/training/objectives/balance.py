@@ -1,4 +1,4 @@
-"""Balance: the branches of a gate have equal shares in the mean."""
+"""Balance: an objective that makes the branches of a gate have equal mean shares."""
 
 from typing import Literal
 
@@ -9,10 +9,10 @@ from fusiontree.training.objectives.base import GateObjectiveSpec, GateValues, o
 
 
 def balance(means: Float[Tensor, "*rows branches"]) -> Float[Tensor, "*rows"]:
-    """n times the sum of the squared means of n branches, less 1: 0 for equal shares, n - 1 for one alone.
+    """n times the sum of the squared means of n branches, minus 1: 0 for equal shares, n - 1 if one branch has all.
 
-    The coefficient of variation squared of Shazeer et al. (arXiv 1701.06538), taken over each row as the
-    sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437), so that it is the same under any cut of a step.
+    This is the squared coefficient of variation of Shazeer et al. (arXiv 1701.06538), taken per row like the
+    sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437). Cutting a step into micro-batches does not change it.
     """
     return means.shape[-1] * means.square().sum(-1) - 1
 
@@ -24,5 +24,5 @@ class Balance(GateObjectiveSpec):
     kind: Literal["balance"] = "balance"
 
     def of_rows(self, gate: GateValues) -> Float[Tensor, "*rows"]:
-        """Of the mean shares of all units."""
+        """The balance of the mean shares; the means are over positions and units."""
         return balance(gate.row_means(gate.shares()).mean(-2))

@@ -1,6 +1,6 @@
-"""What an objective promises: a number for each row, summed with the row's share of the step's labels as its weight.
+"""The contract of objectives: one number per row, weighted by the row's share of the step's labels, then summed.
 
-So the sum over micro-batches and processes is the value of the whole step, whatever they are, and so are the gradients.
+The sums and gradients of all micro-batches and processes add up to those of the step, however the step is cut.
 """
 
 from abc import ABC, abstractmethod
@@ -57,9 +57,9 @@ class StepPart:
     """Some rows of a step.
 
     Attributes:
-        nats: the cross entropy of their labels, summed.
-        labels: -100 where there is none.
-        count: labels of the whole step.
+        nats: the cross entropy, summed over the labels of the rows.
+        labels: the labels; -100 at positions without a label.
+        count: the number of labels in the whole step.
         gates: the values of all gates, if an objective reads them.
     """
 
@@ -70,7 +70,7 @@ class StepPart:
 
     @property
     def shares(self) -> Float[Tensor, "rows"]:
-        """The share of the step's labels that each row has."""
+        """For each row, the number of its labels over the number of labels in the step."""
         return (self.labels != IGNORED).sum(1).to(self.nats.dtype) / self.count
 
 
@@ -78,27 +78,27 @@ class ObjectiveSpec(Spec, ABC):
     """One term of the loss, times `weight` (0: the term is only measured)."""
 
     reads_gates: ClassVar[bool] = False
-    """Whether it needs `StepPart.gates`."""
+    """Whether the objective needs `StepPart.gates`."""
     weight: NonNegative = 1.0
 
     @abstractmethod
     def value(self, part: StepPart) -> Scalar:
-        """The sum over the rows, each with its share of the step's labels."""
+        """The sum over the rows, each weighted by its share of the step's labels."""
 
 
 class GateObjectiveSpec(ObjectiveSpec):
-    """An objective that is the mean over the gates of a number of each."""
+    """An objective that computes one number per gate and row, and takes the mean over the gates."""
 
     reads_gates: ClassVar[bool] = True
 
     def value(self, part: StepPart) -> Scalar:
-        """0 where nothing was captured."""
+        """The weighted sum over the rows, as the mean over the gates; 0 if no gate was captured."""
         shares, nothing = part.shares, torch.zeros_like(part.nats)
         return sum(((self.of_rows(gate) * shares).sum() for gate in part.gates), nothing) / max(len(part.gates), 1)
 
     @abstractmethod
     def of_rows(self, gate: GateValues) -> Float[Tensor, "*rows"]:
-        """The number of one gate in each row, or in all rows at once."""
+        """The number of one gate for each row, or one number for all rows if the gate reads no tokens."""
 
 
 objectives: Registry[ObjectiveSpec] = Registry("objective", ObjectiveSpec, home="fusiontree.training.objectives")
@@ -110,7 +110,7 @@ AnyObjective = Annotated[ObjectiveSpec, objectives]
 
 @contextmanager
 def captured(gates: Mapping[str, Gate]) -> Generator[list[GateValues]]:
-    """Collect what these gates give while a block runs, with its graph for gradients."""
+    """Collect the values of gates while a block runs, with the graph for gradients."""
     found: list[GateValues] = []
 
     def keep(path: str, weights: Weights, real: Real | None) -> None:

@@ -1,4 +1,4 @@
-"""Cross entropy: how surprised the model is by the labels."""
+"""Cross entropy: the mean negative log-likelihood of the labels."""
 
 from typing import Literal
 
@@ -12,5 +12,5 @@ class CrossEntropy(ObjectiveSpec):
     kind: Literal["cross_entropy"] = "cross_entropy"
 
     def value(self, part: StepPart) -> Scalar:
-        """The nats of the rows' labels by the labels of the step."""
+        """The nats of these rows, divided by the number of labels in the step."""
         return part.nats / part.count

@@ -1,4 +1,4 @@
-"""Entropy: a gate decides for a branch."""
+"""Entropy: an objective that makes each gate choose one branch."""
 
 import math
 from typing import Literal
@@ -11,15 +11,15 @@ from fusiontree.training.objectives.base import GateObjectiveSpec, GateValues, o
 
 
 def entropy(values: Float[Tensor, "*places branches"]) -> Float[Tensor, "*places"]:
-    """The entropy of the branches' shares, 1 where they are equal and 0 where one has all."""
-    smallest = torch.finfo(values.dtype).tiny  # a share of exactly 0 has a finite gradient
+    """The normalised entropy of the branches' shares: 1 for equal shares, 0 if one branch has all."""
+    smallest = torch.finfo(values.dtype).tiny  # gives a share of exactly 0 a finite gradient
     nats = -(values * values.clamp_min(smallest).log()).sum(-1)
     return nats / math.log(max(values.shape[-1], 2))
 
 
 @objectives.register
 class Entropy(GateObjectiveSpec):
-    """Pushes each gate to decide for a branch."""
+    """Pushes each gate to choose one branch."""
 
     kind: Literal["entropy"] = "entropy"
 

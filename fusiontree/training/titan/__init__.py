@@ -1,6 +1,6 @@
 """Training on torchtitan's own Trainer. Nothing else imports torchtitan.
 
-Importing this package prepares torchtitan for the machine and the torch that there are (see `_compat`).
+Importing this package adapts torchtitan to this machine and to the installed torch (see `_compat`).
 """
 
 from fusiontree.training.titan import _compat

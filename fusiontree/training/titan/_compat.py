@@ -1,7 +1,7 @@
 """Supplies what torchtitan 0.3 assumes but a machine without a GPU, or an older torch, does not have.
 
 torchtitan 0.3.0 was cut for torch 2.14 and CUDA. `install` runs before any other of its modules is imported,
-because they bind names at import. Each part says when it is not needed; with a GPU and torch 2.14 nothing happens.
+because they bind names at import. Each patch checks whether it is needed; with a GPU and torch 2.14 none is.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ def install() -> None:
     """Make torchtitan importable and runnable here.
 
     Raises:
-        RunError: it is not installed.
+        RunError: torchtitan is not installed.
     """
     if importlib.util.find_spec("torchtitan") is None:
         raise RunError('training needs torchtitan, which is not installed: pip install "fusiontree[train]"')
@@ -38,7 +38,7 @@ def install() -> None:
 
 
 def _set_timeout() -> None:
-    """torch 2.14 made this public."""
+    """Define `dist.set_timeout`, which is private before torch 2.14."""
     if not hasattr(dist, "set_timeout"):
         from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
 
@@ -46,7 +46,7 @@ def _set_timeout() -> None:
 
 
 def _mesh_dims() -> None:
-    """torch 2.12 has it; torchtitan imports it for a back end that is not used here."""
+    """Define `DataParallelMeshDims`, new in torch 2.12; torchtitan imports it for a back end not used here."""
     if not hasattr(fsdp, "DataParallelMeshDims"):
         fsdp.__dict__["DataParallelMeshDims"] = _DataParallelMeshDims
 
@@ -58,7 +58,7 @@ class _DataParallelMeshDims:
 
 
 def _no_triton() -> None:
-    """CPU builds of torch bring no triton, which an optional part for mixtures of experts imports at once."""
+    """Replace an optional module for mixtures of experts: it imports triton, which CPU builds of torch lack."""
     if importlib.util.find_spec("triton") is not None or _EXPERT_PARALLEL in sys.modules:
         return
     package, api = types.ModuleType(_EXPERT_PARALLEL), types.ModuleType(f"{_EXPERT_PARALLEL}.api")
@@ -84,43 +84,43 @@ def _cpu() -> None:
 
 
 class CPU(types.ModuleType):
-    """The CPU with the functions of `torch.cuda` that torchtitan calls."""
+    """The CPU as a device, with the functions of `torch.cuda` that torchtitan calls."""
 
     def __init__(self) -> None:
         super().__init__("cpu_as_a_device")
 
     def is_available(self) -> bool:
-        """It is."""
+        """The CPU is always available."""
         return True
 
     def set_device(self, device: object) -> None:
-        """There is but one."""
+        """Does nothing: there is one device."""
 
     def current_device(self) -> int:
-        """Its number."""
+        """The index of the only device."""
         return 0
 
     def device_count(self) -> int:
-        """How many."""
+        """The number of devices."""
         return 1
 
     def synchronize(self, device: object = None) -> None:
-        """Nothing runs behind the caller's back."""
+        """Does nothing: no work is asynchronous."""
 
     def get_device_name(self, device: object = None) -> str:
-        """The architecture."""
+        """The name of the device, with the processor's architecture."""
         return f"CPU ({platform.machine()})"
 
     def get_device_properties(self, device: object = None) -> types.SimpleNamespace:
-        """Name and bytes of memory."""
+        """The name of the device and its memory in bytes."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return types.SimpleNamespace(name="CPU", total_memory=total)
 
     def reset_peak_memory_stats(self, device: object = None) -> None:
-        """The system does not forget a peak."""
+        """Does nothing: the operating system cannot reset the peak."""
 
     def empty_cache(self) -> None:
-        """There is none."""
+        """Does nothing: there is no cache."""
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
         """The peak of the resident set in bytes."""

@@ -21,7 +21,7 @@ class Checkpointer(BaseCheckpointManager):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseCheckpointManager.Config):
-        """Where, of which run (its digest), and how many to keep."""
+        """The directory of the checkpoints, the digest of their run, and how many to keep."""
 
         directory: Path
         run: str
@@ -46,7 +46,7 @@ class Checkpointer(BaseCheckpointManager):
         self.others: dict[str, Any] = {"schedule": lr_schedulers, "data": dataloader, "trainer": self.trainer}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights and the optimiser's state, live, by path."""
+        """The weights and the tensors of the optimiser's state, by path; not copies."""
         weights = {f"model.{path}": tensor for path, tensor in self.model.state_dict().items()}
         moments = {f"optimizer.{path}": value for path, value in self._moments().items() if isinstance(value, Tensor)}
         return weights | moments
@@ -75,17 +75,17 @@ class Checkpointer(BaseCheckpointManager):
         return bool(steps)
 
     def _maybe_wait_for_staging(self) -> None:
-        """Saving is done when `_save` returns."""
+        """Does nothing, because `_save` stages nothing."""
 
     def _wait_for_saving(self) -> None:
-        """Likewise."""
+        """Does nothing, because `_save` does not return before the checkpoint is written."""
 
     def _close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing, because nothing runs in the background."""
 
 
 def _set_rates(schedulers: Iterable[Any]) -> None:
-    """The learning rate is a function of the step; put it where the optimiser reads it."""
+    """Copy the learning rate of the restored step into the optimiser's parameter groups."""
     for scheduler in schedulers:
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -1,4 +1,4 @@
-"""From a run to torchtitan's configuration."""
+"""Translates a run to torchtitan's configuration."""
 
 import re
 from typing import Any
@@ -24,10 +24,10 @@ from fusiontree.training.titan.trainer import FusionTrainer
 
 
 def configuration(run: RunSpec, processes: int) -> FusionTrainer.Config:
-    """What the Trainer of each of so many processes is built from.
+    """The configuration of the Trainer in each of `processes` processes.
 
     Raises:
-        RunError: rows or shards that cannot be dealt out to the processes.
+        RunError: the rows or the shards do not divide evenly over the processes.
     """
     output = Output(run)
     seconds = int(TIMEOUT.total_seconds())
@@ -53,7 +53,7 @@ def configuration(run: RunSpec, processes: int) -> FusionTrainer.Config:
 
 
 def optimizer(run: RunSpec) -> OptimizersContainer.Config:
-    """AdamW over two groups of parameters, those that decay and the others; an empty group is left out."""
+    """AdamW over two groups of parameters, with and without weight decay; an empty group is left out."""
     names = [name for name, _ in build(run.model, device="meta").named_parameters()]
     shrinking = set(decayed(build(run.model, device="meta")))
     common: dict[str, Any] = {"lr": run.optimizer.learning_rate, "betas": run.optimizer.betas, "eps": run.optimizer.eps}
@@ -74,7 +74,7 @@ def optimizer(run: RunSpec) -> OptimizersContainer.Config:
 
 
 def schedule(run: RunSpec) -> LRSchedulersContainer.Config:
-    """Warmup, flat, linear decay. The total is the run's own length: beyond it torchtitan's rate is negative."""
+    """Warmup, flat part, linear decay. It ends with the run, because torchtitan's rate is negative after the end."""
     return LRSchedulersContainer.Config(
         warmup_steps=run.optimizer.warmup,
         total_steps=run.training.steps,

@@ -1,4 +1,4 @@
-"""Our batches as torchtitan's loader, and the tokeniser that it wants to have and never uses."""
+"""FusionTree's batches as a torchtitan loader, and a tokenizer, which torchtitan requires but never uses."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,11 @@ Example = tuple[dict[str, Tensor], Tensor]
 
 
 class TitanLoader(BaseDataLoader):
-    """This process's micro-batches of every step. The rows of a step do not depend on how it is cut."""
+    """This process's micro-batches of every step. Their number and the world size do not change a step's rows."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        """What to read, and how many rows make a step."""
+        """The data, the number of rows in a step, and the seed of their order."""
 
         text: DataSpec
         rows: int
@@ -49,7 +49,7 @@ class TitanLoader(BaseDataLoader):
         return {"step": self.step, "contents": self.batches.corpus.contents.data()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a step.
+        """Continue at the step of a checkpoint.
 
         Raises:
             RunError: the data has changed.
@@ -59,10 +59,10 @@ class TitanLoader(BaseDataLoader):
 
 
 def refuse_changed(contents: Contents, before: Sequence[Mapping[str, Any]] | None) -> None:
-    """Refuse data that differ from the checkpoint's record; checkpoints of older versions have none.
+    """Refuse data that differ from the checkpoint's record. Checkpoints of older versions have no record.
 
     Raises:
-        RunError: it has changed; names the file.
+        RunError: the data has changed; the message names the file.
     """
     if before is None:
         logger.warning("the checkpoint does not say what the data was; from the next one on it is kept")
@@ -71,11 +71,11 @@ def refuse_changed(contents: Contents, before: Sequence[Mapping[str, Any]] | Non
 
 
 class TitanTokenizer(BaseTokenizer):
-    """Bytes as tokens."""
+    """The byte tokenizer behind torchtitan's interface."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
-        """Nothing to choose."""
+        """No options for the user; `bytes` is the tokenizer to wrap."""
 
         bytes: ByteTokenizer = field(default_factory=ByteTokenizer)
 
@@ -85,13 +85,13 @@ class TitanTokenizer(BaseTokenizer):
         self.eos_id = self.bytes.end
 
     def encode(self, text: str) -> list[int]:
-        """One token a byte."""
+        """The tokens of a text, one per byte, without an end token."""
         return self.bytes.encode(text).tolist()
 
     def decode(self, tokens: list[int]) -> str:
-        """The text behind tokens."""
+        """The text of tokens, without end tokens."""
         return bytes(token for token in tokens if token != self.bytes.end).decode(errors="replace")
 
     def get_vocab_size(self) -> int:
-        """How many tokens there are."""
+        """The size of the vocabulary."""
         return self.bytes.vocab_size

@@ -1,4 +1,4 @@
-"""torchtitan's figures of a step as the fields of our records."""
+"""Turns torchtitan's figures of a step into fields of a record."""
 
 import time
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ GIBIBYTE = 2**30
 
 
 class StepMetrics(MetricsProcessor):
-    """Keeps what torchtitan reports of a step until the trainer writes it, and times the steps alone."""
+    """Keeps torchtitan's figures of a step until the trainer writes them. Only the time in steps is counted."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        """torchtitan's, and how many steps there are."""
+        """torchtitan's options, and the number of steps of the run."""
 
         steps: int
 
@@ -27,15 +27,15 @@ class StepMetrics(MetricsProcessor):
         self._seconds, self._began = 0.0, 0.0
 
     def begin_step(self) -> None:
-        """The clock runs."""
+        """Start the clock, and clear the record of the step before."""
         self.record, self._began = {}, time.perf_counter()
 
     def end_step(self) -> None:
-        """The clock stands still until the next step."""
+        """Stop the clock until the next step."""
         self._seconds += time.perf_counter() - self._began
 
     def should_log(self, step: int) -> bool:
-        """The last step too, whatever its number."""
+        """Whether to log a step: as torchtitan does, and always at the last step."""
         return super().should_log(step) or step == self.config.steps
 
     def log(
@@ -46,7 +46,7 @@ class StepMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Take note of a step that is logged; torchtitan calls this at the end of it."""
+        """Record the figures of a step; torchtitan calls this at the end of a step that is logged."""
         seconds = self._seconds + time.perf_counter() - self._began
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         rates = [value for key, value in (extra_metrics or {}).items() if key.startswith("lr/")]

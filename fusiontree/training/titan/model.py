@@ -1,4 +1,4 @@
-"""Our language model as torchtitan wants a model to be, its parameters under their own paths."""
+"""`LanguageModel` behind torchtitan's model interface; the paths of its parameters do not change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from fusiontree.training.parallel import shard
 
 
 class TitanModel(LanguageModel, BaseModel):
-    """A `LanguageModel` that torchtitan builds, on the meta device, and has initialised once it is sharded."""
+    """A `LanguageModel` that torchtitan builds on the meta device, shards, and then initialises."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
@@ -26,7 +26,7 @@ class TitanModel(LanguageModel, BaseModel):
         seed: int
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
-            """Nothing about the model depends on how it is trained."""
+            """Does nothing, because the model does not depend on the training configuration."""
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Parameters, and the usual 6 FLOPs a token for each; our own metrics do not use them."""
@@ -38,7 +38,7 @@ class TitanModel(LanguageModel, BaseModel):
         self.config = config
 
     def verify_module_protocol(self) -> None:
-        """Our modules are plain torch modules; torchtitan lets a model declare that."""
+        """Skip torchtitan's check, because the modules of the model are plain torch modules."""
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter from (seed, path): the same on any number of processes."""
@@ -53,7 +53,7 @@ def parallelize(
     compile_config: CompileConfig,
     **unused: Any,
 ) -> TitanModel:
-    """Shard over the processes, several copies where `parallelism.shard` is fewer than there are."""
+    """Compile if asked, then shard. There are several copies if `parallelism.shard` is below the process count."""
     if compile_config.enable:
         model.compile()
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]

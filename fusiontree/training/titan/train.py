@@ -1,4 +1,4 @@
-"""A run from its file to its model."""
+"""Trains a run, from its spec to the saved model."""
 
 import gc
 import logging
@@ -36,7 +36,7 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
     the step, write a checkpoint and end the run.
 
     Args:
-        run: what to do; see `RunSpec`.
+        run: the run; see `RunSpec`.
         listener: receives progress in process 0; by default progress is printed.
 
     Raises:
@@ -58,7 +58,7 @@ def train(run: RunSpec, *, listener: Listener | None = None) -> TrainResult:
 
 @contextmanager
 def _claimed(output: Output, rank: int) -> Generator[None]:
-    """Process 0 claims the directory, and all learn whether it could."""
+    """Process 0 claims the directory. If it cannot, every process raises an error."""
     with ExitStack() as stack:
         problem: FusionTreeError | None = None
         if rank == 0:
@@ -74,10 +74,10 @@ def _claimed(output: Output, rank: int) -> Generator[None]:
 
 
 def _check_room(run: RunSpec, processes: int) -> None:
-    """Refuse what cannot fit: weights, gradients and two moments, and the least that a micro-batch keeps.
+    """Refuse a run that cannot fit in memory: weights, gradients, two moments, and the least a micro-batch keeps.
 
     Raises:
-        WeightsError: with the bytes needed and free.
+        WeightsError: the message has the bytes needed and the bytes free.
     """
     device = torch.device(machine.device_type())
     parameters = sum(p.numel() for p in build(run.model, device="meta").parameters())
@@ -125,13 +125,13 @@ def _write_model(trainer: FusionTrainer) -> None:
 
 @contextmanager
 def _logged(path: Path, rank: int) -> Generator[None]:
-    """Send what libraries log, and Python's warnings, to a file: all of process 0's, and the others' warnings."""
+    """Send log messages and Python's warnings to a file. Process 0 writes INFO and above, others WARNING and above."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {rank} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     before, level, complains = root.handlers[:], root.level, logging.raiseExceptions
-    logging.raiseExceptions = False  # a disk that is full has no room for that either
+    logging.raiseExceptions = False  # on a full disk the report of a failed write could fail too
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -1,4 +1,4 @@
-"""torchtitan's Trainer with our objectives, gate statistics, validation, records, and stops in good order."""
+"""torchtitan's Trainer with objectives, gate statistics, validation, records and clean stops."""
 
 import hashlib
 import math
@@ -36,7 +36,7 @@ class FusionTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        """torchtitan's, and the run that it was made from."""
+        """torchtitan's configuration, and the run that it was made from."""
 
         run: RunSpec
 
@@ -48,7 +48,7 @@ class FusionTrainer(Trainer):
         super().__init__(config)
         self.objectives = self.run.objectives
         self.sums = torch.zeros(1 + len(self.objectives), dtype=torch.float64, device=self.device)
-        """Of the step so far: cross entropy, then every objective."""
+        """The sums over the step so far: cross entropy, then every objective."""
         self.means = self.sums.tolist()
         model = self.model_parts[0]
         assert isinstance(model, LanguageModel)
@@ -74,11 +74,11 @@ class FusionTrainer(Trainer):
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is process 0, which writes the run file, the metrics, `gates.json` and the model."""
         return dist.get_rank() == 0
 
     def begin(self) -> None:
-        """Called once the state is loaded, before the first step."""
+        """Open the metrics and report a resume. `Checkpointer` calls this once the state is loaded, before any step."""
         if self.first:
             self.metrics.start(self.step)
         if self.step:
@@ -86,11 +86,11 @@ class FusionTrainer(Trainer):
         self.stop.agree()
 
     def should_continue_training(self) -> bool:
-        """Not after the last step, and not when asked to stop."""
+        """Whether another step follows: steps are left, and no signal asked to stop."""
         return super().should_continue_training() and not self.stop.signal
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
-        """One optimiser step and all that is said about it."""
+        """Run one optimiser step, write its record if there is one, and agree on whether to stop."""
         torch.manual_seed(_step_seed(self.run.seed, self.step, dist.get_rank()))
         processor: Any = self.metrics_processor
         self.sums.zero_()
@@ -107,8 +107,8 @@ class FusionTrainer(Trainer):
     def forward_backward_step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
-        """One micro-batch. torchtitan is told the cross entropy alone, and that it is finite: it would stop this
-        process and not the others, `_check_loss` stops all."""
+        """Run one micro-batch. Returns only the cross entropy, with NaN and infinity replaced: at those, torchtitan
+        would stop this process alone, whereas `_check_loss` stops all."""
         inputs, labels, places = self.post_dataloading_process(input_dict, labels)
         with self.train_context(), captured(self.gates) as gates:
             nats = self.model.cross_entropy(inputs, labels, **places)
@@ -120,22 +120,22 @@ class FusionTrainer(Trainer):
         return cross_entropy.detach().nan_to_num()
 
     def _minimised(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum. Cross entropy is in it at a weight of 0, too: it leads to every parameter, and sharded
-        ones need a gradient each."""
+        """The weighted sum of the objectives. Cross entropy is included even at weight 0, because it depends on every
+        parameter, and every sharded parameter needs a gradient."""
         weights = {name: objective.weight for name, objective in self.objectives.items()}
         return total(
             scaled(value, weights[name]) for name, value in values.items() if weights[name] or name == "cross_entropy"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors."""
+        """The state of the trainer in a checkpoint, apart from tensors."""
         return {"step": self.step, "monitor": self.monitor.state_dict(), "held_out": self._held_out_contents()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Continue from the state of a checkpoint.
 
         Raises:
-            RunError: the held-out data has changed, and not because a run asks for more or less of it.
+            RunError: the held-out data has changed, although the limit on its bytes has not.
         """
         before, now = state_dict.get("held_out"), self._held_out_contents()
         if self.held_out and before and now and before["limit"] == now["limit"]:
@@ -145,7 +145,7 @@ class FusionTrainer(Trainer):
         self.monitor.load_state_dict(state_dict["monitor"])
 
     def close(self) -> None:
-        """Flush what is open."""
+        """Close the metrics, then torchtitan's Trainer."""
         self.metrics.close()
         super().close()
 
@@ -159,7 +159,7 @@ class FusionTrainer(Trainer):
             yield stack.enter_context(probes.observe(self.model)) if due else None
 
     def _check_loss(self) -> None:
-        """Every process learns the whole step's terms, and stops if there is no number among them."""
+        """Sum the terms of the step over all processes; every process stops if one of the sums is not finite."""
         dist.all_reduce(self.sums)
         self.means = self.sums.tolist()
         if not all(math.isfinite(mean) for mean in self.means):
@@ -199,6 +199,6 @@ class FusionTrainer(Trainer):
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of all noise of one step in one process, so that a step is the same after a resume."""
+    """The seed of all noise of one step in one process. It makes a step the same after a resume."""
     digest = hashlib.sha256(f"noise:{seed}:{step}:{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
